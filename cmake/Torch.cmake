@@ -1,0 +1,34 @@
+# LibTorch from the PyPI wheel `torch`, CPU or CUDA, as the target hla_torch.
+#
+# find_package(Torch) is not used: with a CUDA wheel it demands the CUDA toolkit. The program links
+# only libtorch, libtorch_cpu and libc10, which every wheel has, so that one binary runs with either
+# kind of wheel; libtorch.so itself pulls in libtorch_cuda.so where the wheel carries it.
+set(HLA_TORCH_DIR "" CACHE PATH "Folder of the torch wheel (…/site-packages/torch)")
+if(NOT HLA_TORCH_DIR)
+  set(venv "${CMAKE_CURRENT_SOURCE_DIR}/.venv")
+  if(DEFINED ENV{HLA_VENV})
+    set(venv "$ENV{HLA_VENV}")
+  endif()
+  file(GLOB candidates "${venv}/lib/python3*/site-packages/torch")
+  list(LENGTH candidates count)
+  if(count EQUAL 0)
+    message(FATAL_ERROR "no torch wheel under ${venv}: run scripts/setup.sh, or pass -DHLA_TORCH_DIR=…/site-packages/torch")
+  endif()
+  list(GET candidates 0 HLA_TORCH_DIR)
+endif()
+if(NOT EXISTS "${HLA_TORCH_DIR}/lib/libtorch_cpu.so")
+  message(FATAL_ERROR "HLA_TORCH_DIR=${HLA_TORCH_DIR} has no lib/libtorch_cpu.so")
+endif()
+file(STRINGS "${HLA_TORCH_DIR}/version.py" version_line REGEX "^__version__ *=")
+message(STATUS "LibTorch: ${HLA_TORCH_DIR} (${version_line})")
+
+add_library(hla_torch INTERFACE)
+# -idirafter: torch bundles fmt 12, which would otherwise shadow Debian's fmt 9 and break spdlog.
+target_compile_options(hla_torch INTERFACE
+  "SHELL:-idirafter ${HLA_TORCH_DIR}/include"
+  "SHELL:-idirafter ${HLA_TORCH_DIR}/include/torch/csrc/api/include")
+target_link_options(hla_torch INTERFACE "LINKER:-rpath,${HLA_TORCH_DIR}/lib")
+# --no-as-needed: nothing of ours refers to libtorch.so directly, but it brings CUDA along.
+target_link_libraries(hla_torch INTERFACE
+  -Wl,--no-as-needed "${HLA_TORCH_DIR}/lib/libtorch.so" -Wl,--as-needed
+  "${HLA_TORCH_DIR}/lib/libtorch_cpu.so" "${HLA_TORCH_DIR}/lib/libc10.so")

@@ -1,0 +1,16 @@
+// What this process and this machine have of memory (Linux).
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace hla {
+
+uint64_t peak_rss_bytes();                 // high-water mark of this process, VmHWM
+uint64_t available_memory_bytes();         // MemAvailable, or the cgroup's room where that is less
+std::string format_bytes(uint64_t bytes);  // "1.50 GB", decimal units
+
+// Throws Error(kOutOfMemory) naming `what` when `needed` bytes exceed available memory.
+void preflight_memory(uint64_t needed, const std::string& what);
+
+}  // namespace hla

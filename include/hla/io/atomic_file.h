@@ -1,0 +1,98 @@
+// Outputs that appear under their final name only when they are complete.
+//
+// Both classes write to a temporary `.NAME.hla-tmp-PID` beside the target and rename it in
+// commit(). Without commit() the destructor removes the temporary, so a failed or interrupted
+// command leaves nothing behind. Temporaries that a killed process left for the same target are
+// removed on construction. The writer holds a lock (flock) on its temporary, so a live writer in
+// another PID namespace is not mistaken for a dead one.
+//
+// Errors: kUsage for a target that is refused, kRuntime for failed I/O with the system's reason.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <string_view>
+
+namespace hla {
+
+// One output file. The process should ignore SIGXFSZ, so that a file-size limit shows as an error.
+class AtomicFile {
+ public:
+  // Refuses an existing file unless `force`, a folder, and a missing parent folder. A symlink is
+  // followed: the file it points to is replaced. An existing target that is not a regular file
+  // (/dev/stdout, /dev/full, a FIFO) is written straight to.
+  AtomicFile(const std::filesystem::path& path, bool force);
+  ~AtomicFile();
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+
+  void write(const void* data, size_t bytes);
+  void write(std::string_view text) { write(text.data(), text.size()); }
+  // Makes the content durable and gives it its name. Without force, a target that has appeared in
+  // the meantime is not replaced: throws kUsage.
+  void commit();
+
+ private:
+  std::filesystem::path shown_;  // as the user wrote it
+  std::filesystem::path target_;
+  std::filesystem::path temporary_;  // empty when written straight
+  bool force_;
+  bool committed_ = false;
+  int fd_ = -1;
+};
+
+// One output folder.
+class AtomicDir {
+ public:
+  // Refuses an existing target unless `force`. Even with force refuses all but a folder that is
+  // empty or holds a config.json and no .git: a mistyped path must not delete somebody's files.
+  // Also refuses the current folder and its parents, mount points and a missing parent folder.
+  AtomicDir(const std::filesystem::path& path, bool force);
+  ~AtomicDir();
+  AtomicDir(const AtomicDir&) = delete;
+  AtomicDir& operator=(const AtomicDir&) = delete;
+
+  // The temporary folder to write into.
+  const std::filesystem::path& path() const { return temporary_; }
+  // The final name, absolute.
+  const std::filesystem::path& target() const { return target_; }
+  // Makes everything inside durable and renames the folder. With force an old folder is exchanged
+  // in one step: at every instant the name holds the complete old or the complete new folder.
+  void commit();
+
+ private:
+  std::filesystem::path shown_;
+  std::filesystem::path target_;
+  std::filesystem::path temporary_;
+  bool force_;
+  bool committed_ = false;
+  int lock_fd_ = -1;
+};
+
+// Bytes that this user may still write on the file system of `path`; of its nearest existing parent
+// when it does not exist yet. Throws kRuntime if that cannot be found out.
+uint64_t free_space(const std::filesystem::path& path);
+
+namespace detail {
+
+// write(2) until all is written. Throws kRuntime naming `path` and the reason.
+void write_all(int fd, const void* data, size_t bytes, const std::filesystem::path& path);
+
+// close(2); some file systems report a full disk only here.
+void close_checked(int fd, const std::filesystem::path& path);
+
+// Puts the folder `staging` in the place of the folder `target` and removes the old content.
+// `may_exchange` false takes the path for file systems without RENAME_EXCHANGE, where the name is
+// missing for an instant.
+void replace_folder(const std::filesystem::path& staging, const std::filesystem::path& target,
+                    bool may_exchange);
+
+// Puts `temporary` under the name `target`, which must not exist (kUsage if it does).
+// `may_renameat2` false takes the path for file systems without RENAME_NOREPLACE.
+void rename_new(const std::filesystem::path& temporary, const std::filesystem::path& target,
+                bool may_renameat2);
+
+}  // namespace detail
+}  // namespace hla

@@ -1,0 +1,29 @@
+// Devices and dtypes as the command line names them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "hla/core/dtype.h"
+
+namespace hla {
+
+// "auto" (cuda if there is one, else cpu), "cpu", "cuda", "cuda:1". Throws kUsage for anything else
+// and kRuntime when the device is not there.
+at::Device parse_device(const std::string& text);
+
+// "fp32", "fp16", "bf16", "fp64" (and float32 … spellings); nullopt for "auto". Throws kUsage.
+std::optional<at::ScalarType> parse_dtype(const std::string& text);
+
+// What "auto" means: fp32 on the CPU; on CUDA the checkpoint's own dtype, but fp16 in place of bf16
+// on devices before sm_80 (V100), which only emulate bf16.
+at::ScalarType resolve_dtype(std::optional<at::ScalarType> asked, at::ScalarType stored,
+                             const at::Device& device);
+
+std::string dtype_label(at::ScalarType dtype);  // "fp32"
+at::ScalarType to_scalar_type(DType dtype);
+DType to_dtype(at::ScalarType dtype);  // throws kRuntime for types that files do not hold
+
+}  // namespace hla

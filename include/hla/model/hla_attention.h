@@ -1,0 +1,88 @@
+// Latent attention: keys and values come from short latents, which are all that need be cached.
+//
+// Notation of docs/design.md: d head size, m = d/2 frequencies, K kv heads, c = fast_frequencies.
+// Keys of the fast frequencies f < c come from the k latent, those of the slow ones f >= c and the
+// values from the kv latent:
+//
+//   k_down (k_floats, D)                       x -> k latent
+//   k_up   original (K·2c, k_rank)             k latent -> fast keys, by head [first half, second]
+//          latent   (2, K, R) real, imaginary  complex matrix per frequency, R = Σ k_ranks
+//          paper    (K·d, k_rank)              after the rotation of the latent
+//   kv_down (kv_rank, D)                       x -> kv latent
+//   kv_up  (K·2(m-c) + K·d, kv_rank)           kv latent -> slow keys by head, then values by head
+//   q_proj, or q_down (q_rank, D) and q_up (H·d, q_rank)
+//
+// Biases of the base model's k and v are kept exactly, in k_up.bias and kv_up.bias.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "hla/model/attention.h"
+
+namespace hla {
+
+// What one layer caches for a sequence.
+struct HlaLatents {
+  at::Tensor k;   // (B, T, k_floats); rotated for `latent` and `paper`. Undefined when empty.
+  at::Tensor kv;  // (B, T, kv_rank), never rotated. Undefined when empty.
+};
+
+// k_up of rope `latent`: a complex matrix (K × r_f) per fast frequency, packed along R.
+class ComplexUp : public torch::nn::Module {
+ public:
+  ComplexUp(ParameterSource& source, const std::string& prefix, int64_t kv_heads,
+            const std::vector<int64_t>& ranks, bool bias);
+  // The real matrix (K·2c, 2R) that maps [re z; im z] to fast keys by head [first half, second].
+  // Differentiable in the weight.
+  at::Tensor real_matrix() const;
+  // Frequency number of each complex latent: (R) int64.
+  const at::Tensor& frequency_index() const { return frequency_index_; }
+
+  at::Tensor weight;  // (2, K, R)
+  at::Tensor bias;    // (K·2c), or undefined
+
+ private:
+  int64_t fast_frequencies_;
+  at::Tensor frequency_index_;
+};
+
+class HlaAttention : public Attention {
+ public:
+  HlaAttention(ParameterSource& source, const std::string& prefix, const ModelConfig& config,
+               int64_t layer);
+
+  Qkv project(const at::Tensor& x, const RopeTables& rope) const override;
+
+  // The cache of a sequence x (B, T, D) at the positions of `rope`.
+  HlaLatents latents(const at::Tensor& x, const RopeTables& rope) const;
+  // Rotated queries (B, T, H, d).
+  at::Tensor queries(const at::Tensor& x, const RopeTables& rope) const;
+  // Rotated keys and the values (B, T, K, d) rebuilt from latents cached at the positions of
+  // `rope`.
+  std::pair<at::Tensor, at::Tensor> rebuild(const HlaLatents& latents,
+                                            const RopeTables& rope) const;
+
+ private:
+  at::Tensor fast_keys(const at::Tensor& k_latent, const RopeTables& rope) const;
+  at::Tensor paper_rotate(const at::Tensor& latent, int64_t heads, const RopeTables& rope) const;
+
+  HlaRope rope_kind_;
+  double rotary_fraction_;
+  HlaLayerConfig layer_;
+  std::shared_ptr<Linear> q_proj_, q_down_, q_up_;
+  std::shared_ptr<Linear> k_down_, k_up_;
+  std::shared_ptr<ComplexUp> k_up_complex_;
+  std::shared_ptr<Linear> kv_down_, kv_up_;
+};
+
+// Number of rotated pairs and the frequency of pair i for the `paper` rotation of a latent of
+// `rank` floats over `heads` heads: pairs cycle through the first rank/(2·heads) frequencies of
+// the head's own ladder (d/4 of them at the default rank d/2 a head).
+struct PaperPairs {
+  int64_t rotated = 0;
+  std::vector<int64_t> frequency;  // of the rotated pairs
+};
+PaperPairs paper_pairs(int64_t rank, int64_t heads, int64_t head_dim, double rotary_fraction);
+
+}  // namespace hla

@@ -1,0 +1,35 @@
+// Loading a checkpoint into a model, strictly.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "hla/core/error.h"
+#include "hla/io/checkpoint.h"
+#include "hla/model/config.h"
+#include "hla/model/llama.h"
+
+namespace hla {
+
+struct LoadOptions {
+  at::Device device = at::Device(at::kCPU);
+  std::optional<at::ScalarType> dtype;  // nullopt: see resolve_dtype
+};
+
+// Adds every missing, extra and mis-shaped tensor of the checkpoint to `problems`. Reads no data.
+void check_tensors(const ModelConfig& config, const Checkpoint& checkpoint, Problems& problems);
+
+// The floating-point type that holds most of the checkpoint's elements.
+at::ScalarType stored_dtype(const Checkpoint& checkpoint);
+
+// The model of an opened checkpoint, plain Llama or HLA. CPU tensors of the wanted dtype stay views
+// of the mapped file (private: writing to them never reaches the file). Throws kBadInput with all
+// problems at once, kOutOfMemory before allocating more than there is.
+std::shared_ptr<LlamaForCausalLM> load_model(const Checkpoint& checkpoint,
+                                             const LoadOptions& options = {});
+
+// One tensor of a checkpoint, as stored: a view of the mapped file.
+at::Tensor checkpoint_tensor(const Checkpoint& checkpoint, const std::string& name);
+
+}  // namespace hla

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Set up, build and run the tests.
+#
+#   scripts/test.sh [ARGUMENT…]     arguments for ctest, e.g. -R rope
+set -euo pipefail
+
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+scripts/setup.sh
+# ctest alone calls it a success when there is no test to run.
+exec ctest --preset release --output-on-failure --no-tests=error "$@"

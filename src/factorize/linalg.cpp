@@ -1,0 +1,130 @@
+#include "hla/factorize/linalg.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "hla/core/error.h"
+
+namespace hla {
+namespace {
+
+// Eigenvectors of a Hermitian matrix in descending order of eigenvalue; negative rounding is
+// clipped.
+std::pair<at::Tensor, at::Tensor> eigh_descending(const at::Tensor& matrix) {
+  auto [values, vectors] = at::linalg_eigh(matrix);
+  return {vectors.flip(/*dims=*/-1), values.flip(/*dims=*/-1).clamp_min(0)};
+}
+
+double relative_error(const at::Tensor& energies, int64_t rank) {
+  const double total = energies.sum().item<double>();
+  if (total == 0) return 0;
+  return std::sqrt(energies.slice(0, rank).sum().item<double>() / total);
+}
+
+}  // namespace
+
+at::Tensor add_ridge(const at::Tensor& covariance, double ridge) {
+  const int64_t size = covariance.size(-1);
+  const at::Tensor mean =
+      covariance.diagonal(0, -2, -1).mean(/*dim=*/-1, /*keepdim=*/true).unsqueeze(-1);
+  return covariance + ridge * mean * at::eye(size, covariance.options());
+}
+
+LowRank best_low_rank(const at::Tensor& weight, const at::Tensor& covariance, int64_t rank) {
+  const int64_t rows = weight.size(0);
+  const int64_t cols = weight.size(1);
+  TORCH_CHECK(rank >= 0 && rank <= std::min(rows, cols), "rank out of range");
+  LowRank result;
+  if (rows <= cols) {
+    const at::Tensor gram = weight.matmul(covariance).matmul(weight.t());
+    auto [vectors, energies] = eigh_descending((gram + gram.t()) / 2);
+    result.up = vectors.slice(1, 0, rank).contiguous();
+    result.down = result.up.t().matmul(weight);
+    result.energies = energies;
+  } else {
+    const at::Tensor root = at::linalg_cholesky(covariance);  // Σ = L Lᵀ
+    const at::Tensor weighted = weight.matmul(root);
+    auto [vectors, energies] = eigh_descending(weighted.t().matmul(weighted));
+    const at::Tensor right = vectors.slice(1, 0, rank);  // (cols, r)
+    result.up = weighted.matmul(right);
+    // down = Vᵀ L⁻¹, by a triangular solve from the right.
+    result.down = at::linalg_solve_triangular(root, right.t(), /*upper=*/false, /*left=*/false);
+    result.energies = energies;
+  }
+  result.relative_error = relative_error(result.energies, rank);
+  return result;
+}
+
+ComplexSpectrum complex_spectrum(const at::Tensor& weight, const at::Tensor& covariance) {
+  const at::Tensor gram =
+      weight.matmul(covariance.to(weight.scalar_type())).matmul(weight.mH());  // (F, K, K)
+  auto [vectors, energies] = eigh_descending((gram + gram.mH()) / 2);
+  return {vectors, energies};
+}
+
+ComplexLowRank best_complex_low_rank(const at::Tensor& weight, const ComplexSpectrum& spectrum,
+                                     const std::vector<int64_t>& ranks) {
+  ComplexLowRank result;
+  for (size_t f = 0; f < ranks.size(); ++f) {
+    const auto index = static_cast<int64_t>(f);
+    const at::Tensor up = spectrum.vectors[index].slice(1, 0, ranks[f]);  // (K, r_f)
+    result.up.push_back(up);
+    result.down.push_back(up.mH().matmul(weight[index]));
+  }
+  return result;
+}
+
+std::vector<int64_t> ranks_by_energy(const at::Tensor& energies, int64_t total) {
+  const int64_t frequencies = energies.size(0);
+  const int64_t per_frequency = energies.size(1);
+  TORCH_CHECK(total >= 0 && total <= frequencies * per_frequency, "ranks out of range");
+  const at::Tensor flat = energies.contiguous().view(-1);
+  const double* values = flat.const_data_ptr<double>();
+  std::vector<int64_t> order(static_cast<size_t>(flat.numel()));
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return values[a] > values[b]; });
+  std::vector<int64_t> ranks(static_cast<size_t>(frequencies), 0);
+  // Energies descend within a frequency, so counting the chosen ones gives its leading ranks.
+  for (int64_t i = 0; i < total; ++i) {
+    ++ranks[static_cast<size_t>(order[static_cast<size_t>(i)] / per_frequency)];
+  }
+  return ranks;
+}
+
+OutputWeight OutputWeight::identity(int64_t rows) {
+  return diagonal(at::ones({rows}, at::kDouble));
+}
+
+OutputWeight OutputWeight::diagonal(const at::Tensor& sqrt_diagonal) {
+  OutputWeight result;
+  const double floor = 1e-6 * sqrt_diagonal.mean().item<double>();
+  result.forward_ = sqrt_diagonal.clamp_min(floor > 0 ? floor : 1.0).unsqueeze(1);
+  result.inverse_ = result.forward_.reciprocal();
+  return result;
+}
+
+OutputWeight OutputWeight::blocks(const at::Tensor& gram) {
+  auto [values, vectors] = at::linalg_eigh(add_ridge(gram));
+  // A block of zeros (a head that nothing reads) gets the identity: any factor serves it.
+  const at::Tensor roots = at::where(values > 0, values, at::ones_like(values)).sqrt();
+  OutputWeight result;
+  result.forward_ = (vectors * roots.unsqueeze(-2)).matmul(vectors.mT());
+  result.inverse_ = (vectors / roots.unsqueeze(-2)).matmul(vectors.mT());
+  return result;
+}
+
+at::Tensor OutputWeight::apply(const at::Tensor& weight) const {
+  if (forward_.dim() == 2) return forward_ * weight;
+  return forward_.matmul(weight.unflatten(0, {forward_.size(0), forward_.size(1)})).flatten(0, 1);
+}
+
+at::Tensor OutputWeight::undo(const at::Tensor& weight) const {
+  if (inverse_.dim() == 2) return inverse_ * weight;
+  return inverse_.matmul(weight.unflatten(0, {inverse_.size(0), inverse_.size(1)})).flatten(0, 1);
+}
+
+}  // namespace hla

@@ -1,0 +1,64 @@
+#include "hla/factorize/model_card.h"
+
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+namespace hla {
+namespace {
+
+std::string percent(double share) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%.1f %%", 100 * share);
+  return buffer;
+}
+
+const char* rope_text(const std::string& rope) {
+  if (rope == "original") {
+    return "The latents are cached unrotated; keys are rebuilt from them and rotated by the "
+           "ordinary RoPE.";
+  }
+  if (rope == "latent") {
+    return "Fast frequencies are cached as exact complex latents, rotated in the latent space; "
+           "slow frequencies share one unrotated latent with the values.";
+  }
+  return "The construction of sodabreak/MHA2HLA: real latents rotated in pairs. It does not equal "
+         "the pretrained RoPE and needs fine-tuning before it is of use.";
+}
+
+}  // namespace
+
+std::string model_card(const nlohmann::json& report) {
+  const auto rope = report["rope"].get<std::string>();
+  const auto& calibration = report["calibration"];
+  std::string card;
+  card += "---\nlibrary_name: hla\ntags:\n- llama\n- hla\n- low-rank\n- kv-cache\n---\n\n";
+  card += "# A Llama model converted to HLA (low-rank latent attention)\n\n";
+  card += "Made by `hla convert` " + report["hla_version"].get<std::string>() + " (commit " +
+          report["hla_commit"].get<std::string>() + ").";
+  if (report["base_name_or_path"].is_string()) {
+    card += " Base model: `" + report["base_name_or_path"].get<std::string>() + "`.";
+  }
+  card += " The base model's licence applies.\n\n";
+  card += "| | base | this model |\n|---|---|---|\n";
+  card += "| cache bytes per token | " + report["base_cache_bytes_per_token"].dump() + " | " +
+          report["cache_bytes_per_token"].dump() + " (" +
+          percent(report["cache_ratio"].get<double>()) + ") |\n";
+  card += "| parameters | " + report["base_parameters"].dump() + " | " +
+          report["parameters"].dump() + " |\n\n";
+  card += "`rope: " + rope + "`. " + rope_text(rope) + "\n\n";
+  card += "Calibration: " + calibration["text"].get<std::string>() + ", " +
+          calibration["tokens"].dump() + " tokens. Keys weighted by `" +
+          report["key_weighting"].get<std::string>() + "`, values by `" +
+          report["value_weighting"].get<std::string>() + "`.\n\n";
+  card += "Measure it: `hla ppl <this folder>`. Look at it: `hla info <this folder>`.\n\n";
+  card += "## Layers\n\nErrors are relative, in the norm that was minimised.\n\n";
+  card += "| layer | cached floats | key error | value error |\n|---|---|---|---|\n";
+  for (const auto& layer : report["layers"]) {
+    card += "| " + layer["layer"].dump() + " | " + layer["cache_floats"].dump() + " | " +
+            percent(layer["key_error"].get<double>()) + " | " +
+            percent(layer["value_error"].get<double>()) + " |\n";
+  }
+  return card;
+}
+
+}  // namespace hla

@@ -1,0 +1,213 @@
+#include "hla/io/hub_cache.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cstdlib>
+#include <fstream>
+#include <optional>
+#include <system_error>
+#include <vector>
+
+#include "hla/core/error.h"
+
+namespace hla {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kFolderPrefix = "models--";
+
+// The variable's value with a leading ~ expanded; nullopt if unset or empty.
+std::optional<fs::path> path_variable(const char* name) {
+  const char* raw = std::getenv(name);
+  if (raw == nullptr || raw[0] == '\0') return std::nullopt;
+  const std::string value = raw;
+  const char* home = std::getenv("HOME");
+  if (home != nullptr && (value == "~" || value.starts_with("~/"))) {
+    return fs::path(home + value.substr(1));
+  }
+  return fs::path(value);
+}
+
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> parts(1);
+  for (const char c : text) {
+    if (c == separator) {
+      parts.emplace_back();
+    } else {
+      parts.back() += c;
+    }
+  }
+  return parts;
+}
+
+// A part of a repository name or revision. Refuses "", ".", ".." and everything outside the Hub's
+// alphabet, so that no id leads out of the cache.
+bool is_safe_part(const std::string& part) {
+  if (part.empty() || part == "." || part.find("..") != std::string::npos) return false;
+  return std::all_of(part.begin(), part.end(), [](unsigned char c) {
+    return c < 0x80 && (std::isalnum(c) != 0 || c == '-' || c == '_' || c == '.');
+  });
+}
+
+bool all_safe(const std::vector<std::string>& parts) {
+  return std::all_of(parts.begin(), parts.end(), is_safe_part);
+}
+
+std::string join(const std::vector<std::string>& parts, const std::string& separator) {
+  std::string result;
+  for (const std::string& part : parts) result += (result.empty() ? "" : separator) + part;
+  return result;
+}
+
+std::string lower(std::string text) {
+  std::transform(text.begin(), text.end(), text.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  return text;
+}
+
+std::vector<std::string> list_names(const fs::path& folder) {
+  std::vector<std::string> names;
+  std::error_code error;
+  for (fs::directory_iterator it(folder, error), end; !error && it != end; it.increment(error)) {
+    names.push_back(it->path().filename().string());
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+// Ids of the cached models, e.g. "org/name".
+std::vector<std::string> cached_ids(const fs::path& cache) {
+  std::vector<std::string> ids;
+  for (std::string name : list_names(cache)) {
+    if (!name.starts_with(kFolderPrefix)) continue;
+    name.erase(0, std::string(kFolderPrefix).size());
+    if (const size_t at = name.find("--"); at != std::string::npos) name.replace(at, 2, "/");
+    ids.push_back(std::move(name));
+  }
+  return ids;
+}
+
+// Single-character edits between two texts.
+size_t edit_distance(const std::string& a, const std::string& b) {
+  std::vector<size_t> row(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = row[0];
+    row[0] = i;
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t substituted = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = row[j];
+      row[j] = std::min({substituted, row[j] + 1, row[j - 1] + 1});
+    }
+  }
+  return row.back();
+}
+
+// The cached ids most like the wanted one, else the first few.
+std::string describe_cache(const fs::path& cache, const std::string& wanted) {
+  constexpr size_t kShown = 5;
+  std::error_code error;
+  if (!fs::is_directory(cache, error)) return "that folder does not exist";
+  std::vector<std::string> ids = cached_ids(cache);
+  if (ids.empty()) return "no models are there";
+  const auto distance = [&](const std::string& id) {
+    const std::string a = lower(id);
+    const std::string b = lower(wanted);
+    // A missing or wrong organisation is the commonest slip.
+    return std::min(edit_distance(a, b), edit_distance(a.substr(a.find('/') + 1),  //
+                                                       b.substr(b.find('/') + 1)));
+  };
+  std::vector<std::string> similar;
+  for (const std::string& id : ids) {
+    if (distance(id) <= std::max<size_t>(2, wanted.size() / 4)) similar.push_back(id);
+  }
+  const bool found = !similar.empty();
+  std::vector<std::string>& shown = found ? similar : ids;
+  const size_t total = shown.size();
+  if (total > kShown) shown.resize(kShown);
+  return std::string(found ? "similar names there: " : "models there: ") + join(shown, ", ") +
+         (total > kShown ? ", …" : "");
+}
+
+std::optional<std::string> read_ref(const fs::path& file) {
+  std::error_code error;
+  if (!fs::is_regular_file(file, error)) return std::nullopt;
+  std::ifstream stream(file);
+  std::string hash;
+  stream >> hash;
+  return is_safe_part(hash) ? std::optional(hash) : std::nullopt;
+}
+
+}  // namespace
+
+fs::path hub_cache_folder() {
+  if (const auto path = path_variable("HF_HUB_CACHE")) return *path;
+  if (const auto path = path_variable("HUGGINGFACE_HUB_CACHE")) return *path;
+  if (const auto path = path_variable("HF_HOME")) return *path / "hub";
+  if (const auto path = path_variable("XDG_CACHE_HOME")) return *path / "huggingface" / "hub";
+  if (const auto path = path_variable("HOME")) return *path / ".cache" / "huggingface" / "hub";
+  return {};
+}
+
+fs::path resolve_model_path(const std::string& path_or_id) {
+  if (path_or_id.empty()) throw_bad_input("expected a model's path or id, got an empty string");
+  std::error_code error;
+  if (fs::exists(path_or_id, error)) return path_or_id;
+
+  const std::string missing = path_or_id + ": no such file or folder";
+  const size_t at = path_or_id.find('@');
+  const std::string id = path_or_id.substr(0, at);
+  const std::string revision = at == std::string::npos ? "" : path_or_id.substr(at + 1);
+  const std::vector<std::string> id_parts = split(id, '/');
+  if (id_parts.size() > 2 || !all_safe(id_parts) || id.find("--") != std::string::npos) {
+    throw_bad_input(missing + " (and not a model id like org/name)");
+  }
+  if (at != std::string::npos && !all_safe(split(revision, '/'))) {
+    throw_bad_input(missing + " (and \"" + revision + "\" is not a revision)");
+  }
+  const std::string download = "\n  hint: huggingface-cli download " + id +
+                               (revision.empty() ? "" : " --revision " + revision);
+  const fs::path cache = hub_cache_folder();
+  if (cache.empty()) {
+    throw_bad_input(missing + ", and no model cache to look it up in: HF_HOME and HOME are unset");
+  }
+  const fs::path repo = cache / (kFolderPrefix + join(id_parts, "--"));
+  if (!fs::is_directory(repo, error)) {
+    throw_bad_input(missing + ", and no model of that id in " + cache.string() + ": " +
+                    describe_cache(cache, id) + download);
+  }
+
+  const fs::path snapshots = repo / "snapshots";
+  const std::string ref = revision.empty() ? "main" : revision;
+  if (const auto hash = read_ref(repo / "refs" / ref)) {
+    if (fs::is_directory(snapshots / *hash, error)) return snapshots / *hash;
+    throw_bad_input(path_or_id + ": " + (repo / "refs" / ref).string() +
+                    " names a snapshot that is not there: " + *hash + download);
+  }
+  if (!revision.empty()) {
+    if (revision.find('/') == std::string::npos && fs::is_directory(snapshots / revision, error)) {
+      return snapshots / revision;
+    }
+    std::vector<std::string> known = list_names(repo / "refs");
+    for (const std::string& hash : list_names(snapshots)) known.push_back(hash);
+    throw_bad_input(path_or_id + ": no revision \"" + revision + "\" in " + repo.string() +
+                    (known.empty() ? "" : "; there are: " + join(known, ", ")) + download);
+  }
+  // Downloaded by commit hash, so that there is no ref.
+  std::optional<fs::path> newest;
+  fs::file_time_type newest_time;
+  for (const std::string& name : list_names(snapshots)) {
+    const fs::path snapshot = snapshots / name;
+    if (!fs::is_directory(snapshot, error)) continue;
+    const fs::file_time_type time = fs::last_write_time(snapshot, error);
+    if (!error && (!newest || time > newest_time)) {
+      newest = snapshot;
+      newest_time = time;
+    }
+  }
+  if (!newest) throw_bad_input(path_or_id + ": no snapshot in " + repo.string() + download);
+  return *newest;
+}
+
+}  // namespace hla

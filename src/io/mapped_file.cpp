@@ -1,0 +1,60 @@
+#include "hla/io/mapped_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+
+#include "hla/core/error.h"
+
+namespace hla {
+namespace {
+
+[[noreturn]] void fail(const std::filesystem::path& path, int error) {
+  throw_bad_input(path.string() + ": cannot read: " + std::strerror(error));
+}
+
+// Closes the descriptor on every way out; the mapping outlives it.
+struct Descriptor {
+  int fd;
+  ~Descriptor() {
+    if (fd >= 0) ::close(fd);
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<MappedFile> MappedFile::open(const std::filesystem::path& path) {
+  // O_NONBLOCK: opening a FIFO must fail below instead of waiting for a writer.
+  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
+  if (file.fd < 0) fail(path, errno);
+  struct stat info = {};
+  if (::fstat(file.fd, &info) != 0) fail(path, errno);
+  if (S_ISDIR(info.st_mode)) fail(path, EISDIR);
+  if (!S_ISREG(info.st_mode)) throw_bad_input(path.string() + ": cannot read: not a regular file");
+  const auto size = static_cast<uint64_t>(info.st_size);
+  void* data = nullptr;
+  if (size > 0) {
+    // MAP_NORESERVE: most pages are never written, so no swap needs to be set aside for them.
+    data = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file.fd, 0);
+    if (data == MAP_FAILED) fail(path, errno);
+  }
+  return std::shared_ptr<MappedFile>(new MappedFile(path, static_cast<std::byte*>(data), size));
+}
+
+MappedFile::MappedFile(std::filesystem::path path, std::byte* data, uint64_t size)
+    : path_(std::move(path)), data_(data), size_(size) {}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) ::munmap(data_, size_);
+}
+
+std::string_view MappedFile::text() const {
+  return {reinterpret_cast<const char*>(data_), static_cast<size_t>(size_)};
+}
+
+}  // namespace hla

@@ -1,0 +1,115 @@
+#include "hla/model/device.h"
+
+#include <dlfcn.h>
+#include <torch/cuda.h>
+
+#include <charconv>
+
+#include "hla/core/error.h"
+
+namespace hla {
+namespace {
+
+// Major compute capability, or 0 when it cannot be told. The CUDA runtime is looked up in the
+// process (libtorch_cuda brings it) because a CPU wheel has none to link.
+int compute_capability_major(int device) {
+  using GetAttribute = int (*)(int*, int, int);
+  constexpr int kComputeCapabilityMajor = 75;  // cudaDevAttrComputeCapabilityMajor
+  const auto get = reinterpret_cast<GetAttribute>(dlsym(RTLD_DEFAULT, "cudaDeviceGetAttribute"));
+  int major = 0;
+  if (get == nullptr || get(&major, kComputeCapabilityMajor, device) != 0) return 0;
+  return major;
+}
+
+}  // namespace
+
+at::Device parse_device(const std::string& text) {
+  if (text == "cpu") return at::Device(at::kCPU);
+  if (text == "auto") {
+    return torch::cuda::is_available() ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
+  }
+  int index = 0;
+  bool known = text == "cuda";
+  if (text.starts_with("cuda:")) {
+    const char* begin = text.data() + 5;
+    const char* end = text.data() + text.size();
+    const auto parsed = std::from_chars(begin, end, index);
+    known = begin != end && parsed.ec == std::errc() && parsed.ptr == end && index >= 0;
+  }
+  if (!known) throw_usage("[--device] expected auto, cpu, cuda or cuda:N, got " + text);
+  const auto count =
+      static_cast<int>(torch::cuda::is_available() ? torch::cuda::device_count() : 0);
+  if (index >= count) {
+    throw_runtime("[--device] " + text + ": this machine has " + std::to_string(count) +
+                  " CUDA devices that this LibTorch can use");
+  }
+  return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
+}
+
+std::optional<at::ScalarType> parse_dtype(const std::string& text) {
+  if (text == "auto") return std::nullopt;
+  if (text == "fp32" || text == "float32") return at::kFloat;
+  if (text == "fp16" || text == "float16") return at::kHalf;
+  if (text == "bf16" || text == "bfloat16") return at::kBFloat16;
+  if (text == "fp64" || text == "float64") return at::kDouble;
+  throw_usage("[--dtype] expected auto, fp32, fp16, bf16 or fp64, got " + text);
+}
+
+at::ScalarType resolve_dtype(std::optional<at::ScalarType> asked, at::ScalarType stored,
+                             const at::Device& device) {
+  if (asked) return *asked;
+  if (!device.is_cuda()) return at::kFloat;
+  if (stored == at::kBFloat16 && compute_capability_major(device.index()) < 8) return at::kHalf;
+  return stored;
+}
+
+std::string dtype_label(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return "fp32";
+    case at::kHalf:
+      return "fp16";
+    case at::kBFloat16:
+      return "bf16";
+    case at::kDouble:
+      return "fp64";
+    default:
+      return c10::toString(dtype);
+  }
+}
+
+at::ScalarType to_scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::kBool:
+      return at::kBool;
+    case DType::kU8:
+      return at::kByte;
+    case DType::kI8:
+      return at::kChar;
+    case DType::kI16:
+      return at::kShort;
+    case DType::kI32:
+      return at::kInt;
+    case DType::kI64:
+      return at::kLong;
+    case DType::kF16:
+      return at::kHalf;
+    case DType::kBF16:
+      return at::kBFloat16;
+    case DType::kF32:
+      return at::kFloat;
+    case DType::kF64:
+      return at::kDouble;
+  }
+  throw_runtime("unknown dtype");
+}
+
+DType to_dtype(at::ScalarType dtype) {
+  for (const DType candidate : {DType::kBool, DType::kU8, DType::kI8, DType::kI16, DType::kI32,
+                                DType::kI64, DType::kF16, DType::kBF16, DType::kF32, DType::kF64}) {
+    if (to_scalar_type(candidate) == dtype) return candidate;
+  }
+  throw_runtime(std::string("cannot store tensors of type ") + c10::toString(dtype));
+}
+
+}  // namespace hla

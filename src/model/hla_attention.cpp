@@ -1,0 +1,175 @@
+#include "hla/model/hla_attention.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace hla {
+
+PaperPairs paper_pairs(int64_t rank, int64_t heads, int64_t head_dim, double rotary_fraction) {
+  PaperPairs result;
+  const int64_t pairs = rank / 2;
+  const int64_t ladder = std::clamp<int64_t>(rank / (2 * heads), 1, head_dim / 2);
+  result.rotated =
+      std::clamp<int64_t>(std::llround(rotary_fraction * static_cast<double>(pairs)), 0, pairs);
+  for (int64_t i = 0; i < result.rotated; ++i) result.frequency.push_back(i % ladder);
+  return result;
+}
+
+ComplexUp::ComplexUp(ParameterSource& source, const std::string& prefix, int64_t kv_heads,
+                     const std::vector<int64_t>& ranks, bool with_bias)
+    : fast_frequencies_(static_cast<int64_t>(ranks.size())) {
+  std::vector<int64_t> index;
+  for (int64_t f = 0; f < fast_frequencies_; ++f) {
+    index.insert(index.end(), static_cast<size_t>(ranks[static_cast<size_t>(f)]), f);
+  }
+  weight = register_parameter(
+      "weight", source.get(prefix + ".weight", {2, kv_heads, static_cast<int64_t>(index.size())}),
+      false);
+  if (with_bias) {
+    bias = register_parameter(
+        "bias", source.get(prefix + ".bias", {kv_heads * 2 * fast_frequencies_}), false);
+  }
+  // Derived from the config, so neither saved nor counted as a parameter.
+  frequency_index_ = at::tensor(index, at::kLong);
+  if (!weight.is_meta()) frequency_index_ = frequency_index_.to(weight.device());
+}
+
+at::Tensor ComplexUp::real_matrix() const {
+  const int64_t c = fast_frequencies_;
+  const int64_t rank = weight.size(2);
+  // mask[f, r] = 1 where latent r belongs to frequency f.
+  const at::Tensor mask = at::arange(c, frequency_index_.options())
+                              .unsqueeze(1)
+                              .eq(frequency_index_.unsqueeze(0))
+                              .to(weight.scalar_type());          // (c, R)
+  const at::Tensor re = weight.select(0, 0).unsqueeze(1) * mask;  // (K, c, R)
+  const at::Tensor im = weight.select(0, 1).unsqueeze(1) * mask;
+  // (a + ib)(x + iy): the first half of a head is the real part, the second the imaginary one.
+  const at::Tensor first = at::cat({re, -im}, /*dim=*/-1);               // (K, c, 2R)
+  const at::Tensor second = at::cat({im, re}, /*dim=*/-1);               // (K, c, 2R)
+  return at::stack({first, second}, /*dim=*/1).reshape({-1, 2 * rank});  // (K·2·c, 2R)
+}
+
+HlaAttention::HlaAttention(ParameterSource& source, const std::string& prefix,
+                           const ModelConfig& config, int64_t layer)
+    : Attention(config),
+      rope_kind_(config.hla->rope),
+      rotary_fraction_(config.hla->rotary_fraction),
+      layer_(config.hla->layers[static_cast<size_t>(layer)]) {
+  const bool bias = config.attention_bias;
+  const int64_t hidden = config.hidden_size;
+  const int64_t m = config.frequencies();
+  const int64_t c = layer_.fast_frequencies;
+  const auto linear = [&](const char* name, int64_t in, int64_t out, bool with_bias) {
+    return register_module(
+        name, std::make_shared<Linear>(source, prefix + "." + name, in, out, with_bias));
+  };
+  if (layer_.q_rank > 0) {
+    q_down_ = linear("q_down", hidden, layer_.q_rank, false);
+    q_up_ = linear("q_up", layer_.q_rank, config.q_size(), bias);
+  } else {
+    q_proj_ = linear("q_proj", hidden, config.q_size(), bias);
+  }
+  if (layer_.k_floats() > 0) k_down_ = linear("k_down", hidden, layer_.k_floats(), false);
+  if (rope_kind_ == HlaRope::kLatent && layer_.complex_rank() > 0) {
+    k_up_complex_ = register_module(
+        "k_up",
+        std::make_shared<ComplexUp>(source, prefix + ".k_up", kv_heads_, layer_.k_ranks, bias));
+  } else if (layer_.k_rank > 0) {
+    k_up_ = linear("k_up", layer_.k_rank, kv_heads_ * 2 * c, bias);
+  }
+  if (layer_.kv_rank > 0) {
+    kv_down_ = linear("kv_down", hidden, layer_.kv_rank, false);
+    kv_up_ = linear("kv_up", layer_.kv_rank, kv_heads_ * 2 * (m - c) + config.kv_size(), bias);
+  }
+  o_proj_ = linear("o_proj", config.q_size(), hidden, bias);
+}
+
+at::Tensor HlaAttention::paper_rotate(const at::Tensor& latent, int64_t heads,
+                                      const RopeTables& rope) const {
+  const PaperPairs pairs = paper_pairs(latent.size(-1), heads, head_dim_, rotary_fraction_);
+  const at::Tensor index = at::tensor(pairs.frequency, at::kLong).to(latent.device());
+  const at::Tensor turning = latent.slice(-1, 0, 2 * pairs.rotated);
+  return at::cat(
+      {apply_rope_interleaved(turning, rope.select(index)), latent.slice(-1, 2 * pairs.rotated)},
+      /*dim=*/-1);
+}
+
+at::Tensor HlaAttention::queries(const at::Tensor& x, const RopeTables& rope) const {
+  if (rope_kind_ == HlaRope::kPaper) {
+    const at::Tensor latent = paper_rotate(q_down_->forward(x), heads_, rope);
+    return q_up_->forward(latent).unflatten(-1, {heads_, head_dim_});
+  }
+  const at::Tensor q = q_proj_ ? q_proj_->forward(x) : q_up_->forward(q_down_->forward(x));
+  return apply_rope(q.unflatten(-1, {heads_, head_dim_}), rope);
+}
+
+HlaLatents HlaAttention::latents(const at::Tensor& x, const RopeTables& rope) const {
+  HlaLatents result;
+  if (k_down_) {
+    result.k = k_down_->forward(x);  // (B, T, k_floats)
+    if (k_up_complex_) {
+      // [re; im] is the half-split layout of one "head" of R frequencies.
+      result.k = apply_rope(result.k.unsqueeze(-2), rope.select(k_up_complex_->frequency_index()))
+                     .squeeze(-2);
+    } else if (rope_kind_ == HlaRope::kPaper) {
+      result.k = paper_rotate(result.k, kv_heads_, rope);
+    }
+  }
+  if (kv_down_) result.kv = kv_down_->forward(x);
+  return result;
+}
+
+// Rotated keys of the fast frequencies, (B, T, K, 2c).
+at::Tensor HlaAttention::fast_keys(const at::Tensor& k_latent, const RopeTables& rope) const {
+  const int64_t c = layer_.fast_frequencies;
+  const RopeTables fast = rope.frequencies(0, c);
+  if (k_up_complex_) {
+    const at::Tensor keys =
+        at::linear(k_latent, k_up_complex_->real_matrix()).unflatten(-1, {kv_heads_, 2 * c});
+    if (!k_up_complex_->bias.defined()) return keys;
+    const at::Tensor bias = k_up_complex_->bias.view({1, kv_heads_, 2 * c});
+    return keys + apply_rope(bias, fast);  // the bias turns with the position: (T, K, 2c)
+  }
+  const at::Tensor keys = k_up_->forward(k_latent).unflatten(-1, {kv_heads_, 2 * c});
+  return rope_kind_ == HlaRope::kPaper ? keys : apply_rope(keys, fast);
+}
+
+std::pair<at::Tensor, at::Tensor> HlaAttention::rebuild(const HlaLatents& latents,
+                                                        const RopeTables& rope) const {
+  const int64_t m = head_dim_ / 2;
+  const int64_t c = layer_.fast_frequencies;
+  const at::Tensor& any = latents.kv.defined() ? latents.kv : latents.k;
+  const auto zeros = [&](int64_t width) {
+    return any.new_zeros({any.size(0), any.size(1), kv_heads_, width});
+  };
+  at::Tensor slow;
+  at::Tensor values;
+  if (kv_up_) {
+    const at::Tensor up = kv_up_->forward(latents.kv);
+    const int64_t slow_size = kv_heads_ * 2 * (m - c);
+    values = up.slice(-1, slow_size).unflatten(-1, {kv_heads_, head_dim_});
+    slow = up.slice(-1, 0, slow_size).unflatten(-1, {kv_heads_, 2 * (m - c)});
+    if (c < m) slow = apply_rope(slow, rope.frequencies(c, m));
+  } else {
+    values = zeros(head_dim_);
+    slow = zeros(2 * (m - c));
+  }
+  if (c == 0) return {slow, values};
+  const at::Tensor fast = latents.k.defined() ? fast_keys(latents.k, rope) : zeros(2 * c);
+  if (c == m) return {fast, values};
+  // Per head [fast first half, slow first half, fast second half, slow second half].
+  const at::Tensor keys = at::cat({fast.unflatten(-1, {2, c}), slow.unflatten(-1, {2, m - c})},
+                                  /*dim=*/-1)
+                              .flatten(/*start_dim=*/-2);
+  return {keys, values};
+}
+
+Qkv HlaAttention::project(const at::Tensor& x, const RopeTables& rope) const {
+  auto [k, v] = rebuild(latents(x, rope), rope);
+  return {queries(x, rope), std::move(k), std::move(v)};
+}
+
+}  // namespace hla

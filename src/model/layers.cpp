@@ -1,0 +1,67 @@
+#include "hla/model/layers.h"
+
+#include <ATen/ATen.h>
+
+namespace hla {
+
+Linear::Linear(ParameterSource& source, const std::string& prefix, int64_t in, int64_t out,
+               bool with_bias) {
+  weight = register_parameter("weight", source.get(prefix + ".weight", {out, in}),
+                              /*requires_grad=*/false);
+  if (with_bias) {
+    bias = register_parameter("bias", source.get(prefix + ".bias", {out}),
+                              /*requires_grad=*/false);
+  }
+}
+
+at::Tensor Linear::forward(const at::Tensor& x) const {
+  return bias.defined() ? at::linear(x, weight, bias) : at::linear(x, weight);
+}
+
+RmsNorm::RmsNorm(ParameterSource& source, const std::string& prefix, int64_t size, double eps)
+    : eps_(eps) {
+  weight = register_parameter("weight", source.get(prefix + ".weight", {size}),
+                              /*requires_grad=*/false);
+}
+
+at::Tensor RmsNorm::forward(const at::Tensor& x) const {
+  const at::ScalarType dtype = x.scalar_type();
+  const at::Tensor wide = dtype == at::kDouble ? x : x.to(at::kFloat);
+  const at::Tensor scale = at::rsqrt(wide.square().mean(/*dim=*/-1, /*keepdim=*/true) + eps_);
+  return weight * (wide * scale).to(dtype);
+}
+
+Mlp::Mlp(ParameterSource& source, const std::string& prefix, const ModelConfig& config)
+    : activation_(config.hidden_act) {
+  const int64_t hidden = config.hidden_size;
+  const int64_t width = config.intermediate_size;
+  gate_proj_ = register_module(
+      "gate_proj",
+      std::make_shared<Linear>(source, prefix + ".gate_proj", hidden, width, config.mlp_bias));
+  up_proj_ = register_module("up_proj", std::make_shared<Linear>(source, prefix + ".up_proj",
+                                                                 hidden, width, config.mlp_bias));
+  down_proj_ = register_module(
+      "down_proj",
+      std::make_shared<Linear>(source, prefix + ".down_proj", width, hidden, config.mlp_bias));
+}
+
+at::Tensor Mlp::forward(const at::Tensor& x) const {
+  at::Tensor gate = gate_proj_->forward(x);
+  switch (activation_) {
+    case Activation::kSilu:
+      gate = at::silu(gate);
+      break;
+    case Activation::kGelu:
+      gate = at::gelu(gate);
+      break;
+    case Activation::kGeluTanh:
+      gate = at::gelu(gate, "tanh");
+      break;
+    case Activation::kRelu:
+      gate = at::relu(gate);
+      break;
+  }
+  return down_proj_->forward(gate * up_proj_->forward(x));
+}
+
+}  // namespace hla

@@ -1,0 +1,124 @@
+#include "hla/model/load.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "hla/core/memory.h"
+#include "hla/model/device.h"
+
+namespace hla {
+namespace {
+
+std::string shape_text(at::IntArrayRef shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  }
+  return text + "]";
+}
+
+bool is_floating(DType dtype) {
+  return dtype == DType::kF16 || dtype == DType::kBF16 || dtype == DType::kF32 ||
+         dtype == DType::kF64;
+}
+
+class CheckpointSource : public ParameterSource {
+ public:
+  CheckpointSource(const Checkpoint& checkpoint, at::Device device, at::ScalarType dtype)
+      : checkpoint_(checkpoint), device_(device), dtype_(dtype) {}
+
+  at::Tensor get(const std::string& name, at::IntArrayRef) override {
+    return checkpoint_tensor(checkpoint_, name).to(device_, dtype_);
+  }
+
+ private:
+  const Checkpoint& checkpoint_;
+  at::Device device_;
+  at::ScalarType dtype_;
+};
+
+}  // namespace
+
+void check_tensors(const ModelConfig& config, const Checkpoint& checkpoint, Problems& problems) {
+  std::map<std::string, const TensorInfo*> present;
+  for (const TensorInfo& info : checkpoint.tensors()) present.emplace(info.name, &info);
+  std::set<std::string> expected;
+  for (const ParameterSpec& spec : parameter_specs(config)) {
+    expected.insert(spec.name);
+    const auto found = present.find(spec.name);
+    if (found == present.end()) {
+      std::string problem = spec.name + ": missing, expected " + shape_text(spec.shape);
+      if (spec.name == "lm_head.weight") problem += " (tie_word_embeddings is false)";
+      problems.add(problem);
+      continue;
+    }
+    const TensorInfo& info = *found->second;
+    if (info.shape != spec.shape) {
+      problems.add(spec.name + " in " + info.file.filename().string() + ": expected " +
+                   shape_text(spec.shape) + ", got " + shape_text(info.shape));
+    }
+    if (!is_floating(info.dtype)) {
+      problems.add(spec.name + " in " + info.file.filename().string() +
+                   ": expected F32, F16, BF16 or F64, got " + std::string(dtype_name(info.dtype)));
+    }
+  }
+  for (const auto& [name, info] : present) {
+    // With tied embeddings some writers store the shared matrix twice; transformers ignores it too.
+    if (name == "lm_head.weight" && config.tie_word_embeddings) continue;
+    if (!expected.contains(name)) {
+      problems.add(name + " in " + info->file.filename().string() +
+                   ": not a tensor of this architecture, got " + shape_text(info->shape));
+    }
+  }
+}
+
+at::ScalarType stored_dtype(const Checkpoint& checkpoint) {
+  std::map<DType, int64_t> elements;
+  for (const TensorInfo& info : checkpoint.tensors()) {
+    if (is_floating(info.dtype)) elements[info.dtype] += info.numel();
+  }
+  if (elements.empty()) return at::kFloat;
+  const auto largest =
+      std::max_element(elements.begin(), elements.end(),
+                       [](const auto& a, const auto& b) { return a.second < b.second; });
+  return to_scalar_type(largest->first);
+}
+
+at::Tensor checkpoint_tensor(const Checkpoint& checkpoint, const std::string& name) {
+  const TensorView view = checkpoint.tensor(name);
+  const at::ScalarType dtype = to_scalar_type(view.dtype);
+  const auto options = at::TensorOptions(dtype);
+  if (view.nbytes == 0) return at::empty(view.shape, options);
+  auto* data = const_cast<std::byte*>(view.data);
+  // The deleter holds the mapping alive for as long as the tensor.
+  return at::from_blob(
+      data, view.shape, [owner = view.owner](void*) {}, options);
+}
+
+std::shared_ptr<LlamaForCausalLM> load_model(const Checkpoint& checkpoint,
+                                             const LoadOptions& options) {
+  const ModelConfig config = parse_model_config(checkpoint.config(), checkpoint.path().string());
+  Problems problems(checkpoint.path().string());
+  check_tensors(config, checkpoint, problems);
+  problems.throw_if_any("config.json and the weights do not belong together, or a file is damaged");
+  const at::ScalarType stored = stored_dtype(checkpoint);
+  const at::ScalarType dtype = resolve_dtype(options.dtype, stored, options.device);
+  if (options.device.is_cpu() && dtype != stored) {
+    uint64_t elements = 0;
+    for (const TensorInfo& info : checkpoint.tensors()) {
+      elements += static_cast<uint64_t>(info.numel());
+    }
+    preflight_memory(elements * c10::elementSize(dtype),
+                     "loading " + checkpoint.path().string() + " as " + dtype_label(dtype));
+  }
+  CheckpointSource source(checkpoint, options.device, dtype);
+  auto model = std::make_shared<LlamaForCausalLM>(source, config);
+  model->eval();
+  return model;
+}
+
+}  // namespace hla

@@ -1,0 +1,14 @@
+// The subcommands of `hla`. Each add_… registers one; its callback parses, validates, makes one
+// library call and prints.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+namespace hla::tools {
+
+void add_convert(CLI::App& app);
+void add_info(CLI::App& app);
+void add_ppl(CLI::App& app);
+void add_tokenize(CLI::App& app);
+
+}  // namespace hla::tools

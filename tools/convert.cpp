@@ -1,0 +1,147 @@
+#include "hla/factorize/convert.h"
+
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "commands.h"
+#include "hla/core/data_dir.h"
+#include "hla/core/error.h"
+#include "hla/core/log.h"
+#include "hla/model/device.h"
+#include "options.h"
+
+namespace hla::tools {
+namespace {
+
+struct ConvertArguments {
+  std::string model;
+  std::string out;
+  std::string rope = "original";
+  std::string calib;
+  bool no_calib = false;
+  std::string key_weighting = to_string(FactorOptions{}.key_weighting);
+  std::string value_weighting = to_string(FactorOptions{}.value_weighting);
+  std::string json;
+  ConvertOptions options;
+  DeviceOptions device;
+};
+
+void print(const ConvertArguments& arguments, const ConvertReport& report) {
+  const int64_t base = report.base.base_cache_bytes_per_token(report.element_size);
+  const int64_t made = report.hla.cache_bytes_per_token(report.element_size);
+  double key_error = 0;
+  double value_error = 0;
+  for (const LayerReport& layer : report.layers) {
+    key_error += layer.key_error / static_cast<double>(report.layers.size());
+    value_error += layer.value_error / static_cast<double>(report.layers.size());
+  }
+  std::printf("converted      %s -> %s\n", arguments.model.c_str(), arguments.out.c_str());
+  std::printf("rope           %s\n", arguments.rope.c_str());
+  std::printf("calibration    %s, %lld tokens\n", report.calib_text.c_str(),
+              static_cast<long long>(report.calib_tokens));
+  std::printf("cache          %lld bytes per token, base %lld (%.1f %%)\n",
+              static_cast<long long>(made), static_cast<long long>(base),
+              100.0 * static_cast<double>(made) / static_cast<double>(base));
+  std::printf("parameters     %lld, base %lld\n", static_cast<long long>(report.hla_parameters),
+              static_cast<long long>(report.base_parameters));
+  std::printf("mean error     keys %.1f %%, values %.1f %% (by layer: %s/hla_report.json)\n",
+              100 * key_error, 100 * value_error, arguments.out.c_str());
+  std::printf("time           %.1f s\n", report.seconds);
+}
+
+void run_convert(ConvertArguments& arguments) {
+  ConvertOptions& options = arguments.options;
+  const auto rope = hla_rope_from_string(arguments.rope);
+  if (!rope) throw_usage("[--rope] expected original, latent or paper, got " + arguments.rope);
+  options.rope = *rope;
+  const auto key_weighting = key_weighting_from_string(arguments.key_weighting);
+  const auto value_weighting = value_weighting_from_string(arguments.value_weighting);
+  if (!key_weighting) throw_usage("[--key-weighting] unknown: " + arguments.key_weighting);
+  if (!value_weighting) throw_usage("[--value-weighting] unknown: " + arguments.value_weighting);
+  options.factors.key_weighting = *key_weighting;
+  options.factors.value_weighting = *value_weighting;
+  if (arguments.no_calib && !arguments.calib.empty()) {
+    throw_usage("--calib and --no-calib exclude each other");
+  }
+  if (!arguments.no_calib) {
+    options.calib = arguments.calib.empty() ? data_file("wikitext-2/wiki.valid.txt")
+                                            : std::filesystem::path(arguments.calib);
+  }
+  check_json_target(arguments.json, options.force);
+  const LoadOptions load = resolve(arguments.device);
+  options.device = load.device;
+  options.dtype = load.dtype;
+  const Checkpoint checkpoint = Checkpoint::open(arguments.model);
+  const ConvertReport report = convert(checkpoint, arguments.out, options);
+  if (arguments.json != "-") print(arguments, report);
+  if (!arguments.json.empty()) {
+    write_json_result(arguments.json, report.to_json(options), options.force);
+  }
+}
+
+}  // namespace
+
+void add_convert(CLI::App& app) {
+  auto arguments = std::make_shared<ConvertArguments>();
+  ConvertOptions& options = arguments->options;
+  CLI::App* command = app.add_subcommand("convert", "Converts a Llama checkpoint to HLA");
+  command
+      ->add_option("MODEL", arguments->model,
+                   "Model folder, HF id in the local cache, or "
+                   "llama2.c file")
+      ->required();
+  command->add_option("OUT", arguments->out, "Folder to make")->required();
+  command
+      ->add_option("--rope", arguments->rope,
+                   "original: keys rebuilt from unrotated latents; latent: rotated latents, no "
+                   "key need be rebuilt; paper: the seed's method")
+      ->capture_default_str();
+  command->add_option("--kv-ratio", options.kv_ratio,
+                      "Cached floats relative to the base, K and V on one basis (default 0.5)");
+  command->add_option("--k-rank", options.k_rank,
+                      "Cached floats of the keys on a basis of their own");
+  command->add_option("--v-rank", options.v_rank,
+                      "Cached floats of the values on a basis of their own");
+  command->add_option("--q-rank", options.q_rank, "Factorise the queries, too, to this rank");
+  command->add_option("--fast-frequencies", options.fast_frequencies,
+                      "With --kv-ratio: this many fast frequencies get a latent of their own");
+  command->add_option("--fast-floats", options.fast_floats, "The size of that latent");
+  command
+      ->add_option("--rotary-fraction", options.rotary_fraction,
+                   "paper: share of the latent pairs that turn")
+      ->capture_default_str();
+  command->add_option("--calib", arguments->calib,
+                      "Calibration text; default: the WikiText-2 validation split");
+  command->add_option("--calib-tokens", options.calib_tokens, "Tokens of it to use")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--calib-length", options.calib_length, "Tokens per calibration sequence")
+      ->check(CLI::Range(2, 1 << 20))
+      ->capture_default_str();
+  command->add_flag("--no-calib", arguments->no_calib, "Use the weights alone");
+  command->add_option("--key-weighting", arguments->key_weighting, "plain, input, query or fisher")
+      ->capture_default_str();
+  command
+      ->add_option("--value-weighting", arguments->value_weighting,
+                   "plain, input, output or averaged")
+      ->capture_default_str();
+  command
+      ->add_option("--value-weight", options.factors.value_weight,
+                   "Weight of the values against the keys in a joint basis")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--json", arguments->json, "Write the report to FILE as JSON; - for stdout");
+  command->add_flag("--force", options.force, "Replace an existing OUT (or --json file)");
+  add_device_options(*command, arguments->device);
+  command->footer(
+      "--dtype is the type of the written factors (auto: the checkpoint's own); the factorisation\n"
+      "itself is always done in fp64.\n\n"
+      "Examples:\n"
+      "  hla convert models/SmolLM2-135M-Instruct models/SmolLM2-HLA-50 --kv-ratio 0.5\n"
+      "  hla convert models/SmolLM2-135M-Instruct models/latent --rope latent --kv-ratio 0.5\n"
+      "  hla convert org/name out --k-rank 96 --v-rank 128 --calib my.txt --calib-tokens 32768");
+  command->callback([arguments] { run_convert(*arguments); });
+}
+
+}  // namespace hla::tools

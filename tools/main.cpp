@@ -1,0 +1,99 @@
+// hla: parses the command line, runs one subcommand and turns errors into exit codes.
+#include <ATen/Context.h>
+#include <c10/util/Exception.h>
+#include <torch/cuda.h>
+#include <torch/version.h>
+
+#include <CLI/CLI.hpp>
+#include <csignal>
+#include <iostream>
+#include <new>
+
+#include "commands.h"
+#include "hla/core/error.h"
+#include "hla/core/interrupt.h"
+#include "hla/core/log.h"
+#include "hla/core/version.h"
+
+namespace {
+
+using hla::ExitCode;
+
+std::string version_text() {
+  std::string text = std::string("hla ") + hla::version() + " (commit " + hla::version_commit() +
+                     ", " + hla::version_build_type() + ")\nlibtorch " + TORCH_VERSION + ", CUDA: ";
+  if (!at::hasCUDA()) return text + "not in this LibTorch";
+  const auto count = torch::cuda::is_available() ? torch::cuda::device_count() : 0;
+  return text + "in this LibTorch, " + std::to_string(count) + " usable device" +
+         (count == 1 ? "" : "s");
+}
+
+int report(ExitCode code, const std::string& message) {
+  hla::log_error(message);
+  return static_cast<int>(code);
+}
+
+int run(int argc, char** argv) {
+  CLI::App app{"Converts Llama checkpoints to HLA, low-rank latent attention, and measures them."};
+  app.name("hla");
+  app.set_version_flag("--version", version_text);
+  app.require_subcommand(1);
+  app.fallthrough();
+  bool verbose = false;
+  bool quiet = false;
+  app.add_flag("-v,--verbose", verbose, "More messages on stderr");
+  app.add_flag("-q,--quiet", quiet, "Only warnings and errors on stderr");
+  app.parse_complete_callback([&] {
+    hla::init_logging(verbose ? hla::LogLevel::kVerbose
+                      : quiet ? hla::LogLevel::kQuiet
+                              : hla::LogLevel::kNormal);
+  });
+  hla::tools::add_info(app);
+  hla::tools::add_ppl(app);
+  hla::tools::add_convert(app);
+  hla::tools::add_tokenize(app);
+  app.footer(
+      "Exit codes: 0 ok, 1 runtime, 2 usage, 3 bad input, 4 out of memory, 5 non-finite numbers,\n"
+      "130 and 143 interrupted.\n\n"
+      "Examples:\n"
+      "  hla info models/SmolLM2-135M-Instruct\n"
+      "  hla convert models/SmolLM2-135M-Instruct models/SmolLM2-HLA --kv-ratio 0.5\n"
+      "  hla ppl models/SmolLM2-HLA --windows 0,73,147");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    const int code = app.exit(error, std::cout, std::cerr);
+    return code == 0 ? 0 : static_cast<int>(ExitCode::kUsage);
+  }
+  return 0;
+}
+
+bool is_out_of_memory(const c10::Error& error) {
+  return dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
+         std::string_view(error.what_without_backtrace()).find("can't allocate memory") !=
+             std::string_view::npos;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  hla::install_interrupt_handlers();
+  std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit then shows as a write error
+  std::signal(SIGPIPE, SIG_IGN);
+  int code = 0;
+  try {
+    code = run(argc, argv);
+  } catch (const hla::Error& error) {
+    code = report(error.code(), error.what());
+  } catch (const c10::Error& error) {
+    code = is_out_of_memory(error) ? report(ExitCode::kOutOfMemory, error.what_without_backtrace())
+                                   : report(ExitCode::kRuntime, error.what_without_backtrace());
+  } catch (const std::bad_alloc&) {
+    code = report(ExitCode::kOutOfMemory, "out of memory");
+  } catch (const std::exception& error) {
+    code = report(ExitCode::kRuntime, error.what());
+  }
+  std::cout.flush();
+  if (!std::cout && code == 0) code = report(ExitCode::kRuntime, "stdout: write failed");
+  return code;
+}

@@ -1,0 +1,49 @@
+#include "options.h"
+
+#include <ATen/Parallel.h>
+
+#include <filesystem>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "hla/core/error.h"
+#include "hla/io/json_file.h"
+#include "hla/model/device.h"
+
+namespace hla::tools {
+
+void add_device_options(CLI::App& command, DeviceOptions& options) {
+  command.add_option("--device", options.device, "auto, cpu, cuda or cuda:N")
+      ->capture_default_str();
+  command
+      .add_option("--dtype", options.dtype,
+                  "auto, fp32, bf16, fp16 or fp64; auto is fp32 on the CPU and the checkpoint's "
+                  "own on CUDA")
+      ->capture_default_str();
+  command.add_option("--threads", options.threads, "CPU threads; 0: one per core")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+}
+
+LoadOptions resolve(const DeviceOptions& options) {
+  if (options.threads > 0) at::set_num_threads(options.threads);
+  return {.device = parse_device(options.device), .dtype = parse_dtype(options.dtype)};
+}
+
+void check_json_target(const std::string& target, bool force) {
+  if (target.empty() || target == "-" || force) return;
+  std::error_code error;
+  if (std::filesystem::is_regular_file(target, error)) {
+    throw_usage("[--json] " + target + " exists: use --force to replace it");
+  }
+}
+
+void write_json_result(const std::string& target, const nlohmann::json& value, bool force) {
+  if (target == "-") {
+    std::cout << value.dump(2) << "\n";
+  } else {
+    write_json_file(target, value, force);
+  }
+}
+
+}  // namespace hla::tools

@@ -1,0 +1,29 @@
+// Options that several subcommands share, declared once.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+
+#include "hla/model/load.h"
+
+namespace hla::tools {
+
+struct DeviceOptions {
+  std::string device = "auto";
+  std::string dtype = "auto";
+  int threads = 0;  // 0: as many as LibTorch takes, one per core
+};
+
+// Registers --device, --dtype and --threads.
+void add_device_options(CLI::App& command, DeviceOptions& options);
+
+// Applies --threads and resolves device and dtype.
+LoadOptions resolve(const DeviceOptions& options);
+
+// Writes a result for machines: to stdout for "-", else to a file, which --force may replace.
+// An existing file is refused before the work begins by check_json_target.
+void write_json_result(const std::string& target, const nlohmann::json& value, bool force);
+void check_json_target(const std::string& target, bool force);
+
+}  // namespace hla::tools
