@@ -1,0 +1,28 @@
+// Byte-level BPE from a tokenizer.json (GPT-2, Llama 3, cosmo2), as the Hugging Face `tokenizers`
+// library does it.
+#pragma once
+
+#include <memory>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+#include "hla/text/tokenizer.h"
+
+namespace hla {
+
+// Supported: no normalizer; pre-tokenizers Sequence, Digits, ByteLevel, Split; model BPE with
+// merges as pairs or strings, ignore_merges; added tokens, special or not; post-processors
+// ByteLevel, TemplateProcessing, Sequence; decoder ByteLevel. Names everything else that the file
+// asks for.
+std::vector<std::string> unsupported_by_bpe(const nlohmann::json& tokenizer_json);
+
+// Throws kBadInput, with `source` as the subject, for what is unsupported or malformed.
+//
+// Invalid UTF-8 is read as U+FFFD, as Python hands it to the reference library. A byte that has no
+// token is dropped silently, as the reference library does when unk_token is null (cosmo2 lacks 21
+// bytes, among them 04 and 06).
+std::unique_ptr<Tokenizer> load_bpe(const nlohmann::json& tokenizer_json, const std::string& source,
+                                    const TokenizerSettings& settings);
+
+}  // namespace hla

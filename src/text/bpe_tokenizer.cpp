@@ -1,0 +1,776 @@
+#include "hla/text/bpe_tokenizer.h"
+
+#include <algorithm>
+#include <array>
+#include <deque>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <queue>
+#include <unordered_map>
+#include <utility>
+
+#include "hla/core/error.h"
+#include "hla/io/json_file.h"
+#include "hla/text/regex.h"
+#include "hla/text/unicode.h"
+
+namespace hla {
+namespace {
+
+using nlohmann::json;
+
+constexpr const char* kGpt2Pattern =
+    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+
+// ---- reading JSON ----
+
+const json& member(const json& object, const char* key) {
+  static const json null;
+  if (!object.is_object()) return null;
+  const auto found = object.find(key);
+  return found == object.end() ? null : *found;
+}
+std::string type_of(const json& object) {
+  const json& type = member(object, "type");
+  return type.is_string() ? type.get<std::string>() : "(no type)";
+}
+bool flag(const json& object, const char* key, bool fallback) {
+  const json& value = member(object, key);
+  return value.is_boolean() ? value.get<bool>() : fallback;
+}
+// Null, false, "" and 0 ask for nothing.
+bool is_set(const json& value) {
+  return !value.is_null() && value != false && value != "" && value != 0.0 && value != 0;
+}
+
+// The parts of a Sequence (under `key`), or the component itself; nothing for null.
+std::vector<json> parts_of(const json& component, const char* key) {
+  if (component.is_null()) return {};
+  if (type_of(component) != "Sequence") return {component};
+  std::vector<json> result;
+  for (const json& part : member(component, key)) {
+    for (json& inner : parts_of(part, key)) result.push_back(std::move(inner));
+  }
+  return result;
+}
+
+// ---- the byte-level alphabet ----
+
+// GPT-2's bijection from bytes to printable characters.
+std::array<char32_t, 256> byte_alphabet() {
+  std::array<char32_t, 256> table;
+  char32_t next = 256;
+  for (char32_t byte = 0; byte < 256; ++byte) {
+    const bool printable = (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte <= 0xAC) ||
+                           (byte >= 0xAE && byte <= 0xFF);
+    table[byte] = printable ? byte : next++;
+  }
+  return table;
+}
+
+// A token's characters as the bytes they stand for; nullopt if one is not of the alphabet.
+class Alphabet {
+ public:
+  Alphabet() {
+    const auto table = byte_alphabet();
+    for (size_t byte = 0; byte < 256; ++byte) {
+      std::string utf8;
+      append_utf8(utf8, table[byte]);
+      bytes_.emplace(utf8, static_cast<char>(byte));
+      utf8_[byte] = utf8;
+    }
+  }
+  std::optional<std::string> to_bytes(std::string_view token) const {
+    std::string result;
+    for (size_t i = 0; i < token.size();) {
+      // The alphabet's characters are all one or two bytes long.
+      const size_t length = static_cast<unsigned char>(token[i]) < 0x80 ? 1 : 2;
+      const auto found = bytes_.find(std::string(token.substr(i, length)));
+      if (found == bytes_.end()) return std::nullopt;
+      result += found->second;
+      i += length;
+    }
+    return result;
+  }
+  const std::string& utf8(size_t byte) const { return utf8_[byte]; }
+
+ private:
+  std::unordered_map<std::string, char> bytes_;
+  std::array<std::string, 256> utf8_;
+};
+
+// ---- pre-tokenizers ----
+
+enum class Behavior { kIsolated, kRemoved, kMergedWithPrevious, kMergedWithNext, kContiguous };
+
+constexpr std::array<std::pair<const char*, Behavior>, 5> kBehaviors = {{
+    {"Isolated", Behavior::kIsolated},
+    {"Removed", Behavior::kRemoved},
+    {"MergedWithPrevious", Behavior::kMergedWithPrevious},
+    {"MergedWithNext", Behavior::kMergedWithNext},
+    {"Contiguous", Behavior::kContiguous},
+}};
+
+std::optional<Behavior> behavior_of(const json& value) {
+  for (const auto& [name, behavior] : kBehaviors) {
+    if (value == name) return behavior;
+  }
+  return std::nullopt;
+}
+
+struct Span {
+  size_t begin;
+  size_t end;
+  bool matched;
+};
+
+// The spans joined as SplitDelimiterBehavior of the reference library does it.
+std::vector<Span> apply_behavior(std::vector<Span> spans, Behavior behavior) {
+  std::vector<Span> result;
+  switch (behavior) {
+    case Behavior::kIsolated:
+      return spans;
+    case Behavior::kRemoved:
+      std::erase_if(spans, [](const Span& span) { return span.matched; });
+      return spans;
+    case Behavior::kContiguous:
+      for (const Span& span : spans) {
+        if (!result.empty() && result.back().matched == span.matched) {
+          result.back().end = span.end;
+        } else {
+          result.push_back(span);
+        }
+      }
+      return result;
+    case Behavior::kMergedWithPrevious: {
+      bool previous = false;
+      for (const Span& span : spans) {
+        if (span.matched && !previous && !result.empty()) {
+          result.back().end = span.end;
+        } else {
+          result.push_back(span);
+        }
+        previous = span.matched;
+      }
+      return result;
+    }
+    case Behavior::kMergedWithNext: {
+      bool previous = false;
+      for (size_t i = spans.size(); i-- > 0;) {
+        const Span& span = spans[i];
+        if (span.matched && !previous && !result.empty()) {
+          result.back().begin = span.begin;
+        } else {
+          result.push_back(span);
+        }
+        previous = span.matched;
+      }
+      std::reverse(result.begin(), result.end());
+      return result;
+    }
+  }
+  return spans;
+}
+
+// One step: splits a piece by a pattern, after putting a space before it if asked to.
+struct Step {
+  std::optional<Regex> pattern;  // absent: the piece stays whole
+  Behavior behavior = Behavior::kIsolated;
+  bool invert = false;
+  bool add_prefix_space = false;
+};
+
+std::string escape_literal(const std::string& text) {
+  std::string result;
+  for (const char c : text) {
+    if (static_cast<unsigned char>(c) < 0x80 && !std::isalnum(static_cast<unsigned char>(c))) {
+      result += '\\';
+    }
+    result += c;
+  }
+  return result;
+}
+
+Step make_step(const json& part) {
+  Step step;
+  const std::string type = type_of(part);
+  if (type == "Digits") {
+    step.pattern.emplace(R"(\p{N})");
+    if (!flag(part, "individual_digits", false)) step.behavior = Behavior::kContiguous;
+  } else if (type == "ByteLevel") {
+    step.add_prefix_space = flag(part, "add_prefix_space", true);
+    if (flag(part, "use_regex", true)) step.pattern.emplace(kGpt2Pattern);
+  } else {  // Split
+    const json& pattern = member(part, "pattern");
+    const json& regex = member(pattern, "Regex");
+    step.pattern.emplace(regex.is_string()
+                             ? regex.get<std::string>()
+                             : escape_literal(member(pattern, "String").get<std::string>()));
+    step.behavior = *behavior_of(member(part, "behavior"));
+    step.invert = flag(part, "invert", false);
+  }
+  return step;
+}
+
+// ---- merging ----
+
+struct Merge {
+  int32_t rank;
+  int32_t id;
+};
+
+class MergeTable {
+ public:
+  void add(int32_t left, int32_t right, Merge merge) {
+    table_.try_emplace(key(left, right), merge);
+  }
+  const Merge* find(int32_t left, int32_t right) const {
+    const auto found = table_.find(key(left, right));
+    return found == table_.end() ? nullptr : &found->second;
+  }
+  void reserve(size_t count) { table_.reserve(count); }
+
+ private:
+  struct Hash {
+    size_t operator()(uint64_t x) const {
+      x *= 0x9E3779B97F4A7C15u;
+      return x ^ x >> 32;
+    }
+  };
+  static uint64_t key(int32_t left, int32_t right) {
+    return uint64_t{static_cast<uint32_t>(left)} << 32 | static_cast<uint32_t>(right);
+  }
+  std::unordered_map<uint64_t, Merge, Hash> table_;
+};
+
+// Merges the lowest rank first, leftmost on ties, until none applies. O(n²), best for words.
+void merge_short(std::vector<int32_t>& ids, const MergeTable& merges) {
+  while (ids.size() > 1) {
+    const Merge* best = nullptr;
+    size_t best_at = 0;
+    for (size_t i = 0; i + 1 < ids.size(); ++i) {
+      const Merge* merge = merges.find(ids[i], ids[i + 1]);
+      if (merge != nullptr && (best == nullptr || merge->rank < best->rank)) {
+        best = merge;
+        best_at = i;
+      }
+    }
+    if (best == nullptr) return;
+    ids[best_at] = best->id;
+    ids.erase(ids.begin() + static_cast<std::ptrdiff_t>(best_at) + 1);
+  }
+}
+
+// The same result in O(n log n): a heap of candidate merges over a linked list of symbols.
+void merge_long(std::vector<int32_t>& ids, const MergeTable& merges) {
+  struct Candidate {
+    int32_t rank;
+    int32_t at;
+    int32_t left;  // the symbols that it was found for: stale when they have changed
+    int32_t right;
+    bool operator>(const Candidate& other) const {
+      return rank != other.rank ? rank > other.rank : at > other.at;
+    }
+  };
+  const auto count = static_cast<int32_t>(ids.size());
+  std::vector<int32_t> next(ids.size());
+  std::vector<int32_t> previous(ids.size());
+  for (int32_t i = 0; i < count; ++i) {
+    next[static_cast<size_t>(i)] = i + 1 < count ? i + 1 : -1;
+    previous[static_cast<size_t>(i)] = i - 1;
+  }
+  const auto id = [&](int32_t i) -> int32_t& { return ids[static_cast<size_t>(i)]; };
+  std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> heap;
+  const auto push = [&](int32_t i) {
+    if (i < 0 || next[static_cast<size_t>(i)] < 0) return;
+    const int32_t right = id(next[static_cast<size_t>(i)]);
+    if (const Merge* merge = merges.find(id(i), right)) heap.push({merge->rank, i, id(i), right});
+  };
+  for (int32_t i = 0; i < count; ++i) push(i);
+  constexpr int32_t kGone = -1;
+  while (!heap.empty()) {
+    const Candidate top = heap.top();
+    heap.pop();
+    if (id(top.at) != top.left) continue;
+    const int32_t right = next[static_cast<size_t>(top.at)];
+    if (right < 0 || id(right) != top.right) continue;
+    id(top.at) = merges.find(top.left, top.right)->id;
+    id(right) = kGone;
+    const int32_t after = next[static_cast<size_t>(right)];
+    next[static_cast<size_t>(top.at)] = after;
+    if (after >= 0) previous[static_cast<size_t>(after)] = top.at;
+    push(previous[static_cast<size_t>(top.at)]);
+    push(top.at);
+  }
+  std::erase(ids, kGone);
+}
+
+// ---- added tokens ----
+
+struct AddedToken {
+  std::string content;
+  int32_t id = 0;
+  bool special = false;
+  bool lstrip = false;
+  bool rstrip = false;
+  bool single_word = false;
+};
+
+// Finds the longest added token at each place, from left to right.
+class AddedTokenFinder {
+ public:
+  void add(AddedToken token) {
+    if (token.content.empty()) return;
+    auto& list = by_first_byte_[static_cast<unsigned char>(token.content[0])];
+    list.push_back(std::move(token));
+    std::stable_sort(list.begin(), list.end(), [](const AddedToken& a, const AddedToken& b) {
+      return a.content.size() > b.content.size();
+    });
+  }
+
+  // Calls text(begin, end) and token(id) in order.
+  template <typename OnText, typename OnToken>
+  void split(std::string_view text, OnText on_text, OnToken on_token) const {
+    size_t done = 0;
+    for (size_t i = 0; i < text.size();) {
+      const AddedToken* token = longest_at(text, i);
+      if (token == nullptr) {
+        ++i;
+        continue;
+      }
+      size_t begin = i;
+      size_t end = i + token->content.size();
+      if (token->single_word && (is_word_before(text, begin) || is_word_at(text, end))) {
+        i = end;
+        continue;
+      }
+      if (token->lstrip) begin = std::max(done, trim_left(text, begin));
+      if (token->rstrip) end = skip_spaces(text, end);
+      if (begin > done) on_text(text.substr(done, begin - done));
+      on_token(token->id);
+      done = end;
+      i = std::max(end, i + 1);
+    }
+    if (done < text.size()) on_text(text.substr(done));
+  }
+
+ private:
+  const AddedToken* longest_at(std::string_view text, size_t i) const {
+    for (const AddedToken& token : by_first_byte_[static_cast<unsigned char>(text[i])]) {
+      if (text.compare(i, token.content.size(), token.content) == 0) return &token;
+    }
+    return nullptr;
+  }
+  bool is_word_at(std::string_view text, size_t i) const {
+    bool found = false;
+    if (i < text.size()) {
+      word_.find_all(text.substr(i, character_length(text, i)),
+                     [&](size_t, size_t) { found = true; });
+    }
+    return found;
+  }
+  bool is_word_before(std::string_view text, size_t i) const {
+    return i > 0 && is_word_at(text, previous_character(text, i));
+  }
+  static size_t character_length(std::string_view text, size_t i) {
+    size_t end = i + 1;
+    while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) ++end;
+    return end - i;
+  }
+  static size_t previous_character(std::string_view text, size_t i) {
+    --i;
+    while (i > 0 && (static_cast<unsigned char>(text[i]) & 0xC0) == 0x80) --i;
+    return i;
+  }
+  bool is_space_at(std::string_view text, size_t i) const {
+    bool found = false;
+    space_.find_all(text.substr(i, character_length(text, i)),
+                    [&](size_t, size_t) { found = true; });
+    return found;
+  }
+  size_t trim_left(std::string_view text, size_t i) const {
+    while (i > 0 && is_space_at(text, previous_character(text, i))) i = previous_character(text, i);
+    return i;
+  }
+  size_t skip_spaces(std::string_view text, size_t i) const {
+    while (i < text.size() && is_space_at(text, i)) i += character_length(text, i);
+    return i;
+  }
+
+  std::array<std::vector<AddedToken>, 256> by_first_byte_;
+  Regex word_{R"(\w)"};
+  Regex space_{R"(\s)"};
+};
+
+// ---- the tokenizer ----
+
+class BpeTokenizer : public Tokenizer {
+ public:
+  BpeTokenizer(const json& root, const std::string& source, const TokenizerSettings& settings) {
+    Problems problems(source);
+    for (const std::string& name : unsupported_by_bpe(root)) {
+      problems.add("not supported: " + name);
+    }
+    problems.throw_if_any("use a folder with a tokenizer.model, or report the tokenizer");
+    load_vocabulary(member(root, "model"), problems);
+    load_added_tokens(member(root, "added_tokens"), problems);
+    problems.throw_if_any();
+    load_merges(member(root, "model"), problems);
+    for (const json& part : parts_of(member(root, "pre_tokenizer"), "pretokenizers")) {
+      steps_.push_back(make_step(part));
+    }
+    for (const json& part : parts_of(member(root, "post_processor"), "processors")) {
+      if (type_of(part) == "TemplateProcessing") load_template(part, problems);
+    }
+    const auto special = [&](const std::optional<std::string>& token, const char* what) {
+      std::optional<int32_t> id;
+      if (token) {
+        id = token_to_id(*token);
+        if (!id) problems.add(std::string(what) + " " + *token + ": not in the vocabulary");
+      }
+      return id;
+    };
+    bos_ = special(settings.bos_token, "bos_token");
+    eos_ = special(settings.eos_token, "eos_token");
+    problems.throw_if_any();
+  }
+
+  std::vector<int32_t> encode(std::string_view raw, bool add_special_tokens) const override {
+    std::string sanitized;
+    std::string_view text = raw;
+    if (!is_valid_utf8(raw)) {
+      sanitized = sanitize_utf8(raw);
+      text = sanitized;
+    }
+    Run run;
+    if (add_special_tokens) run.ids = prefix_;
+    const auto emit = [&](int32_t id) { run.ids.push_back(id); };
+    // As the reference: tokens that are not to be normalized are taken out first.
+    plain_finder_.split(
+        text,
+        [&](std::string_view segment) {
+          normalized_finder_.split(
+              segment, [&](std::string_view piece) { encode_piece(piece, 0, run); }, emit);
+        },
+        emit);
+    if (add_special_tokens) run.ids.insert(run.ids.end(), suffix_.begin(), suffix_.end());
+    return std::move(run.ids);
+  }
+
+  std::string decode(const std::vector<int32_t>& ids, bool skip_special_tokens) const override {
+    std::string text;
+    for (const int32_t id : ids) {
+      check(id);
+      if (skip_special_tokens && special_[static_cast<size_t>(id)]) continue;
+      text += bytes_[static_cast<size_t>(id)];
+    }
+    return sanitize_utf8(text);
+  }
+
+  int64_t vocab_size() const override { return static_cast<int64_t>(tokens_.size()); }
+  std::optional<int32_t> token_to_id(const std::string& token) const override {
+    const auto found = ids_.find(token);
+    if (found == ids_.end()) return std::nullopt;
+    return found->second;
+  }
+  std::string id_to_token(int32_t id) const override {
+    check(id);
+    return tokens_[static_cast<size_t>(id)];
+  }
+  std::optional<int32_t> bos_id() const override { return bos_; }
+  std::optional<int32_t> eos_id() const override { return eos_; }
+  std::string kind() const override { return "byte-level BPE"; }
+
+ private:
+  // State of one encode(): its result and the words seen so far.
+  struct Run {
+    std::vector<int32_t> ids;
+    std::unordered_map<std::string_view, std::pair<size_t, size_t>> words;  // range of pool
+    std::vector<int32_t> pool;
+    std::vector<int32_t> symbols;
+    std::deque<std::string> storage;  // pieces that are not part of the text
+  };
+
+  void check(int32_t id) const {
+    if (id < 0 || id >= vocab_size() || !present_[static_cast<size_t>(id)]) {
+      throw_bad_input("tokenizer: id " + std::to_string(id) + " is not in the vocabulary");
+    }
+  }
+
+  void set_token(const std::string& token, int32_t id) {
+    if (static_cast<size_t>(id) >= tokens_.size()) {
+      const size_t size = static_cast<size_t>(id) + 1;
+      tokens_.resize(size);
+      bytes_.resize(size);
+      special_.resize(size, false);
+      present_.resize(size, false);
+    }
+    tokens_[static_cast<size_t>(id)] = token;
+    bytes_[static_cast<size_t>(id)] = alphabet_.to_bytes(token).value_or(token);
+    present_[static_cast<size_t>(id)] = true;
+    ids_[token] = id;
+  }
+
+  static bool is_id(const json& value) {
+    constexpr int64_t kMaxId = 1 << 24;
+    return value.is_number_integer() && value >= 0 && value < kMaxId;
+  }
+
+  void load_vocabulary(const json& model, Problems& problems) {
+    const json& vocab = member(model, "vocab");
+    if (!vocab.is_object() || vocab.empty()) {
+      problems.add("model.vocab: expected an object of tokens, got " + json_excerpt(vocab));
+      return;
+    }
+    for (const auto& [token, id] : vocab.items()) {
+      if (!is_id(id)) {
+        problems.add("model.vocab: token " + json_excerpt(token) + " has the id " +
+                     json_excerpt(id));
+        continue;
+      }
+      const auto number = id.get<int32_t>();
+      if (static_cast<size_t>(number) < present_.size() && present_[static_cast<size_t>(number)]) {
+        problems.add("model.vocab: id " + std::to_string(number) + " is given twice");
+      }
+      set_token(token, number);
+      if (auto bytes = alphabet_.to_bytes(token)) whole_words_[*bytes] = number;
+    }
+    for (size_t byte = 0; byte < 256; ++byte) {
+      byte_ids_[byte] = token_to_id(alphabet_.utf8(byte)).value_or(-1);
+    }
+    ignore_merges_ = flag(model, "ignore_merges", false);
+  }
+
+  void load_added_tokens(const json& added, Problems& problems) {
+    if (added.is_null()) return;
+    for (const json& entry : added) {
+      const json& content = member(entry, "content");
+      if (!content.is_string() || content.get<std::string>().empty() ||
+          !is_id(member(entry, "id"))) {
+        problems.add("added_tokens: expected content and id, got " + json_excerpt(entry));
+        continue;
+      }
+      AddedToken token;
+      token.content = content.get<std::string>();
+      token.id = member(entry, "id").get<int32_t>();
+      token.special = flag(entry, "special", false);
+      token.lstrip = flag(entry, "lstrip", false);
+      token.rstrip = flag(entry, "rstrip", false);
+      token.single_word = flag(entry, "single_word", false);
+      const auto known = token_to_id(token.content);
+      if (known && *known != token.id) {
+        problems.add("added_tokens: " + token.content + " has the id " + std::to_string(token.id) +
+                     " but " + std::to_string(*known) + " in the vocabulary");
+        continue;
+      }
+      set_token(token.content, token.id);
+      bytes_[static_cast<size_t>(token.id)] = token.content;
+      special_[static_cast<size_t>(token.id)] = token.special;
+      (flag(entry, "normalized", !token.special) ? normalized_finder_ : plain_finder_)
+          .add(std::move(token));
+    }
+  }
+
+  void load_merges(const json& model, Problems& problems) {
+    const json& merges = member(model, "merges");
+    if (!merges.is_array()) {
+      problems.add("model.merges: expected an array, got " + json_excerpt(merges));
+      return;
+    }
+    merges_.reserve(merges.size());
+    int32_t rank = 0;
+    for (const json& merge : merges) {
+      std::string left;
+      std::string right;
+      if (merge.is_string()) {
+        const auto text = merge.get<std::string>();
+        const size_t space = text.find(' ');
+        left = text.substr(0, space);
+        if (space != std::string::npos) right = text.substr(space + 1);
+      } else if (merge.is_array() && merge.size() == 2 && merge[0].is_string() &&
+                 merge[1].is_string()) {
+        left = merge[0].get<std::string>();
+        right = merge[1].get<std::string>();
+      }
+      const auto a = token_to_id(left);
+      const auto b = token_to_id(right);
+      const auto merged = token_to_id(left + right);
+      if (left.empty() || right.empty() || !a || !b || !merged) {
+        problems.add("model.merges[" + std::to_string(rank) +
+                     "]: expected two tokens of the vocabulary that make a third, got " +
+                     json_excerpt(merge));
+      } else {
+        merges_.add(*a, *b, {rank, *merged});
+      }
+      ++rank;
+    }
+  }
+
+  void load_template(const json& part, Problems& problems) {
+    bool before = true;
+    for (const json& item : member(part, "single")) {
+      if (item.contains("Sequence")) {
+        before = false;
+        continue;
+      }
+      const json& name = member(member(item, "SpecialToken"), "id");
+      const json& known = member(part, "special_tokens");
+      const json& ids = name.is_string()
+                            ? member(member(known, name.get<std::string>().c_str()), "ids")
+                            : member(known, "");
+      if (!ids.is_array()) {
+        problems.add("post_processor: no ids for " + json_excerpt(item));
+        continue;
+      }
+      for (const json& id : ids) {
+        if (!is_id(id) || id.get<int64_t>() >= vocab_size()) {
+          problems.add("post_processor: id " + json_excerpt(id) + " is not in the vocabulary");
+        } else {
+          (before ? prefix_ : suffix_).push_back(id.get<int32_t>());
+        }
+      }
+    }
+  }
+
+  void encode_piece(std::string_view piece, size_t step_index, Run& run) const {
+    if (piece.empty()) return;
+    if (step_index == steps_.size()) {
+      encode_word(piece, run);
+      return;
+    }
+    const Step& step = steps_[step_index];
+    if (step.add_prefix_space && piece.front() != ' ') {
+      piece = run.storage.emplace_back(" " + std::string(piece));
+    }
+    if (!step.pattern) {
+      encode_piece(piece, step_index + 1, run);
+      return;
+    }
+    const auto go_on = [&](const Span& span) {
+      encode_piece(piece.substr(span.begin, span.end - span.begin), step_index + 1, run);
+    };
+    if (step.behavior == Behavior::kIsolated) {
+      // The common case needs no list: a gap and a match are pieces alike.
+      size_t done = 0;
+      step.pattern->find_all(piece, [&](size_t begin, size_t end) {
+        if (begin > done) go_on({done, begin, false});
+        go_on({begin, end, true});
+        done = end;
+      });
+      if (done < piece.size()) go_on({done, piece.size(), false});
+      return;
+    }
+    std::vector<Span> spans;
+    size_t done = 0;
+    step.pattern->find_all(piece, [&](size_t begin, size_t end) {
+      if (begin > done) spans.push_back({done, begin, step.invert});
+      spans.push_back({begin, end, !step.invert});
+      done = end;
+    });
+    if (done < piece.size()) spans.push_back({done, piece.size(), step.invert});
+    for (const Span& span : apply_behavior(std::move(spans), step.behavior)) go_on(span);
+  }
+
+  void encode_word(std::string_view word, Run& run) const {
+    const auto known = run.words.find(word);
+    if (known != run.words.end()) {
+      const auto [begin, end] = known->second;
+      run.ids.insert(run.ids.end(), run.pool.begin() + static_cast<std::ptrdiff_t>(begin),
+                     run.pool.begin() + static_cast<std::ptrdiff_t>(end));
+      return;
+    }
+    std::vector<int32_t>& symbols = run.symbols;
+    symbols.clear();
+    const auto whole = ignore_merges_ ? whole_words_.find(std::string(word)) : whole_words_.end();
+    if (whole != whole_words_.end()) {
+      symbols.push_back(whole->second);
+    } else {
+      for (const char c : word) {
+        const int32_t id = byte_ids_[static_cast<unsigned char>(c)];
+        if (id >= 0) symbols.push_back(id);  // no token for this byte: dropped, as the reference
+      }
+      constexpr size_t kLong = 48;
+      symbols.size() < kLong ? merge_short(symbols, merges_) : merge_long(symbols, merges_);
+    }
+    run.words.emplace(word, std::pair(run.pool.size(), run.pool.size() + symbols.size()));
+    run.pool.insert(run.pool.end(), symbols.begin(), symbols.end());
+    run.ids.insert(run.ids.end(), symbols.begin(), symbols.end());
+  }
+
+  Alphabet alphabet_;
+  std::vector<std::string> tokens_;  // by id, as the file spells them
+  std::vector<std::string> bytes_;   // by id, decoded
+  std::vector<bool> special_;
+  std::vector<bool> present_;
+  std::unordered_map<std::string, int32_t> ids_;
+  std::unordered_map<std::string, int32_t> whole_words_;  // by decoded bytes
+  std::array<int32_t, 256> byte_ids_ = {};
+  MergeTable merges_;
+  bool ignore_merges_ = false;
+  std::vector<Step> steps_;
+  AddedTokenFinder plain_finder_;
+  AddedTokenFinder normalized_finder_;
+  std::vector<int32_t> prefix_;
+  std::vector<int32_t> suffix_;
+  std::optional<int32_t> bos_;
+  std::optional<int32_t> eos_;
+};
+
+}  // namespace
+
+std::vector<std::string> unsupported_by_bpe(const json& root) {
+  std::vector<std::string> names;
+  for (const json& part : parts_of(member(root, "normalizer"), "normalizers")) {
+    names.push_back("normalizer " + type_of(part));
+  }
+  bool byte_level = false;
+  for (const json& part : parts_of(member(root, "pre_tokenizer"), "pretokenizers")) {
+    const std::string type = type_of(part);
+    byte_level = byte_level || type == "ByteLevel";
+    if (type == "Split") {
+      const json& pattern = member(part, "pattern");
+      if (!member(pattern, "Regex").is_string() && !member(pattern, "String").is_string()) {
+        names.push_back("pre_tokenizer Split with pattern " + json_excerpt(pattern));
+      }
+      if (!behavior_of(member(part, "behavior"))) {
+        names.push_back("pre_tokenizer Split with behavior " +
+                        json_excerpt(member(part, "behavior")));
+      }
+    } else if (type != "Digits" && type != "ByteLevel") {
+      names.push_back("pre_tokenizer " + type);
+    }
+  }
+  const json& model = member(root, "model");
+  const std::string model_type = type_of(model);
+  if (model_type != "BPE") {
+    names.push_back("model " + model_type);
+  } else if (!byte_level) {
+    names.push_back("model BPE without a ByteLevel pre_tokenizer");
+  }
+  for (const char* key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+                          "byte_fallback"}) {
+    if (is_set(member(model, key))) {
+      names.push_back(std::string("model ") + key + " " + json_excerpt(member(model, key)));
+    }
+  }
+  for (const json& part : parts_of(member(root, "post_processor"), "processors")) {
+    const std::string type = type_of(part);
+    if (type != "ByteLevel" && type != "TemplateProcessing") {
+      names.push_back("post_processor " + type);
+    }
+  }
+  for (const json& part : parts_of(member(root, "decoder"), "decoders")) {
+    if (type_of(part) != "ByteLevel") names.push_back("decoder " + type_of(part));
+  }
+  for (const char* key : {"truncation", "padding"}) {
+    if (is_set(member(root, key))) names.push_back(key);
+  }
+  return names;
+}
+
+std::unique_ptr<Tokenizer> load_bpe(const json& root, const std::string& source,
+                                    const TokenizerSettings& settings) {
+  return std::make_unique<BpeTokenizer>(root, source, settings);
+}
+
+}  // namespace hla

@@ -1,0 +1,97 @@
+#include "hla/text/sentencepiece_tokenizer.h"
+
+#include <sentencepiece_processor.h>
+
+#include "hla/core/error.h"
+#include "hla/io/mapped_file.h"
+#include "hla/text/unicode.h"
+
+namespace hla {
+namespace {
+
+class SentencePieceTokenizer : public Tokenizer {
+ public:
+  SentencePieceTokenizer(const std::filesystem::path& file, const TokenizerSettings& settings)
+      : add_bos_(settings.add_bos_token.value_or(true)),
+        add_eos_(settings.add_eos_token.value_or(false)) {
+    const auto content = MappedFile::open(file);
+    const std::string_view bytes = content->text();
+    const auto status = processor_.LoadFromSerializedProto({bytes.data(), bytes.size()});
+    if (!status.ok() || processor_.GetPieceSize() <= 0) {
+      throw_bad_input(file.string() + ": not a SentencePiece model: " + status.ToString());
+    }
+    if (add_bos_ && !bos_id())
+      throw_bad_input(file.string() + ": BOS is to be added but there is none");
+    if (add_eos_ && !eos_id())
+      throw_bad_input(file.string() + ": EOS is to be added but there is none");
+  }
+
+  std::vector<int32_t> encode(std::string_view text, bool add_special_tokens) const override {
+    std::vector<int> ids;
+    const auto status = processor_.Encode({text.data(), text.size()}, &ids);
+    if (!status.ok()) throw_bad_input("SentencePiece: " + status.ToString());
+    std::vector<int32_t> result;
+    result.reserve(ids.size() + 2);
+    if (add_special_tokens && add_bos_) result.push_back(*bos_id());
+    result.insert(result.end(), ids.begin(), ids.end());
+    if (add_special_tokens && add_eos_) result.push_back(*eos_id());
+    return result;
+  }
+
+  std::string decode(const std::vector<int32_t>& ids, bool skip_special_tokens) const override {
+    std::vector<int> kept;
+    for (const int32_t id : ids) {
+      check(id);
+      // The library renders control pieces as nothing already; unlike it, transformers shows them
+      // unless they are skipped.
+      if (skip_special_tokens && processor_.IsControl(id)) continue;
+      kept.push_back(id);
+    }
+    std::string text;
+    const auto status = processor_.Decode(kept, &text);
+    if (!status.ok()) throw_bad_input("SentencePiece: " + status.ToString());
+    return sanitize_utf8(text);
+  }
+
+  int64_t vocab_size() const override { return processor_.GetPieceSize(); }
+
+  std::optional<int32_t> token_to_id(const std::string& token) const override {
+    const int id = processor_.PieceToId(token);
+    // The library answers an unknown piece with the id of <unk>.
+    if (processor_.IdToPiece(id) != token) return std::nullopt;
+    return id;
+  }
+
+  std::string id_to_token(int32_t id) const override {
+    check(id);
+    return processor_.IdToPiece(id);
+  }
+
+  std::optional<int32_t> bos_id() const override { return present(processor_.bos_id()); }
+  std::optional<int32_t> eos_id() const override { return present(processor_.eos_id()); }
+  std::string kind() const override { return "SentencePiece"; }
+
+ private:
+  static std::optional<int32_t> present(int id) {
+    if (id < 0) return std::nullopt;
+    return id;
+  }
+  void check(int32_t id) const {
+    if (id < 0 || id >= processor_.GetPieceSize()) {
+      throw_bad_input("tokenizer: id " + std::to_string(id) + " is not in the vocabulary");
+    }
+  }
+
+  sentencepiece::SentencePieceProcessor processor_;
+  bool add_bos_;
+  bool add_eos_;
+};
+
+}  // namespace
+
+std::unique_ptr<Tokenizer> load_sentencepiece(const std::filesystem::path& file,
+                                              const TokenizerSettings& settings) {
+  return std::make_unique<SentencePieceTokenizer>(file, settings);
+}
+
+}  // namespace hla

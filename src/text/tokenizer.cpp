@@ -1,0 +1,76 @@
+#include "hla/text/tokenizer.h"
+
+#include <nlohmann/json.hpp>
+
+#include "hla/core/error.h"
+#include "hla/core/log.h"
+#include "hla/io/json_file.h"
+#include "hla/text/bpe_tokenizer.h"
+#include "hla/text/sentencepiece_tokenizer.h"
+
+namespace hla {
+namespace {
+
+namespace fs = std::filesystem;
+
+// A token as "text" or {"content": "text"}; absent for null.
+std::optional<std::string> token_text(const nlohmann::json& config, const char* key,
+                                      Problems& problems) {
+  if (!has_key(config, key)) return std::nullopt;
+  const nlohmann::json& value = config[key];
+  if (value.is_string()) return value.get<std::string>();
+  if (value.is_object() && value.contains("content") && value["content"].is_string()) {
+    return value["content"].get<std::string>();
+  }
+  problems.add(std::string(key) + ": expected a token, got " + json_excerpt(value));
+  return std::nullopt;
+}
+
+TokenizerSettings read_settings(const fs::path& folder) {
+  TokenizerSettings settings;
+  const fs::path file = folder / "tokenizer_config.json";
+  if (!fs::exists(file)) return settings;
+  const nlohmann::json config = read_json_file(file);
+  Problems problems(file.string());
+  if (!config.is_object()) {
+    problems.add("expected an object, got " + json_excerpt(config));
+    problems.throw_if_any();
+  }
+  settings.bos_token = token_text(config, "bos_token", problems);
+  settings.eos_token = token_text(config, "eos_token", problems);
+  const auto boolean = [&](const char* key) -> std::optional<bool> {
+    if (!has_key(config, key)) return std::nullopt;
+    return get_bool(config, key, false, problems);
+  };
+  settings.add_bos_token = boolean("add_bos_token");
+  settings.add_eos_token = boolean("add_eos_token");
+  problems.throw_if_any();
+  return settings;
+}
+
+}  // namespace
+
+std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
+  std::error_code error;
+  const bool folder = fs::is_directory(path, error);
+  const fs::path parent = folder ? path : path.parent_path();
+  const fs::path json_file = folder ? path / "tokenizer.json" : path;
+  const fs::path model_file = folder ? path / "tokenizer.model" : path;
+  const bool has_json =
+      folder ? fs::is_regular_file(json_file, error) : path.extension() == ".json";
+  const bool has_model = folder ? fs::is_regular_file(model_file, error) : !has_json;
+  if (!has_json && !has_model) {
+    throw_bad_input(path.string() + ": no tokenizer.json and no tokenizer.model");
+  }
+  const TokenizerSettings settings = read_settings(parent);
+  if (has_json) {
+    const nlohmann::json root = read_json_file(json_file);
+    const std::vector<std::string> unsupported = unsupported_by_bpe(root);
+    if (unsupported.empty() || !has_model) return load_bpe(root, json_file.string(), settings);
+    log_debug(json_file.string() + ": " + unsupported.front() +
+              " is not supported, tokenizer.model is used");
+  }
+  return load_sentencepiece(model_file, settings);
+}
+
+}  // namespace hla

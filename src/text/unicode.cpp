@@ -1,0 +1,89 @@
+#include "hla/text/unicode.h"
+
+#include <cstdint>
+
+namespace hla {
+namespace {
+
+// Length of the valid sequence at `i`, or minus the length of the maximal invalid subpart there
+// (Unicode 15, table 3-7).
+int sequence_length(std::string_view text, size_t i) {
+  const auto byte = [&](size_t k) { return static_cast<uint8_t>(text[k]); };
+  const uint8_t lead = byte(i);
+  if (lead < 0x80) return 1;
+  int length = 0;
+  uint8_t low = 0x80;  // range of the second byte
+  uint8_t high = 0xBF;
+  if (lead >= 0xC2 && lead <= 0xDF) {
+    length = 2;
+  } else if (lead >= 0xE0 && lead <= 0xEF) {
+    length = 3;
+    if (lead == 0xE0) low = 0xA0;   // overlong
+    if (lead == 0xED) high = 0x9F;  // surrogates
+  } else if (lead >= 0xF0 && lead <= 0xF4) {
+    length = 4;
+    if (lead == 0xF0) low = 0x90;   // overlong
+    if (lead == 0xF4) high = 0x8F;  // beyond U+10FFFF
+  } else {
+    return -1;
+  }
+  for (int k = 1; k < length; ++k) {
+    const size_t at = i + static_cast<size_t>(k);
+    if (at >= text.size() || byte(at) < low || byte(at) > high) return -k;
+    low = 0x80;
+    high = 0xBF;
+  }
+  return length;
+}
+
+// First byte that is not part of a valid sequence, or the size.
+size_t valid_prefix(std::string_view text) {
+  size_t i = 0;
+  while (i < text.size()) {
+    const int length = sequence_length(text, i);
+    if (length < 0) return i;
+    i += static_cast<size_t>(length);
+  }
+  return i;
+}
+
+}  // namespace
+
+bool is_valid_utf8(std::string_view text) { return valid_prefix(text) == text.size(); }
+
+std::string sanitize_utf8(std::string_view text) {
+  size_t i = valid_prefix(text);
+  std::string result(text.substr(0, i));
+  while (i < text.size()) {
+    const int length = sequence_length(text, i);
+    if (length > 0) {
+      result.append(text.substr(i, static_cast<size_t>(length)));
+      i += static_cast<size_t>(length);
+    } else {
+      result += "\xEF\xBF\xBD";
+      i += static_cast<size_t>(-length);
+    }
+  }
+  return result;
+}
+
+void append_utf8(std::string& text, char32_t c) {
+  const auto put = [&](char32_t byte) { text += static_cast<char>(byte); };
+  if (c < 0x80) {
+    put(c);
+  } else if (c < 0x800) {
+    put(0xC0 | c >> 6);
+    put(0x80 | (c & 0x3F));
+  } else if (c < 0x10000) {
+    put(0xE0 | c >> 12);
+    put(0x80 | (c >> 6 & 0x3F));
+    put(0x80 | (c & 0x3F));
+  } else {
+    put(0xF0 | c >> 18);
+    put(0x80 | (c >> 12 & 0x3F));
+    put(0x80 | (c >> 6 & 0x3F));
+    put(0x80 | (c & 0x3F));
+  }
+}
+
+}  // namespace hla
