@@ -29,6 +29,8 @@ target_compile_options(hla_torch INTERFACE
   "SHELL:-idirafter ${HLA_TORCH_DIR}/include/torch/csrc/api/include")
 target_link_options(hla_torch INTERFACE "LINKER:-rpath,${HLA_TORCH_DIR}/lib")
 # --no-as-needed: nothing of ours refers to libtorch.so directly, but it brings CUDA along.
+# libstdc++ comes first: libtorch.so exports parts of std::filesystem from the older compiler that
+# built the wheel, and the ones that the dynamic linker finds first are used (remove_all crashes).
 target_link_libraries(hla_torch INTERFACE
-  -Wl,--no-as-needed "${HLA_TORCH_DIR}/lib/libtorch.so" -Wl,--as-needed
+  -Wl,--no-as-needed -lstdc++ "${HLA_TORCH_DIR}/lib/libtorch.so" -Wl,--as-needed
   "${HLA_TORCH_DIR}/lib/libtorch_cpu.so" "${HLA_TORCH_DIR}/lib/libc10.so")

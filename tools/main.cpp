@@ -1,6 +1,6 @@
 // hla: parses the command line, runs one subcommand and turns errors into exit codes.
-#include <ATen/Context.h>
 #include <c10/util/Exception.h>
+#include <dlfcn.h>
 #include <torch/cuda.h>
 #include <torch/version.h>
 
@@ -22,7 +22,10 @@ using hla::ExitCode;
 std::string version_text() {
   std::string text = std::string("hla ") + hla::version() + " (commit " + hla::version_commit() +
                      ", " + hla::version_build_type() + ")\nlibtorch " + TORCH_VERSION + ", CUDA: ";
-  if (!at::hasCUDA()) return text + "not in this LibTorch";
+  // at::hasCUDA() is about devices; whether the wheel has CUDA shows in what is loaded.
+  if (dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY) == nullptr) {
+    return text + "not in this LibTorch";
+  }
   const auto count = torch::cuda::is_available() ? torch::cuda::device_count() : 0;
   return text + "in this LibTorch, " + std::to_string(count) + " usable device" +
          (count == 1 ? "" : "s");

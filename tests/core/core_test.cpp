@@ -1,0 +1,67 @@
+// The small things of core: errors, progress, memory, hashes, data files.
+#include <cstdlib>
+
+#include "hla/core/data_dir.h"
+#include "hla/core/error.h"
+#include "hla/core/memory.h"
+#include "hla/core/progress.h"
+#include "hla/core/sha256.h"
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+using testing::error_of;
+using testing::source_path;
+
+TEST(ProblemsTest, ReportsAllProblemsInOneError) {
+  Problems problems("config.json");
+  problems.throw_if_any();  // none: nothing happens
+  problems.add("first");
+  problems.add("second");
+  const Error error = error_of([&] { problems.throw_if_any("do this"); });
+  EXPECT_EQ(error.code(), ExitCode::kBadInput);
+  EXPECT_STREQ(error.what(), "config.json: 2 problems\n  - first\n  - second\n  hint: do this");
+}
+
+TEST(ProblemsTest, CutsLongLists) {
+  Problems problems("x");
+  for (int i = 0; i < 30; ++i) problems.add("p" + std::to_string(i));
+  const std::string message = error_of([&] { problems.throw_if_any(); }).what();
+  EXPECT_NE(message.find("30 problems"), std::string::npos);
+  EXPECT_NE(message.find("and 10 more"), std::string::npos);
+  EXPECT_EQ(message.find("p20"), std::string::npos);
+}
+
+TEST(ProgressTest, RendersShareAndEta) {
+  EXPECT_EQ(Progress::render("windows", 1, 4, 10, "ppl 2.0"),
+            "[#####...............]  25%  1/4  windows  00:30 left  ppl 2.0");
+  EXPECT_EQ(Progress::render("windows", 4, 4, 10, ""), "[####################] 100%  4/4  windows");
+  EXPECT_NE(Progress::render("w", 1, 1001, 10, "").find("2:46:40 left"), std::string::npos);
+}
+
+TEST(MemoryTest, KnowsThisProcessAndRefusesTooMuch) {
+  EXPECT_GT(peak_rss_bytes(), 1u << 20);
+  EXPECT_GT(available_memory_bytes(), 1u << 20);
+  EXPECT_EQ(format_bytes(999), "999 B");
+  EXPECT_EQ(format_bytes(1'500'000'000), "1.50 GB");
+  EXPECT_NO_THROW(preflight_memory(1, "a byte"));
+  const Error error = error_of([] { preflight_memory(uint64_t{1} << 60, "a lot"); });
+  EXPECT_EQ(error.code(), ExitCode::kOutOfMemory);
+}
+
+TEST(Sha256Test, KnownDigests) {
+  EXPECT_EQ(sha256_hex("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  EXPECT_EQ(
+      sha256_hex(testing::read_file(source_path("data/wikitext-2/wiki.test.raw"))).substr(0, 8),
+      "173c87a5");
+}
+
+TEST(DataDirTest, FindsCommittedDataAndSaysWhereItLooked) {
+  EXPECT_TRUE(std::filesystem::exists(data_file("wikitext-2/wiki.test.raw")));
+  const Error error = error_of([] { data_file("no/such"); });
+  EXPECT_NE(std::string(error.what()).find("data/no/such"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace hla

@@ -1,0 +1,109 @@
+#include "hla/io/checkpoint.h"
+
+#include <cstring>
+#include <nlohmann/json.hpp>
+
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+using testing::error_of;
+using testing::read_file;
+using testing::source_path;
+using testing::TempDir;
+using testing::to_tensor;
+using testing::write_file;
+
+std::string message_of(const std::filesystem::path& path) {
+  const Error error = error_of([&] { Checkpoint::open(path.string()); });
+  EXPECT_EQ(error.code(), ExitCode::kBadInput);
+  return error.what();
+}
+
+TEST(CheckpointTest, ShardedEqualsItsIndex) {
+  const auto folder = source_path("tests/data/models/sharded");
+  const Checkpoint checkpoint = Checkpoint::open(folder.string());
+  const auto index = nlohmann::json::parse(read_file(folder / "model.safetensors.index.json"));
+  EXPECT_EQ(checkpoint.tensors().size(), index["weight_map"].size());
+  for (const TensorInfo& info : checkpoint.tensors()) {
+    EXPECT_EQ(info.file.filename(), index["weight_map"][info.name].get<std::string>());
+  }
+}
+
+TEST(CheckpointTest, IndexProblemsAreAllReported) {
+  const TempDir folder;
+  const auto copy = folder / "copy";
+  std::filesystem::copy(source_path("tests/data/models/sharded"), copy,
+                        std::filesystem::copy_options::recursive);
+  const auto file = copy / "model.safetensors.index.json";
+  auto index = nlohmann::json::parse(read_file(file));
+  index["weight_map"]["model.ghost.weight"] = "model-00001-of-00009.safetensors";
+  index["weight_map"]["model.evil.weight"] = "../outside.safetensors";
+  index["weight_map"].erase("model.norm.weight");
+  write_file(file, index.dump());
+  const std::string message = message_of(copy);
+  for (const char* part : {"00001-of-00009", "../outside", "model.norm.weight"}) {
+    EXPECT_NE(message.find(part), std::string::npos) << part << " in " << message;
+  }
+}
+
+TEST(CheckpointTest, MissingFiles) {
+  const TempDir folder;
+  std::string message = message_of(folder.path());
+  EXPECT_NE(message.find("config.json"), std::string::npos);
+  EXPECT_NE(message.find("safetensors"), std::string::npos);
+  write_file(folder / "config.json", "{");
+  EXPECT_NE(message_of(folder.path()).find("config.json"), std::string::npos);
+  write_file(folder / "config.json", "{}");
+  write_file(folder / "pytorch_model.bin", "");
+  EXPECT_NE(message_of(folder.path()).find("pytorch_model.bin"), std::string::npos);
+  EXPECT_NE(message_of("no/such").find("no/such"), std::string::npos);
+}
+
+TEST(CheckpointTest, Llama2cRowsBecomeHalfSplit) {
+  const Checkpoint checkpoint =
+      Checkpoint::open(source_path("data/stories260K/stories260K.bin").string());
+  EXPECT_EQ(checkpoint.kind(), "llama2.c");
+  EXPECT_EQ(checkpoint.config()["num_key_value_heads"], 4);
+  EXPECT_FALSE(checkpoint.has("lm_head.weight"));
+  ASSERT_TRUE(checkpoint.tokenizer_path());
+  EXPECT_EQ(checkpoint.tokenizer_path()->filename(), "tok512.model");
+  // The file itself: header, embeddings, attention norms, then wq of layer 0 (64 × 64).
+  const std::string bytes = read_file(source_path("data/stories260K/stories260K.bin"));
+  const size_t wq = 28 + 4 * (512 * 64 + 5 * 64);
+  const at::Tensor stored =
+      at::from_blob(const_cast<char*>(bytes.data()) + wq, {64, 64}, at::kFloat).clone();
+  const at::Tensor q = to_tensor(checkpoint.tensor("model.layers.0.self_attn.q_proj.weight"));
+  for (int64_t head = 0; head < 8; ++head) {
+    for (int64_t i = 0; i < 4; ++i) {
+      EXPECT_TRUE(q[head * 8 + i].equal(stored[head * 8 + 2 * i]));
+      EXPECT_TRUE(q[head * 8 + i + 4].equal(stored[head * 8 + 2 * i + 1]));
+    }
+  }
+}
+
+TEST(CheckpointTest, Llama2cHeaderIsNotTrusted) {
+  const TempDir folder;
+  const std::string good = read_file(source_path("data/stories260K/stories260K.bin"));
+  const auto with = [&](size_t field, int32_t value) {
+    std::string bytes = good;
+    std::memcpy(bytes.data() + 4 * field, &value, 4);
+    write_file(folder / "a.bin", bytes);
+    return message_of(folder / "a.bin");
+  };
+  for (size_t field = 0; field < 7; ++field) {
+    with(field, 0);
+    with(field, 2'000'000'000);
+    with(field, -7);
+  }
+  write_file(folder / "a.bin", good.substr(0, good.size() - 4));
+  message_of(folder / "a.bin");
+  write_file(folder / "a.bin", good + "more");
+  message_of(folder / "a.bin");
+  write_file(folder / "a.bin", "short");
+  message_of(folder / "a.bin");
+}
+
+}  // namespace
+}  // namespace hla

@@ -1,0 +1,122 @@
+#include "hla/model/config.h"
+
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+using nlohmann::json;
+using testing::error_of;
+
+json good() {
+  return {{"model_type", "llama"},  {"hidden_size", 32},        {"intermediate_size", 40},
+          {"num_hidden_layers", 2}, {"num_attention_heads", 4}, {"vocab_size", 96}};
+}
+
+std::string message_of(const json& config) {
+  const Error error = error_of([&] { parse_model_config(config, "config.json"); });
+  EXPECT_EQ(error.code(), ExitCode::kBadInput);
+  return error.what();
+}
+
+TEST(ModelConfigTest, DefaultsAreThoseOfTransformers) {
+  const ModelConfig config = parse_model_config(good(), "config.json");
+  EXPECT_EQ(config.num_key_value_heads, 4);
+  EXPECT_EQ(config.head_dim, 8);
+  EXPECT_EQ(config.max_position_embeddings, 2048);
+  EXPECT_DOUBLE_EQ(config.rms_norm_eps, 1e-6);
+  EXPECT_DOUBLE_EQ(config.rope.theta, 10000.0);
+  EXPECT_FALSE(config.tie_word_embeddings);
+  EXPECT_FALSE(config.attention_bias);
+  EXPECT_EQ(config.hidden_act, Activation::kSilu);
+  EXPECT_EQ(config.cache_bytes_per_token(4), 2 * 2 * 4 * 8 * 4);
+}
+
+TEST(ModelConfigTest, ReadsBothRopeStyles) {
+  json old_style = good();
+  old_style["rope_theta"] = 5e5;
+  old_style["rope_scaling"] = {{"type", "linear"}, {"factor", 2.0}};
+  json new_style = good();
+  new_style["rope_parameters"] = {{"rope_type", "linear"}, {"factor", 2.0}, {"rope_theta", 5e5}};
+  for (const json& text : {old_style, new_style}) {
+    const ModelConfig config = parse_model_config(text, "config.json");
+    EXPECT_EQ(config.rope.type, RopeType::kLinear);
+    EXPECT_DOUBLE_EQ(config.rope.factor, 2.0);
+    EXPECT_DOUBLE_EQ(config.rope.theta, 5e5);
+  }
+}
+
+TEST(ModelConfigTest, CollectsEveryProblem) {
+  json config = good();
+  config.erase("vocab_size");
+  config["hidden_size"] = -1;
+  config["rms_norm_eps"] = "small";
+  config["hidden_act"] = "mish";
+  const std::string message = message_of(config);
+  for (const char* part : {"vocab_size: missing", "hidden_size", "rms_norm_eps", "mish"}) {
+    EXPECT_NE(message.find(part), std::string::npos) << part << " in " << message;
+  }
+}
+
+TEST(ModelConfigTest, RefusesContradictions) {
+  json config = good();
+  config["num_key_value_heads"] = 3;
+  EXPECT_NE(message_of(config).find("not a multiple of num_key_value_heads"), std::string::npos);
+  config = good();
+  config["hidden_size"] = 30;
+  EXPECT_NE(message_of(config).find("head_dim is absent"), std::string::npos);
+  config = good();
+  config["head_dim"] = 7;
+  EXPECT_NE(message_of(config).find("even number"), std::string::npos);
+  config = good();
+  config["rope_theta"] = 1e4;
+  config["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 1e5}};
+  EXPECT_NE(message_of(config).find("contradicts"), std::string::npos);
+  config = good();
+  config["rope_scaling"] = {{"rope_type", "longrope"}, {"factor", 2}};
+  EXPECT_NE(message_of(config).find("longrope"), std::string::npos);
+}
+
+TEST(ModelConfigTest, RefusesOtherArchitecturesByName) {
+  json config = good();
+  config["model_type"] = "mamba";
+  EXPECT_NE(message_of(config).find("got \"mamba\""), std::string::npos);
+  EXPECT_NE(message_of(json::object()).find("model_type"), std::string::npos);
+  EXPECT_NE(message_of(json::array()).find("expected an object"), std::string::npos);
+}
+
+TEST(ModelConfigTest, HlaRoundTrip) {
+  ModelConfig config = parse_model_config(good(), "config.json");
+  HlaLayerConfig layer;
+  layer.fast_frequencies = 2;
+  layer.k_ranks = {3, 1};
+  layer.kv_rank = 10;
+  HlaLayerConfig other = layer;
+  other.k_ranks = {4, 0};
+  other.kv_rank = 6;
+  config.hla = HlaConfig{HlaRope::kLatent, 1.0, {layer, other}};
+  const json text = hla_config_json(config);
+  EXPECT_EQ(text["model_type"], "hla");
+  const ModelConfig again = parse_model_config(text, "config.json");
+  ASSERT_TRUE(again.hla);
+  EXPECT_EQ(again.hla->layers[0].k_ranks, layer.k_ranks);
+  EXPECT_EQ(again.cache_floats(0), 18);
+  EXPECT_EQ(again.cache_floats(1), 14);
+  EXPECT_EQ(again.cache_bytes_per_token(2), 64);
+  EXPECT_EQ(again.base_cache_bytes_per_token(2), 2 * 2 * 4 * 8 * 2);
+
+  json damaged = text;
+  damaged["hla"]["layers"][1]["k_ranks"] = {5, 0};  // more than K
+  EXPECT_NE(message_of(damaged).find("layers[1].k_ranks"), std::string::npos);
+  damaged = text;
+  damaged["hla"]["layers"].erase(0);
+  EXPECT_NE(message_of(damaged).find("array of 2 layers"), std::string::npos);
+  damaged = text;
+  damaged["hla"]["format_version"] = 9;
+  damaged["hla"]["rope"] = "spiral";
+  EXPECT_NE(message_of(damaged).find("spiral"), std::string::npos);
+  EXPECT_NE(message_of(damaged).find("format_version"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace hla

@@ -1,0 +1,105 @@
+// Helpers that tests of several layers share.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <string>
+
+#include "hla/core/error.h"
+#include "hla/io/safetensors.h"
+#include "hla/model/device.h"
+
+namespace hla::testing {
+
+inline std::filesystem::path source_path(const std::string& relative) {
+  return std::filesystem::path(HLA_SOURCE_DIR) / relative;
+}
+
+// A folder of its own, removed at the end.
+class TempDir {
+ public:
+  TempDir() {
+    std::string pattern = (std::filesystem::temp_directory_path() / "hla_test_XXXXXX").string();
+    if (mkdtemp(pattern.data()) == nullptr) throw_runtime("mkdtemp failed");
+    path_ = pattern;
+  }
+  ~TempDir() {
+    std::error_code error;
+    std::filesystem::remove_all(path_, error);
+  }
+  TempDir(const TempDir&) = delete;
+  TempDir& operator=(const TempDir&) = delete;
+  const std::filesystem::path& path() const { return path_; }
+  std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+inline std::string read_file(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream content;
+  content << file.rdbuf();
+  return content.str();
+}
+
+inline void write_file(const std::filesystem::path& path, const std::string& content) {
+  std::ofstream file(path, std::ios::binary);
+  file << content;
+}
+
+inline at::Tensor to_tensor(const TensorView& view) {
+  return at::from_blob(const_cast<std::byte*>(view.data), view.shape,
+                       at::TensorOptions(to_scalar_type(view.dtype)))
+      .clone();
+}
+
+// What a shell command printed, and its exit code.
+struct CommandResult {
+  int code = -1;
+  std::string out;
+  std::string err;
+};
+
+inline CommandResult run_command(const std::string& command) {
+  const TempDir folder;
+  const std::string line =
+      "{ " + command + "\n} >" + (folder / "out").string() + " 2>" + (folder / "err").string();
+  CommandResult result;
+  const int status = std::system(line.c_str());
+  result.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  result.out = read_file(folder / "out");
+  result.err = read_file(folder / "err");
+  return result;
+}
+
+// Runs the program under test.
+inline CommandResult run_hla(const std::string& arguments) {
+  return run_command(std::string(HLA_BINARY) + " " + arguments);
+}
+
+// The error that `action` throws; fails the test when it throws none.
+template <typename Action>
+Error error_of(Action action) {
+  try {
+    action();
+  } catch (const Error& error) {
+    return error;
+  }
+  ADD_FAILURE() << "expected an hla::Error";
+  return Error(ExitCode::kOk, "");
+}
+
+inline double max_abs_difference(const at::Tensor& a, const at::Tensor& b) {
+  return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
+}
+
+}  // namespace hla::testing

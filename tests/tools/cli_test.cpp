@@ -1,0 +1,172 @@
+// The program as a user meets it: outputs, exit codes, and that nothing is lost.
+#include <chrono>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+using testing::CommandResult;
+using testing::read_file;
+using testing::run_command;
+using testing::run_hla;
+using testing::source_path;
+using testing::TempDir;
+using testing::write_file;
+
+std::string stories() { return source_path("data/stories260K/stories260K.bin").string(); }
+
+TEST(CliTest, HelpAndVersion) {
+  for (const char* command : {"", "info ", "ppl ", "convert ", "tokenize "}) {
+    const CommandResult result = run_hla(std::string(command) + "--help");
+    EXPECT_EQ(result.code, 0);
+    EXPECT_NE(result.out.find("Examples:"), std::string::npos) << command;
+    EXPECT_EQ(result.err, "");
+  }
+  const CommandResult version = run_hla("--version");
+  EXPECT_EQ(version.code, 0);
+  EXPECT_NE(version.out.find("libtorch 2."), std::string::npos);
+  EXPECT_NE(version.out.find("commit "), std::string::npos);
+  EXPECT_NE(version.out.find("CUDA: "), std::string::npos);
+}
+
+TEST(CliTest, UsageErrorsExitWith2) {
+  EXPECT_EQ(run_hla("").code, 2);
+  EXPECT_EQ(run_hla("nonsense").code, 2);
+  EXPECT_EQ(run_hla("ppl").code, 2);
+  EXPECT_EQ(run_hla("info a --frobnicate").code, 2);
+  EXPECT_EQ(run_hla("ppl " + stories() + " --device toaster").code, 2);
+  EXPECT_EQ(run_hla("convert " + stories() + " out --rope spiral").code, 2);
+}
+
+TEST(CliTest, InfoDescribes) {
+  const CommandResult text = run_hla("info " + stories());
+  EXPECT_EQ(text.code, 0);
+  EXPECT_NE(text.out.find("problems       none"), std::string::npos) << text.out;
+  const auto json = nlohmann::json::parse(run_hla("info --json " + stories()).out);
+  EXPECT_EQ(json["parameters"], 260032);
+  EXPECT_EQ(json["cache_bytes_per_token"], 5 * 2 * 4 * 8 * 4);
+  EXPECT_EQ(json["problems"].size(), 0u);
+}
+
+TEST(CliTest, BadInputExitsWith3) {
+  const TempDir folder;
+  EXPECT_EQ(run_hla("info /no/such/folder").code, 3);
+  EXPECT_EQ(run_hla("info " + folder.path().string()).code, 3);
+  std::filesystem::copy(source_path("tests/data/models/gqa"), folder / "cut",
+                        std::filesystem::copy_options::recursive);
+  const auto weights = folder.path() / "cut" / "model.safetensors";
+  std::filesystem::resize_file(weights, std::filesystem::file_size(weights) - 100);
+  const CommandResult cut = run_hla("info " + (folder / "cut").string());
+  EXPECT_EQ(cut.code, 3);
+  EXPECT_NE(cut.err.find("model.safetensors"), std::string::npos) << cut.err;
+  write_file(folder / "empty.txt", "");
+  EXPECT_EQ(
+      run_hla("ppl " + stories() + " --ctx 64 --text " + (folder / "empty.txt").string()).code, 3);
+  write_file(folder / "short.txt", "Once upon a time");
+  const CommandResult shorter =
+      run_hla("ppl " + stories() + " --ctx 64 --text " + (folder / "short.txt").string());
+  EXPECT_EQ(shorter.code, 3);
+  EXPECT_EQ(shorter.out, "");
+  // A tokenizer of another model.
+  EXPECT_EQ(run_hla("ppl " + stories() + " --ctx 64 --limit 1 --tokenizer " +
+                    source_path("data/tokenizers/cosmo2").string())
+                .code,
+            3);
+}
+
+TEST(CliTest, PplWritesJson) {
+  const TempDir folder;
+  const std::string file = (folder / "out.json").string();
+  const std::string command = "ppl " + stories() + " --ctx 128 --windows 0,2 --json ";
+  const CommandResult first = run_hla(command + file);
+  EXPECT_EQ(first.code, 0) << first.err;
+  EXPECT_NE(first.out.find("perplexity"), std::string::npos);
+  const auto json = nlohmann::json::parse(read_file(file));
+  EXPECT_EQ(json["protocol"], "gptq");
+  EXPECT_EQ(json["windows"], 2);
+  EXPECT_EQ(json["context"], 128);
+  EXPECT_EQ(json["tokens_scored"], 2 * 127);
+  EXPECT_NEAR(std::exp(json["nll"].get<double>()), json["perplexity"].get<double>(), 1e-9);
+  // An existing file is kept unless --force is given.
+  EXPECT_EQ(run_hla(command + file).code, 2);
+  EXPECT_EQ(run_hla(command + file + " --force").code, 0);
+  // With "-", stdout holds the JSON and nothing else.
+  EXPECT_EQ(nlohmann::json::parse(run_hla(command + "-").out)["windows"], 2);
+}
+
+TEST(CliTest, FullDiskIsARuntimeErrorAndLeavesNothing) {
+  EXPECT_EQ(run_hla("ppl " + stories() + " --ctx 64 --limit 1 --json /dev/full").code, 1);
+  EXPECT_EQ(run_hla("info " + stories() + " >/dev/full").code, 1);
+  const TempDir folder;
+  // 200 blocks of 512 or 1024 bytes: less than the weights need.
+  const CommandResult result =
+      run_command("ulimit -f 200; " + std::string(HLA_BINARY) + " convert --no-calib " + stories() +
+                  " " + (folder / "out").string());
+  EXPECT_EQ(result.code, 1) << result.err;
+  EXPECT_TRUE(std::filesystem::is_empty(folder.path())) << result.err;
+}
+
+TEST(CliTest, ExistingOutputIsNeverOverwritten) {
+  const TempDir folder;
+  std::filesystem::create_directory(folder / "out");
+  write_file(folder.path() / "out" / "precious.txt", "mine");
+  const std::string command = "convert --no-calib " + stories() + " " + (folder / "out").string();
+  EXPECT_EQ(run_hla(command).code, 2);
+  EXPECT_NE(run_hla(command + " --force").code, 0);  // not a model folder
+  EXPECT_EQ(read_file(folder.path() / "out" / "precious.txt"), "mine");
+}
+
+// Killed at any time, nothing half-written stands under the final name.
+TEST(CliTest, KilledMidwayLeavesNoOutput) {
+  const TempDir folder;
+  const auto out = folder / "out";
+  const std::string command = std::string(HLA_BINARY) + " convert " + stories() + " " +
+                              out.string() + " --calib-tokens 200000 --calib-length 512";
+  for (const char* signal : {"KILL", "TERM", "INT"}) {
+    const CommandResult result =
+        run_command("timeout -s " + std::string(signal) + " 1.5 " + command + "; echo code $?");
+    EXPECT_FALSE(std::filesystem::exists(out)) << signal;
+    if (std::string(signal) != "KILL") {
+      // timeout reports its own 124; what matters is that the temporary was cleaned up.
+      for (const auto& entry : std::filesystem::directory_iterator(folder.path())) {
+        ADD_FAILURE() << "left behind: " << entry.path();
+      }
+    } else {
+      // SIGKILL leaves the temporary; the next run for the same target removes it.
+      EXPECT_EQ(run_hla("convert --no-calib " + stories() + " " + out.string()).code, 0);
+      int entries = 0;
+      for ([[maybe_unused]] const auto& entry :
+           std::filesystem::directory_iterator(folder.path())) {
+        ++entries;
+      }
+      EXPECT_EQ(entries, 1);
+      std::filesystem::remove_all(out);
+    }
+  }
+}
+
+TEST(CliTest, InterruptsHaveTheirExitCodes) {
+  const TempDir folder;
+  const std::string command = std::string(HLA_BINARY) + " convert " + stories() + " " +
+                              (folder / "out").string() +
+                              " --calib-tokens 200000 --calib-length 512";
+  EXPECT_EQ(run_command("timeout --preserve-status -s TERM 1.5 " + command).code, 143);
+  EXPECT_EQ(run_command("timeout --preserve-status -s INT 1.5 " + command).code, 130);
+}
+
+TEST(CliTest, FindsModelsInTheHubCache) {
+  const TempDir folder;
+  const auto snapshot = folder.path() / "models--org--tiny" / "snapshots" / "abc";
+  std::filesystem::create_directories(snapshot.parent_path());
+  std::filesystem::copy(source_path("tests/data/models/gqa"), snapshot,
+                        std::filesystem::copy_options::recursive);
+  const std::string prefix = "HF_HUB_CACHE=" + folder.path().string() + " " + HLA_BINARY;
+  EXPECT_EQ(run_command(prefix + " info org/tiny").code, 0);
+  EXPECT_EQ(run_command(prefix + " info org/other").code, 3);
+}
+
+}  // namespace
+}  // namespace hla
