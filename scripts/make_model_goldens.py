@@ -127,7 +127,7 @@ def randomise(model, generator):
         elif name.endswith("bias"):
             value = 0.5 * noise
         elif "embed_tokens" in name:
-            value = 0.3 * noise  # also the head where tied
+            value = 0.15 * noise  # also the head where tied
         else:
             peak = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
             value = noise * peak / weight.shape[1] ** 0.5

@@ -12,6 +12,8 @@
 #include <cerrno>
 #include <charconv>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <optional>
 #include <system_error>
 #include <utility>
@@ -77,6 +79,16 @@ fs::path temporary_for(const fs::path& target) {
 // unlocked.
 bool try_lock(int fd) { return ::flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK; }
 
+// Whether a process of this number runs. A killed process that nobody has waited for (PID 1 of many
+// containers never does) is there still, but only as an entry.
+bool is_running(pid_t pid) {
+  if (::kill(pid, 0) != 0 && errno == ESRCH) return false;
+  std::ifstream stat("/proc/" + std::to_string(pid) + "/stat");
+  const std::string line((std::istreambuf_iterator<char>(stat)), {});
+  const size_t name_end = line.rfind(") ");  // the state follows the name, which may hold anything
+  return name_end == std::string::npos || line.compare(name_end + 2, 1, "Z") != 0;
+}
+
 // Removes what killed writers of the same target left.
 void remove_leftovers(const fs::path& target) {
   const std::string prefix = "." + target.filename().string() + std::string(kInfix);
@@ -91,7 +103,7 @@ void remove_leftovers(const fs::path& target) {
     const auto parsed = std::from_chars(name.data() + prefix.size(), last, pid);
     if (parsed.ec != std::errc() || parsed.ptr != last || pid <= 0) continue;
     // In a container every run may have the same PID, so our own number proves nothing.
-    const bool alive = pid != ::getpid() && (::kill(pid, 0) == 0 || errno != ESRCH);
+    const bool alive = pid != ::getpid() && is_running(pid);
     if (!alive) dead.push_back(it->path());
   }
   for (const fs::path& path : dead) {

@@ -97,7 +97,7 @@ TEST(BpeTokenizerTest, OneMegabyteWord) {
   const std::string word(1 << 20, 'a');
   const Ids ids = tokenizer->encode(word);
   EXPECT_EQ(tokenizer->decode(ids), word);
-  EXPECT_LT(ids.size(), word.size() / 4);
+  EXPECT_LE(ids.size(), word.size() / 4);
 }
 
 TEST(SentencePieceTokenizerTest, AddsBosByDefault) {

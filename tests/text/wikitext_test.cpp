@@ -8,7 +8,7 @@ namespace {
 
 TEST(WikitextTest, JoinsRowsAsTheHubDoes) {
   EXPECT_EQ(join_hf_rows(""), "");
-  EXPECT_EQ(join_hf_rows(" a \n \n b \n"), " a \n\n\n\n b \n");
+  EXPECT_EQ(join_hf_rows(" a \n \n b \n"), " a \n" "\n\n" "" "\n\n" " b \n");
   EXPECT_EQ(join_hf_rows("no newline"), "no newline");
 }
 
