@@ -2,7 +2,7 @@
 # From a fresh checkout to a converted model: set up, convert SmolLM2-135M-Instruct to a latent cache of half
 # the size, and compare the two on three windows of WikiText-2.
 #
-#   scripts/quickstart.sh [OPTION…]     options for `hla convert`, e.g. --rope original --kv-ratio 0.25
+#   scripts/quickstart.sh [OPTION…]     options for `hla convert`, e.g. --rope latent --kv-ratio 0.25
 set -euo pipefail
 
 case ${1:-} in
@@ -42,7 +42,7 @@ for model in "$base" "$converted"; do
   name=${model##*/}
   echo "[quickstart] measuring $name"
   "$hla" info "$model" --json >"$results/$name.info.json"
-  "$hla" ppl "$model" --windows "$windows" --json "$results/$name.ppl.json" >/dev/null
+  "$hla" ppl "$model" --windows "$windows" --json "$results/$name.ppl.json" --force >/dev/null
 done
 
 "${HLA_VENV:-.venv}/bin/python" - "$results" "${base##*/}" "${converted##*/}" <<'PYTHON'

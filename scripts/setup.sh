@@ -23,7 +23,7 @@ logs=$root/build/logs
 packages=(
   build-essential cmake ninja-build pkg-config git ca-certificates
   nlohmann-json3-dev libcli11-dev libspdlog-dev libpcre2-dev libsentencepiece-dev
-  libgtest-dev libgmock-dev python3 python3-venv
+  libgtest-dev libgmock-dev libssl-dev python3 python3-venv
 )
 # numpy 2.4 needs Python 3.11; torch 2.10 still works with 3.10.
 requirements=(
