@@ -135,7 +135,7 @@ void add_convert(CLI::App& app) {
   command->add_flag("--force", options.force, "Replace an existing OUT (or --json file)");
   add_device_options(*command, arguments->device);
   command->footer(
-      "--dtype is the type of the written factors (auto: the checkpoint's own); the factorisation\n"
+      "--dtype is the type of the written weights (auto: the checkpoint's own); the factorisation\n"
       "itself is always done in fp64.\n\n"
       "Examples:\n"
       "  hla convert models/SmolLM2-135M-Instruct models/SmolLM2-HLA-50 --kv-ratio 0.5\n"

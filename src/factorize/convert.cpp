@@ -33,8 +33,9 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// Frequencies that turn by this much per token or more cannot share a latent with those that a
-// block of keys sees standing still. 0.1 was chosen on validation (docs/experiments.md).
+// Frequencies that turn by this much per token or more cannot share a latent with those that stand
+// nearly still over a block of keys. For theta 1e5 and d 64 these are 6 of 32
+// (docs/experiments.md).
 constexpr double kFastRadiansPerToken = 0.1;
 
 int64_t default_fast_frequencies(const ModelConfig& base) {
@@ -135,38 +136,57 @@ class Calibration {
   std::vector<at::Tensor> hidden_;  // (1, T, D) each
 };
 
+// The folder's weights: factors and, where `asked` is given, all others in that type too; else the
+// others are copied byte for byte.
 void write_weights(const Checkpoint& base, const ModelConfig& hla,
-                   const std::map<std::string, at::Tensor>& factors, at::ScalarType dtype,
+                   const std::map<std::string, at::Tensor>& factors,
+                   std::optional<at::ScalarType> asked, at::ScalarType factor_dtype,
                    const std::filesystem::path& folder) {
   const std::vector<ParameterSpec> specs = parameter_specs(hla);
+  std::map<std::string, DType> stored;
+  for (const TensorInfo& info : base.tensors()) stored[info.name] = info.dtype;
   std::vector<SafetensorsWriter::Entry> entries;
-  std::map<std::string, DType> kept;
-  for (const TensorInfo& info : base.tensors()) kept[info.name] = info.dtype;
   for (const ParameterSpec& spec : specs) {
     const bool made = factors.contains(spec.name);
-    entries.push_back({spec.name, made ? to_dtype(dtype) : kept.at(spec.name), spec.shape});
+    const DType dtype = made    ? to_dtype(factor_dtype)
+                        : asked ? to_dtype(*asked)
+                                : stored.at(spec.name);
+    entries.push_back({spec.name, dtype, spec.shape});
   }
   const std::map<std::string, std::string> metadata = {{"format", "pt"},
                                                        {"hla_version", version()}};
   SafetensorsWriter writer(folder / "model.safetensors", entries, metadata);
-  for (const ParameterSpec& spec : specs) {
+  for (const SafetensorsWriter::Entry& entry : entries) {
     throw_if_interrupted();
-    const auto made = factors.find(spec.name);
-    if (made == factors.end()) {
-      const TensorView view = base.tensor(spec.name);
-      writer.write(spec.name, view.data, view.nbytes);
-      continue;
-    }
-    const at::Tensor tensor = made->second.to(dtype).contiguous();
-    TORCH_CHECK(tensor.sizes() == at::IntArrayRef(spec.shape), "[convert] ", spec.name,
-                ": expected ", spec.shape, ", got ", tensor.sizes());
-    if (!tensor.isfinite().all().item<bool>()) {
+    const auto made = factors.find(entry.name);
+    const bool is_made = made != factors.end();
+    const at::ScalarType dtype = to_scalar_type(entry.dtype);
+    const at::Tensor tensor =
+        (is_made ? made->second : checkpoint_tensor(base, entry.name)).to(dtype).contiguous();
+    TORCH_CHECK(tensor.sizes() == at::IntArrayRef(entry.shape), "[convert] ", entry.name,
+                ": expected ", entry.shape, ", got ", tensor.sizes());
+    // Only what this program computed is looked at: a byte-for-byte copy need not be read twice.
+    if ((is_made || asked) && !tensor.isfinite().all().item<bool>()) {
       throw Error(ExitCode::kNonFinite,
-                  spec.name + ": the factor does not fit " + dtype_label(dtype) + " (NaN or Inf)");
+                  entry.name + ": does not fit " + dtype_label(dtype) + " (NaN or Inf)");
     }
-    writer.write(spec.name, tensor.const_data_ptr(), tensor.nbytes());
+    writer.write(entry.name, tensor.const_data_ptr(), tensor.nbytes());
   }
   writer.finish();
+}
+
+// transformers' name of a dtype, for config.json.
+std::string config_dtype_name(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kHalf:
+      return "float16";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kDouble:
+      return "float64";
+    default:
+      return "float32";
+  }
 }
 
 void copy_side_files(const Checkpoint& base, const std::filesystem::path& folder) {
@@ -334,7 +354,12 @@ ConvertReport convert(const Checkpoint& base, const std::filesystem::path& out,
   report.hla_parameters = count(report.hla);
   report.element_size = static_cast<int64_t>(c10::elementSize(dtype));
 
-  write_weights(base, report.hla, factors, dtype, folder.path());
+  if (options.dtype) {
+    for (const char* key : {"dtype", "torch_dtype"}) {
+      if (report.hla.raw.contains(key)) report.hla.raw[key] = config_dtype_name(dtype);
+    }
+  }
+  write_weights(base, report.hla, factors, options.dtype, dtype, folder.path());
   copy_side_files(base, folder.path());
   write_json_file(folder.path() / "config.json", hla_config_json(report.hla), /*force=*/false);
   report.seconds = seconds_since(start);

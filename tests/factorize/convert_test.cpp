@@ -181,6 +181,19 @@ TEST(ConvertTest, PaperConvertsAndKeepsEverythingAtFullRankButTheRope) {
             1e-4);
 }
 
+TEST(ConvertTest, DtypeIsThatOfTheWholeFolder) {
+  const TempDir folder;
+  ConvertOptions options = quiet();
+  options.dtype = at::kHalf;
+  const ConvertReport report = convert(stories(), folder / "half", options);
+  const Checkpoint made = Checkpoint::open((folder / "half").string());
+  for (const TensorInfo& info : made.tensors()) EXPECT_EQ(info.dtype, DType::kF16) << info.name;
+  EXPECT_EQ(made.config()["torch_dtype"], "float16");
+  EXPECT_EQ(report.element_size, 2);
+  const at::Tensor ids = ids_of(512, 20);
+  EXPECT_TRUE(logits_of(made, ids).isfinite().all().item<bool>());
+}
+
 TEST(ConvertTest, RanksOutOfRange) {
   const TempDir folder;
   const auto message = [&](const std::function<void(ConvertOptions&)>& change) {

@@ -42,7 +42,7 @@ struct ConvertOptions {
   int64_t calib_length = 1024;  // tokens per sequence
 
   at::Device device = at::Device(at::kCPU);  // of the calibration forward
-  std::optional<at::ScalarType> dtype;       // of the factors; absent: the base's own
+  std::optional<at::ScalarType> dtype;       // of all weights written; absent: the base's own
   bool force = false;
   bool progress = true;
 };

@@ -38,7 +38,7 @@ struct FactorOptions {
   KeyWeighting key_weighting = KeyWeighting::kFisher;
   ValueWeighting value_weighting = ValueWeighting::kAveraged;
   // α: weight of the value part of a joint basis against the key part, after both were scaled to
-  // equal norm. 0.2 was chosen on WikiText-2 validation windows (docs/experiments.md).
+  // equal norm (docs/experiments.md).
   double value_weight = 0.2;
 };
 
