@@ -1,8 +1,8 @@
 # LibTorch from the PyPI wheel `torch`, CPU or CUDA, as the target hla_torch.
 #
 # find_package(Torch) is not used: with a CUDA wheel it demands the CUDA toolkit. The program links
-# only libtorch, libtorch_cpu and libc10, which every wheel has, so that one binary runs with either
-# kind of wheel; libtorch.so itself pulls in libtorch_cuda.so where the wheel carries it.
+# only libtorch_cpu and libc10, which every wheel has, so that one binary runs with either kind of
+# wheel. libtorch_cuda.so is loaded at run time, when a GPU is wanted (src/model/device.cpp).
 set(HLA_TORCH_DIR "" CACHE PATH "Folder of the torch wheel (…/site-packages/torch)")
 if(NOT HLA_TORCH_DIR)
   set(venv "${CMAKE_CURRENT_SOURCE_DIR}/.venv")
@@ -28,9 +28,8 @@ target_compile_options(hla_torch INTERFACE
   "SHELL:-idirafter ${HLA_TORCH_DIR}/include"
   "SHELL:-idirafter ${HLA_TORCH_DIR}/include/torch/csrc/api/include")
 target_link_options(hla_torch INTERFACE "LINKER:-rpath,${HLA_TORCH_DIR}/lib")
-# --no-as-needed: nothing of ours refers to libtorch.so directly, but it brings CUDA along.
-# libstdc++ comes first: libtorch.so exports parts of std::filesystem from the older compiler that
+# libstdc++ comes first: LibTorch exports parts of std::filesystem from the older compiler that
 # built the wheel, and the ones that the dynamic linker finds first are used (remove_all crashes).
 target_link_libraries(hla_torch INTERFACE
-  -Wl,--no-as-needed -lstdc++ "${HLA_TORCH_DIR}/lib/libtorch.so" -Wl,--as-needed
+  -Wl,--no-as-needed -lstdc++ -Wl,--as-needed
   "${HLA_TORCH_DIR}/lib/libtorch_cpu.so" "${HLA_TORCH_DIR}/lib/libc10.so")

@@ -68,7 +68,7 @@ void run_convert(ConvertArguments& arguments) {
     options.calib = arguments.calib.empty() ? data_file("wikitext-2/wiki.valid.txt")
                                             : std::filesystem::path(arguments.calib);
   }
-  check_json_target(arguments.json, options.force);
+  check_output_target("--json", arguments.json, options.force);
   const LoadOptions load = resolve(arguments.device);
   options.device = load.device;
   options.dtype = load.dtype;

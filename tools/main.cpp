@@ -1,7 +1,5 @@
 // hla: parses the command line, runs one subcommand and turns errors into exit codes.
 #include <c10/util/Exception.h>
-#include <dlfcn.h>
-#include <torch/cuda.h>
 #include <torch/version.h>
 
 #include <CLI/CLI.hpp>
@@ -14,6 +12,7 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/log.h"
 #include "hla/core/version.h"
+#include "hla/model/device.h"
 
 namespace {
 
@@ -22,11 +21,8 @@ using hla::ExitCode;
 std::string version_text() {
   std::string text = std::string("hla ") + hla::version() + " (commit " + hla::version_commit() +
                      ", " + hla::version_build_type() + ")\nlibtorch " + TORCH_VERSION + ", CUDA: ";
-  // at::hasCUDA() is about devices; whether the wheel has CUDA shows in what is loaded.
-  if (dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY) == nullptr) {
-    return text + "not in this LibTorch";
-  }
-  const auto count = torch::cuda::is_available() ? torch::cuda::device_count() : 0;
+  if (!hla::has_cuda_library()) return text + "not in this LibTorch";
+  const int count = hla::cuda_device_count();
   return text + "in this LibTorch, " + std::to_string(count) + " usable device" +
          (count == 1 ? "" : "s");
 }

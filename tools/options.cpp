@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "hla/core/error.h"
+#include "hla/io/atomic_file.h"
 #include "hla/io/json_file.h"
 #include "hla/model/device.h"
 
@@ -30,11 +31,11 @@ LoadOptions resolve(const DeviceOptions& options) {
   return {.device = parse_device(options.device), .dtype = parse_dtype(options.dtype)};
 }
 
-void check_json_target(const std::string& target, bool force) {
+void check_output_target(const std::string& option, const std::string& target, bool force) {
   if (target.empty() || target == "-" || force) return;
   std::error_code error;
   if (std::filesystem::is_regular_file(target, error)) {
-    throw_usage("[--json] " + target + " exists: use --force to replace it");
+    throw_usage("[" + option + "] " + target + " exists: use --force to replace it");
   }
 }
 
@@ -44,6 +45,16 @@ void write_json_result(const std::string& target, const nlohmann::json& value, b
   } else {
     write_json_file(target, value, force);
   }
+}
+
+void write_text_result(const std::string& target, const std::string& text, bool force) {
+  if (target == "-") {
+    std::cout << text;
+    return;
+  }
+  AtomicFile file(target, force);
+  file.write(text);
+  file.commit();
 }
 
 }  // namespace hla::tools

@@ -22,8 +22,9 @@ void add_device_options(CLI::App& command, DeviceOptions& options);
 LoadOptions resolve(const DeviceOptions& options);
 
 // Writes a result for machines: to stdout for "-", else to a file, which --force may replace.
-// An existing file is refused before the work begins by check_json_target.
+// An existing file is refused before the work begins by check_output_target.
 void write_json_result(const std::string& target, const nlohmann::json& value, bool force);
-void check_json_target(const std::string& target, bool force);
+void write_text_result(const std::string& target, const std::string& text, bool force);
+void check_output_target(const std::string& option, const std::string& target, bool force);
 
 }  // namespace hla::tools

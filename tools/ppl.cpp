@@ -1,5 +1,3 @@
-#include <cmath>
-#include <cstdio>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -7,126 +5,184 @@
 #include "commands.h"
 #include "hla/core/data_dir.h"
 #include "hla/core/error.h"
-#include "hla/core/log.h"
-#include "hla/core/memory.h"
-#include "hla/core/sha256.h"
-#include "hla/core/version.h"
-#include "hla/eval/perplexity.h"
-#include "hla/io/mapped_file.h"
-#include "hla/model/device.h"
-#include "hla/text/tokenizer.h"
-#include "hla/text/wikitext.h"
+#include "hla/core/interrupt.h"
+#include "hla/eval/evaluation.h"
+#include "hla/io/svg_plot.h"
+#include "hla/text/corpus.h"
 #include "options.h"
 
 namespace hla::tools {
 namespace {
 
 struct PplArguments {
-  std::string model;
-  std::string text;
+  EvaluationOptions evaluation;
+  std::string reference;
   std::string tokenizer;
+  // The text.
+  std::string text;
+  std::string dataset;
+  std::string split = "test";
+  CorpusOptions corpus;
+  // The protocols.
+  std::vector<std::string> protocols = {"gptq"};
+  bool all_protocols = false;
+  ProtocolOptions windows;
+  // The reports.
   std::string json;
+  std::string csv;
+  std::string plot;
   bool force = false;
-  PerplexityOptions scoring;
   DeviceOptions device;
 };
 
-nlohmann::json to_json(const PerplexityResult& result) {
-  return {{"protocol", result.protocol},
-          {"perplexity", result.perplexity},
-          {"standard_error", result.standard_error},
-          {"nll", result.nll},
-          {"tokens_scored", result.tokens_scored},
-          {"tokens", result.tokens},
-          {"context", result.context},
-          {"windows", result.windows.size()},
-          {"window_indices", result.windows},
-          {"window_nll", result.window_nll},
-          {"total_windows", result.total_windows},
-          {"seconds", result.seconds}};
+Corpus load_corpus(const PplArguments& arguments) {
+  if (!arguments.text.empty() && !arguments.dataset.empty()) {
+    throw_usage("[--dataset] not together with --text");
+  }
+  if (!arguments.text.empty()) return read_corpus(arguments.text, arguments.corpus);
+  return load_dataset(arguments.dataset.empty() ? "wikitext-2-raw" : arguments.dataset,
+                      arguments.split, arguments.corpus);
 }
 
-void print(const std::string& model, const std::string& text, const PerplexityResult& result,
-           const LlamaForCausalLM& loaded) {
-  std::printf("model          %s\n", model.c_str());
-  std::printf("text           %s (%lld tokens)\n", text.c_str(),
-              static_cast<long long>(result.tokens));
-  std::printf("protocol       %s, %zu of %lld windows of %lld tokens, %lld tokens scored\n",
-              result.protocol.c_str(), result.windows.size(),
-              static_cast<long long>(result.total_windows), static_cast<long long>(result.context),
-              static_cast<long long>(result.tokens_scored));
-  std::printf("device         %s, %s\n", loaded.device().str().c_str(),
-              dtype_label(loaded.dtype()).c_str());
-  std::printf("time           %.1f s, %.0f tokens/s, peak memory %s\n", result.seconds,
-              static_cast<double>(result.tokens_scored) / result.seconds,
-              format_bytes(peak_rss_bytes()).c_str());
-  std::printf("perplexity     %.4f ± %.4f\n", result.perplexity, result.standard_error);
+EvaluationOptions evaluation_options(const PplArguments& arguments) {
+  EvaluationOptions options = arguments.evaluation;
+  options.load = resolve(arguments.device);
+  if (!arguments.reference.empty()) options.reference = arguments.reference;
+  if (!arguments.tokenizer.empty()) options.tokenizer = arguments.tokenizer;
+  std::vector<Protocol> protocols = all_protocols();
+  if (!arguments.all_protocols) {
+    protocols.clear();
+    for (const std::string& name : arguments.protocols) {
+      protocols.push_back(protocol_from_string(name));
+    }
+  }
+  for (const Protocol protocol : protocols) {
+    options.protocols.push_back(arguments.windows);
+    options.protocols.back().protocol = protocol;
+  }
+  return options;
 }
 
 void run_ppl(const PplArguments& arguments) {
-  check_json_target(arguments.json, arguments.force);
-  const LoadOptions load = resolve(arguments.device);
-  const Checkpoint checkpoint = Checkpoint::open(arguments.model);
-  const std::filesystem::path text_path = arguments.text.empty()
-                                              ? data_file("wikitext-2/wiki.test.raw")
-                                              : std::filesystem::path(arguments.text);
-  const auto file = MappedFile::open(text_path);
-  if (file->size() == 0) throw_bad_input(text_path.string() + ": the text is empty");
-  if (arguments.tokenizer.empty() && !checkpoint.tokenizer_path()) {
-    throw_bad_input(checkpoint.path().string() + ": no tokenizer found\n  hint: --tokenizer PATH");
+  for (const auto& [option, target] : {std::pair{"--json", arguments.json},
+                                       {"--csv", arguments.csv},
+                                       {"--plot", arguments.plot}}) {
+    check_output_target(option, target, arguments.force);
   }
-  const auto tokenizer =
-      load_tokenizer(arguments.tokenizer.empty() ? *checkpoint.tokenizer_path()
-                                                 : std::filesystem::path(arguments.tokenizer));
-  const std::vector<int32_t> ids = tokenizer->encode(join_hf_rows(file->text()));
-  const auto model = load_model(checkpoint, load);
-  const PerplexityResult result = gptq_perplexity(*model, ids, arguments.scoring);
+  const EvaluationOptions options = evaluation_options(arguments);
+  const Evaluation result = evaluate(load_corpus(arguments), options);
+  if (result.models.empty()) throw_if_interrupted();
 
-  if (arguments.json != "-") print(arguments.model, text_path.string(), result, *model);
+  if (arguments.json != "-" && arguments.csv != "-") std::cout << result.to_text();
   if (!arguments.json.empty()) {
-    nlohmann::json json = to_json(result);
-    json["model"] = arguments.model;
-    json["text"] = text_path.string();
-    json["text_sha256"] = sha256_hex(file->text());
-    json["tokenizer"] = tokenizer->kind();
-    json["device"] = model->device().str();
-    json["dtype"] = dtype_label(model->dtype());
-    json["peak_rss_bytes"] = peak_rss_bytes();
-    json["hla_version"] = version();
-    json["hla_commit"] = version_commit();
-    write_json_result(arguments.json, json, arguments.force);
+    write_json_result(arguments.json, result.to_json(), arguments.force);
   }
+  if (!arguments.csv.empty()) write_text_result(arguments.csv, result.to_csv(), arguments.force);
+  if (!arguments.plot.empty()) write_svg_file(arguments.plot, result.to_plot(), arguments.force);
+  std::cout.flush();
+  throw_if_interrupted();
 }
 
 }  // namespace
 
 void add_ppl(CLI::App& app) {
   auto arguments = std::make_shared<PplArguments>();
-  CLI::App* command = app.add_subcommand("ppl", "Measures perplexity (protocol gptq)");
+  CLI::App* command =
+      app.add_subcommand("ppl", "Measures perplexity, as several well-known tools do");
   command
-      ->add_option("MODEL", arguments->model,
-                   "Model folder, HF id in the local cache, or "
-                   "llama2.c file")
+      ->add_option("MODEL", arguments->evaluation.models,
+                   "Model folders, HF ids in the local cache, or llama2.c files")
       ->required();
-  command->add_option("--text", arguments->text,
-                      "Raw text file; default: the WikiText-2 raw test split");
-  command->add_option("--tokenizer", arguments->tokenizer,
-                      "Tokenizer folder or file; default: the model's own");
-  command->add_option("--ctx", arguments->scoring.context, "Tokens per window")
-      ->capture_default_str();
-  command->add_option("--limit", arguments->scoring.limit, "Score only the first N windows");
-  command->add_option("--windows", arguments->scoring.windows, "Score only these windows: 0,73,147")
-      ->delimiter(',');
-  command->add_option("--json", arguments->json, "Write the result to FILE as JSON; - for stdout");
-  command->add_flag("--force", arguments->force, "Replace an existing --json file");
+  command->add_option("--reference", arguments->reference,
+                      "A teacher to compare with: KL divergence, same top-1, paired ratio");
+
+  std::string names;
+  for (const std::string& name : dataset_names()) names += (names.empty() ? "" : ", ") + name;
+  command
+      ->add_option("--text", arguments->text,
+                   "Text file, .jsonl, .parquet, or a folder of them; default: WikiText-2 raw")
+      ->group("Text");
+  command
+      ->add_option("--dataset", arguments->dataset,
+                   "Known dataset, in the local HF cache or data/: " + names)
+      ->group("Text");
+  command->add_option("--split", arguments->split, "train, validation or test")
+      ->capture_default_str()
+      ->group("Text");
+  command
+      ->add_option("--text-field", arguments->corpus.text_field,
+                   "Field of JSONL objects, column of Parquet files")
+      ->capture_default_str()
+      ->group("Text");
+  command
+      ->add_option("--documents", arguments->corpus.max_documents,
+                   "Read only the first N documents of JSONL or Parquet")
+      ->group("Text");
+  command
+      ->add_option("--tokenizer", arguments->tokenizer,
+                   "Tokenizer folder or file; default: each model's own")
+      ->group("Text");
+
+  command
+      ->add_option("--protocol", arguments->protocols,
+                   "gptq, lm-eval, hf-stride, llama.cpp; several: gptq,lm-eval")
+      ->delimiter(',')
+      ->capture_default_str()
+      ->group("Protocol");
+  command->add_flag("--all-protocols", arguments->all_protocols, "All four, in one pass")
+      ->group("Protocol");
+  command
+      ->add_option("--ctx", arguments->windows.context,
+                   "Tokens per window; default: the protocol's own")
+      ->group("Protocol");
+  command
+      ->add_option("--stride", arguments->windows.stride,
+                   "hf-stride: tokens from window to window; default 512")
+      ->group("Protocol");
+  command
+      ->add_option("--limit", arguments->windows.limit, "Only the first N windows (lm-eval: pages)")
+      ->group("Protocol");
+  command->add_option("--windows", arguments->windows.windows, "Only these windows: 0,73,147")
+      ->delimiter(',')
+      ->group("Protocol");
+
+  command
+      ->add_option("--by-position", arguments->evaluation.scoring.position_buckets,
+                   "Break down by position in the window, in N parts (16)")
+      ->expected(0, 1)
+      ->default_str("16")
+      ->check(CLI::Range(1, 4096))
+      ->group("Report");
+  command
+      ->add_flag("--by-layer", arguments->evaluation.by_layer,
+                 "With --reference: what each layer alone costs, put into the teacher")
+      ->group("Report");
+  command
+      ->add_flag("--profile", arguments->evaluation.profile,
+                 "Where the time goes, by kind of operation (CPU)")
+      ->group("Report");
+  command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout")
+      ->group("Report");
+  command->add_option("--csv", arguments->csv, "Write a table to FILE as CSV; - for stdout")
+      ->group("Report");
+  command
+      ->add_option("--plot", arguments->plot, "Write perplexity against cache bytes to FILE as SVG")
+      ->group("Report");
+  command->add_flag("--force", arguments->force, "Replace existing output files")->group("Report");
   add_device_options(*command, arguments->device);
   command->footer(
-      "The text is read as the HF wikitext dataset gives it, tokenized once and cut into\n"
-      "independent windows; all tokens but the first of each window are scored.\n\n"
+      "Protocols (docs/perplexity.md): gptq is the number of compression papers; lm-eval reports\n"
+      "word_perplexity, byte_perplexity and bits_per_byte of lm-evaluation-harness; hf-stride is "
+      "the\n"
+      "sliding window of the transformers documentation; llama.cpp is llama-perplexity.\n\n"
       "Examples:\n"
       "  hla ppl models/SmolLM2-135M-Instruct\n"
-      "  hla ppl models/SmolLM2-135M-Instruct --windows 0,73,147 --json base.json\n"
-      "  hla ppl data/stories260K/stories260K.bin --text story.txt --ctx 256");
+      "  hla ppl models/SmolLM2-135M-Instruct --protocol llama.cpp --limit 20\n"
+      "  hla ppl models/SmolLM2-135M-Instruct --all-protocols --ctx 1024 --limit 4\n"
+      "  hla ppl models/latent-50 --reference models/SmolLM2-135M-Instruct --by-position --limit "
+      "4\n"
+      "  hla ppl models/SmolLM2-135M-Instruct models/latent-50 --csv table.csv --plot plot.svg\n"
+      "  hla ppl data/stories260K/stories260K.bin --text story.txt --ctx 256 --json -");
   command->callback([arguments] { run_ppl(*arguments); });
 }
 

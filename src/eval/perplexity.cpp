@@ -7,7 +7,10 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <numeric>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <numbers>
+#include <tuple>
 
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
@@ -17,153 +20,472 @@
 namespace hla {
 namespace {
 
-std::vector<int64_t> windows_to_score(int64_t total, const PerplexityOptions& options) {
-  std::vector<int64_t> windows = options.windows;
-  if (windows.empty()) {
-    windows.resize(static_cast<size_t>(total));
-    std::iota(windows.begin(), windows.end(), 0);
+// Windows are run together up to so many tokens.
+constexpr int64_t kBatchTokens = 2048;
+
+// ---- what to run ----
+
+// A window of one plan that a unit of work serves.
+struct Use {
+  size_t plan = 0;
+  size_t window = 0;
+};
+
+// Tokens to run once. Windows that begin with the same tokens share one: attention is causal, so
+// the longest gives what the others need.
+struct Unit {
+  const std::vector<int32_t>* stream = nullptr;
+  int64_t begin = 0;
+  int64_t length = 0;
+  int64_t first_scored = 0;
+  std::optional<int32_t> first_token;
+  std::vector<Use> uses;
+
+  int64_t input_length() const { return length - 1; }
+  int64_t scored() const { return length - first_scored; }
+  int64_t token(int64_t i) const {
+    if (i == 0 && first_token) return *first_token;
+    return (*stream)[static_cast<size_t>(begin + i)];
   }
-  for (const int64_t window : windows) {
-    if (window < 0 || window >= total) {
-      throw_usage("[--windows] expected windows of 0…" + std::to_string(total - 1) + ", got " +
-                  std::to_string(window));
+};
+
+std::vector<Unit> make_units(const std::vector<WindowPlan>& plans) {
+  std::vector<Unit> units;
+  std::map<std::tuple<const void*, int64_t, int64_t>, size_t> known;
+  for (size_t p = 0; p < plans.size(); ++p) {
+    for (size_t w = 0; w < plans[p].windows.size(); ++w) {
+      const Window& window = plans[p].windows[w];
+      const auto* stream = plans[p].streams[static_cast<size_t>(window.stream)].get();
+      const auto [found, is_new] =
+          known.try_emplace({stream, window.begin, window.first_token.value_or(-1)}, units.size());
+      if (is_new) {
+        units.push_back(
+            {stream, window.begin, window.length, window.first_scored, window.first_token, {}});
+      }
+      Unit& unit = units[found->second];
+      unit.length = std::max(unit.length, window.length);
+      unit.first_scored = std::min(unit.first_scored, window.first_scored);
+      unit.uses.push_back({p, w});
     }
   }
-  if (options.limit && static_cast<int64_t>(windows.size()) > *options.limit) {
-    windows.resize(static_cast<size_t>(*options.limit));
+  return units;
+}
+
+// End of the batch that starts at `begin`: units of equal length.
+size_t batch_end(const std::vector<Unit>& units, size_t begin) {
+  const int64_t length = units[begin].length;
+  const auto most = static_cast<size_t>(std::max<int64_t>(1, kBatchTokens / length));
+  size_t end = begin + 1;
+  while (end < units.size() && end - begin < most && units[end].length == length) ++end;
+  return end;
+}
+
+// (B, T) inputs of the units [begin, end).
+at::Tensor input_ids(const std::vector<Unit>& units, size_t begin, size_t end) {
+  const int64_t length = units[begin].input_length();
+  at::Tensor ids = at::empty({static_cast<int64_t>(end - begin), length}, at::kLong);
+  auto* data = ids.mutable_data_ptr<int64_t>();
+  for (size_t u = begin; u < end; ++u) {
+    for (int64_t i = 0; i < length; ++i) *data++ = units[u].token(i);
   }
-  return windows;
+  return ids;
+}
+
+// ---- running it ----
+
+// Hidden states after the final norm (B, T, D); nothing when interrupted.
+std::optional<at::Tensor> run_model(const LlamaForCausalLM& model, const at::Tensor& ids) {
+  const RopeTables rope = model.rope(ids.size(-1));
+  at::Tensor hidden = model.embed(ids);
+  for (const auto& layer : model.layers()) {
+    if (interrupt_signal() != 0) return std::nullopt;
+    hidden = layer->forward(hidden, rope);
+  }
+  return model.final_norm(hidden);
+}
+
+// The rows that predict the scored tokens of the units, one under the other.
+at::Tensor scored_rows(const at::Tensor& hidden, const std::vector<Unit>& units, size_t begin,
+                       size_t end) {
+  std::vector<at::Tensor> rows;
+  for (size_t u = begin; u < end; ++u) {
+    rows.push_back(hidden[static_cast<int64_t>(u - begin)].slice(0, units[u].first_scored - 1));
+  }
+  return rows.size() == 1 ? rows[0] : at::cat(rows);
+}
+
+at::Tensor scored_targets(const std::vector<Unit>& units, size_t begin, size_t end) {
+  int64_t count = 0;
+  for (size_t u = begin; u < end; ++u) count += units[u].scored();
+  at::Tensor targets = at::empty({count}, at::kLong);
+  auto* data = targets.mutable_data_ptr<int64_t>();
+  for (size_t u = begin; u < end; ++u) {
+    for (int64_t i = units[u].first_scored; i < units[u].length; ++i) *data++ = units[u].token(i);
+  }
+  return targets;
 }
 
 // Walks the layers again to find where the first NaN or Inf came from.
-[[noreturn]] void throw_non_finite(const LlamaForCausalLM& model, const at::Tensor& ids,
-                                   int64_t window) {
-  std::string where = "the output layer";
+std::string first_non_finite(const LlamaForCausalLM& model, const at::Tensor& ids) {
+  const auto finite = [](const at::Tensor& x) { return x.isfinite().all().item<bool>(); };
   at::Tensor hidden = model.embed(ids);
-  if (!hidden.isfinite().all().item<bool>()) {
-    where = "the token embeddings";
-  } else {
-    const RopeTables rope = model.rope(ids.size(-1));
-    for (size_t layer = 0; layer < model.layers().size(); ++layer) {
-      hidden = model.layers()[layer]->forward(hidden, rope);
-      if (!hidden.isfinite().all().item<bool>()) {
-        where = "layer " + std::to_string(layer);
-        break;
-      }
+  if (!finite(hidden)) return "the token embeddings";
+  const RopeTables rope = model.rope(ids.size(-1));
+  for (size_t layer = 0; layer < model.layers().size(); ++layer) {
+    hidden = model.layers()[layer]->forward(hidden, rope);
+    if (!finite(hidden)) return "layer " + std::to_string(layer);
+  }
+  return finite(model.final_norm(hidden)) ? "the output layer" : "the final norm";
+}
+
+bool all_finite(const std::vector<double>& values) {
+  return std::all_of(values.begin(), values.end(), [](double x) { return std::isfinite(x); });
+}
+
+void check_finite(const TokenScores& scores, const LlamaForCausalLM& model,
+                  const LlamaForCausalLM* teacher, const at::Tensor& ids, const Window& window) {
+  const bool student_fine = all_finite(scores.nll);
+  if (student_fine && all_finite(scores.teacher_nll) && all_finite(scores.kl)) return;
+  const bool blame_teacher = student_fine && teacher != nullptr;
+  throw Error(ExitCode::kNonFinite,
+              std::string(blame_teacher ? "teacher, " : "") + "window " +
+                  std::to_string(window.index) + ": NaN or Inf, first seen after " +
+                  first_non_finite(blame_teacher ? *teacher : model, ids) +
+                  "\n  hint: the weights may be damaged, or --dtype fp32 may be needed");
+}
+
+// ---- adding it up ----
+
+// The sums of one plan.
+class PlanSum {
+ public:
+  PlanSum(const WindowPlan& plan, const ScoreOptions& options, bool with_teacher)
+      : plan_(plan), with_teacher_(with_teacher), window_sums_(plan.windows.size()) {
+    const int64_t positions = plan.context + 1;
+    const int64_t buckets = std::min(options.position_buckets, positions - 1);
+    for (int64_t i = 0; i < buckets; ++i) {
+      buckets_.push_back({.begin = 1 + (positions - 1) * i / buckets,
+                          .end = 1 + (positions - 1) * (i + 1) / buckets});
     }
   }
-  throw Error(ExitCode::kNonFinite, "window " + std::to_string(window) +
-                                        ": NaN or Inf, first seen after " + where +
-                                        "\n  hint: the weights may be damaged, or --dtype fp32 "
-                                        "may be needed");
+
+  // The scores of a unit, of which this window's are a part.
+  void add(size_t w, const Unit& unit, const TokenScores& scores, size_t offset) {
+    const Window& window = plan_.windows[w];
+    const size_t begin = offset + static_cast<size_t>(window.first_scored - unit.first_scored);
+    const size_t end = begin + static_cast<size_t>(window.length - window.first_scored);
+    WindowSum& sum = window_sums_[w];
+    sum.done = true;
+    for (size_t i = begin; i < end; ++i) {
+      sum.nll += scores.nll[i];
+      sum.squares += scores.nll[i] * scores.nll[i];
+    }
+    nll_ += sum.nll;
+    tokens_ += static_cast<int64_t>(end - begin);
+    if (with_teacher_) divergence_.add(scores, begin, end);
+    add_positions(window, scores, begin);
+  }
+
+  double running_perplexity() const { return std::exp(nll_ / static_cast<double>(tokens_)); }
+
+  PerplexityResult result() const {
+    PerplexityResult result;
+    result.protocol = plan_.protocol;
+    result.context = plan_.context;
+    result.stride = plan_.stride;
+    result.bos = plan_.bos;
+    result.tokens = plan_.tokens;
+    result.total_windows = plan_.total_windows;
+    double nll = 0;
+    double squares = 0;
+    for (size_t w = 0; w < window_sums_.size(); ++w) {
+      const WindowSum& sum = window_sums_[w];
+      if (!sum.done) {
+        result.partial = true;
+        continue;
+      }
+      const Window& window = plan_.windows[w];
+      const int64_t count = window.length - window.first_scored;
+      result.windows.push_back(window.index);
+      result.window_nll.push_back(sum.nll / static_cast<double>(count));
+      result.tokens_scored += count;
+      nll += sum.nll;
+      squares += sum.squares;
+    }
+    const Estimate mean = mean_estimate(nll, squares, result.tokens_scored);
+    result.nll = mean.value;
+    result.perplexity =
+        result.tokens_scored > 0 ? exp_estimate(mean) : Estimate{std::nan(""), std::nan("")};
+    if (plan_.protocol == Protocol::kLmEval) result.page_metrics = page_metrics();
+    if (with_teacher_) result.divergence = divergence_.result();
+    for (PositionBucket bucket : buckets_) {
+      if (bucket.tokens == 0) continue;
+      const auto count = static_cast<double>(bucket.tokens);
+      for (double* x : {&bucket.nll, &bucket.teacher_nll, &bucket.kl, &bucket.same_top1}) {
+        *x /= count;
+      }
+      result.by_position.push_back(bucket);
+    }
+    return result;
+  }
+
+ private:
+  struct WindowSum {
+    bool done = false;
+    double nll = 0;
+    double squares = 0;
+  };
+
+  static Estimate exp_estimate(const Estimate& mean) {
+    const double value = std::exp(mean.value);
+    return {value, value * mean.standard_error};
+  }
+
+  void add_positions(const Window& window, const TokenScores& scores, size_t begin) {
+    if (buckets_.empty()) return;
+    const auto count = static_cast<int64_t>(buckets_.size());
+    int64_t b = 0;
+    for (int64_t position = window.first_scored; position < window.length; ++position) {
+      while (b + 1 < count && position >= buckets_[static_cast<size_t>(b)].end) ++b;
+      PositionBucket& bucket = buckets_[static_cast<size_t>(b)];
+      const size_t i = begin + static_cast<size_t>(position - window.first_scored);
+      ++bucket.tokens;
+      bucket.nll += scores.nll[i];
+      if (!with_teacher_) continue;
+      bucket.teacher_nll += scores.teacher_nll[i];
+      bucket.kl += scores.kl[i];
+      bucket.same_top1 += scores.same_top1[i];
+    }
+  }
+
+  // Only pages whose windows are all done count.
+  PageMetrics page_metrics() const {
+    PageMetrics metrics;
+    double nll = 0;
+    double squares = 0;
+    int64_t tokens = 0;
+    for (const PlannedPage& page : plan_.pages) {
+      double page_nll = 0;
+      bool done = true;
+      for (int64_t w = page.first_window; w < page.end_window && done; ++w) {
+        done = window_sums_[static_cast<size_t>(w)].done;
+      }
+      if (!done) continue;
+      for (int64_t w = page.first_window; w < page.end_window; ++w) {
+        const Window& window = plan_.windows[static_cast<size_t>(w)];
+        page_nll += window_sums_[static_cast<size_t>(w)].nll;
+        squares += window_sums_[static_cast<size_t>(w)].squares;
+        tokens += window.length - window.first_scored;
+      }
+      nll += page_nll;
+      ++metrics.pages;
+      metrics.words += page.words;
+      metrics.bytes += page.bytes;
+    }
+    if (metrics.words == 0 || metrics.bytes == 0 || tokens == 0) return metrics;
+    // The error of the sum over tokens, carried over to another denominator.
+    const double sum_error =
+        mean_estimate(nll, squares, tokens).standard_error * static_cast<double>(tokens);
+    const auto per = [&](int64_t units) {
+      const auto n = static_cast<double>(units);
+      return exp_estimate({nll / n, sum_error / n});
+    };
+    metrics.word_perplexity = per(metrics.words);
+    metrics.byte_perplexity = per(metrics.bytes);
+    metrics.bits_per_byte = nll / static_cast<double>(metrics.bytes) / std::numbers::ln2;
+    return metrics;
+  }
+
+  const WindowPlan& plan_;
+  bool with_teacher_;
+  std::vector<WindowSum> window_sums_;
+  std::vector<PositionBucket> buckets_;
+  DivergenceSum divergence_;
+  double nll_ = 0;
+  int64_t tokens_ = 0;
+};
+
+void preflight(const LlamaForCausalLM& model, const std::vector<Unit>& units, bool with_teacher) {
+  int64_t longest = 0;
+  for (const Unit& unit : units) longest = std::max(longest, unit.input_length());
+  if (!model.device().is_cpu()) return;
+  preflight_memory(
+      scoring_bytes(model.config(), longest, static_cast<int64_t>(c10::elementSize(model.dtype())),
+                    with_teacher),
+      "scoring windows of " + std::to_string(longest) + " tokens");
+}
+
+void check_same_vocabulary(const LlamaForCausalLM& student, const LlamaForCausalLM& teacher) {
+  const int64_t a = student.config().vocab_size;
+  const int64_t b = teacher.config().vocab_size;
+  if (a != b) {
+    throw_bad_input("[--reference] teacher and student: expected the same vocabulary, got " +
+                    std::to_string(b) + " and " + std::to_string(a) + " ids");
+  }
+}
+
+std::vector<PerplexityResult> results_of(const std::vector<PlanSum>& sums, double seconds) {
+  std::vector<PerplexityResult> results;
+  for (const PlanSum& sum : sums) {
+    results.push_back(sum.result());
+    results.back().seconds = seconds;
+  }
+  return results;
 }
 
 }  // namespace
 
-int64_t logits_chunk_rows(int64_t vocab_size) {
-  constexpr int64_t kChunkBytes = int64_t{64} << 20;
-  return std::clamp<int64_t>(kChunkBytes / (vocab_size * 4), 16, 4096);
-}
-
-uint64_t scoring_bytes(const ModelConfig& config, int64_t context, int64_t element_size) {
+uint64_t scoring_bytes(const ModelConfig& config, int64_t context, int64_t element_size,
+                       bool with_teacher) {
   // At the widest point of a layer: the residual stream and its norm, with either q, k, v and the
-  // attention's output or the three MLP activations. The logits are chunked, and each chunk exists
-  // as logits, as fp32 and as exponentials.
-  const int64_t attention = 3 * config.q_size() + 4 * config.kv_size();
-  const int64_t mlp = 3 * config.intermediate_size;
-  const int64_t widest = 4 * config.hidden_size + std::max(attention, mlp);
-  const int64_t logits = 3 * logits_chunk_rows(config.vocab_size) * config.vocab_size * 4;
-  return static_cast<uint64_t>(context * widest * element_size + logits);
+  // attention's output or the MLP activations; beside it the logits, never all at once.
+  const int64_t attention = 2 * config.q_size() + 4 * config.kv_size();
+  const int64_t mlp = 2 * config.intermediate_size;
+  const int64_t widest = 3 * config.hidden_size + std::max(attention, mlp);
+  return static_cast<uint64_t>(std::max(context, kBatchTokens) * widest * element_size) +
+         token_score_bytes(config, context, with_teacher);
 }
 
-at::Tensor token_nll(const LlamaForCausalLM& model, const at::Tensor& hidden,
-                     const at::Tensor& targets) {
-  const int64_t rows = hidden.size(0);
-  const int64_t chunk = logits_chunk_rows(model.config().vocab_size);
-  std::vector<at::Tensor> parts;
-  for (int64_t begin = 0; begin < rows; begin += chunk) {
-    const int64_t end = std::min(begin + chunk, rows);
-    at::Tensor logits = model.logits(hidden.slice(0, begin, end));
-    if (logits.scalar_type() != at::kDouble) logits = logits.to(at::kFloat);
-    const at::Tensor target = targets.slice(0, begin, end).unsqueeze(1);
-    parts.push_back(logits.logsumexp(-1) - logits.gather(1, target).squeeze(1));
-  }
-  return at::cat(parts);
-}
-
-PerplexityResult gptq_perplexity(const LlamaForCausalLM& model, const std::vector<int32_t>& ids,
-                                 const PerplexityOptions& options) {
+std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
+                                    const std::vector<WindowPlan>& plans,
+                                    const ScoreOptions& options, const LlamaForCausalLM* teacher) {
   const c10::InferenceMode no_gradients;
   const auto start = std::chrono::steady_clock::now();
-  const ModelConfig& config = model.config();
-  const int64_t context = options.context;
-  if (context < 2) {
-    throw_usage("[--ctx] expected at least 2 tokens, got " + std::to_string(context));
-  }
-  if (context > config.max_position_embeddings) {
-    throw_usage("[--ctx] expected at most the model's " +
-                std::to_string(config.max_position_embeddings) + " positions, got " +
-                std::to_string(context));
-  }
-  if (options.limit && *options.limit < 1) {
-    throw_usage("[--limit] expected at least 1 window, got " + std::to_string(*options.limit));
-  }
-  PerplexityResult result;
-  result.protocol = "gptq";
-  result.context = context;
-  result.tokens = static_cast<int64_t>(ids.size());
-  result.total_windows = result.tokens / context;
-  if (result.total_windows == 0) {
-    throw_bad_input("text: expected at least one window of " + std::to_string(context) +
-                    " tokens, got " + std::to_string(result.tokens) +
-                    " tokens\n  hint: use a longer text or a smaller --ctx");
-  }
-  if (const auto outside = std::find_if(
-          ids.begin(), ids.end(), [&](int32_t id) { return id < 0 || id >= config.vocab_size; });
-      outside != ids.end()) {
-    throw_bad_input("tokenizer: id " + std::to_string(*outside) +
-                    " does not fit the model's vocabulary of " + std::to_string(config.vocab_size) +
-                    "\n  hint: the tokenizer belongs to another model");
-  }
-  result.windows = windows_to_score(result.total_windows, options);
-  preflight_memory(
-      scoring_bytes(config, context, static_cast<int64_t>(c10::elementSize(model.dtype()))),
-      "scoring windows of " + std::to_string(context) + " tokens");
+  if (teacher != nullptr) check_same_vocabulary(model, *teacher);
+  const std::vector<Unit> units = make_units(plans);
+  preflight(model, units, teacher != nullptr);
+  std::vector<PlanSum> sums;
+  for (const WindowPlan& plan : plans) sums.emplace_back(plan, options, teacher != nullptr);
 
-  double sum = 0;
-  double sum_of_squares = 0;
-  Progress progress("scoring windows", static_cast<int64_t>(result.windows.size()),
-                    options.progress);
-  for (const int64_t window : result.windows) {
-    throw_if_interrupted();
-    at::Tensor input = at::empty({1, context}, at::kLong);
-    std::copy_n(ids.begin() + window * context, context, input.data_ptr<int64_t>());
-    input = input.to(model.device());
-    const at::Tensor hidden = model.forward(input).squeeze(0);  // (T, D)
-    const at::Tensor nll =
-        token_nll(model, hidden.slice(0, 0, context - 1), input.squeeze(0).slice(0, 1))
-            .to(at::kDouble);
-    const double window_sum = nll.sum().item<double>();
-    if (!std::isfinite(window_sum)) throw_non_finite(model, input, window);
-    sum += window_sum;
-    sum_of_squares += nll.square().sum().item<double>();
-    result.tokens_scored += context - 1;
-    result.window_nll.push_back(window_sum / static_cast<double>(context - 1));
+  Progress progress("scoring windows", static_cast<int64_t>(units.size()), options.progress);
+  for (size_t begin = 0, end = 0; begin < units.size(); begin = end) {
+    end = batch_end(units, begin);
+    const at::Tensor ids = input_ids(units, begin, end);
+    const at::Tensor targets = scored_targets(units, begin, end);
+    const auto hidden = run_model(model, ids);
+    const auto teacher_hidden = teacher != nullptr ? run_model(*teacher, ids) : std::nullopt;
+    if (interrupt_signal() != 0) break;
+    const at::Tensor rows = scored_rows(*hidden, units, begin, end);
+    const TokenScores scores =
+        teacher == nullptr
+            ? score_tokens(model, rows, targets)
+            : compare_tokens(model, rows, *teacher, scored_rows(*teacher_hidden, units, begin, end),
+                             targets);
+    const Use& first = units[begin].uses.front();
+    check_finite(scores, model, teacher, ids, plans[first.plan].windows[first.window]);
+    size_t offset = 0;
+    for (size_t u = begin; u < end; ++u) {
+      for (const Use& use : units[u].uses) sums[use.plan].add(use.window, units[u], scores, offset);
+      offset += static_cast<size_t>(units[u].scored());
+    }
     char status[48];
-    std::snprintf(status, sizeof status, "ppl %.3f",
-                  std::exp(sum / static_cast<double>(result.tokens_scored)));
-    progress.advance(1, status);
+    std::snprintf(status, sizeof status, "ppl %.3f", sums[first.plan].running_perplexity());
+    progress.advance(static_cast<int64_t>(end - begin), status);
   }
   progress.finish();
-  const auto count = static_cast<double>(result.tokens_scored);
-  result.nll = sum / count;
-  result.perplexity = std::exp(result.nll);
-  if (count > 1) {
-    const double variance = std::max(0.0, sum_of_squares / count - result.nll * result.nll);
-    result.standard_error = result.perplexity * std::sqrt(variance / (count - 1));
+  return results_of(
+      sums, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+}
+
+std::vector<LayerAblation> ablate_layers(const LlamaForCausalLM& student,
+                                         const LlamaForCausalLM& teacher, const WindowPlan& plan,
+                                         bool show_progress) {
+  const c10::InferenceMode no_gradients;
+  check_same_vocabulary(student, teacher);
+  const size_t layers = teacher.layers().size();
+  if (student.layers().size() != layers ||
+      student.config().hidden_size != teacher.config().hidden_size) {
+    throw_bad_input(
+        "[--by-layer] teacher and student: expected equally many layers of one width, got " +
+        std::to_string(layers) + " layers of " + std::to_string(teacher.config().hidden_size) +
+        " and " + std::to_string(student.layers().size()) + " of " +
+        std::to_string(student.config().hidden_size));
   }
-  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const std::vector<Unit> units = make_units({plan});
+  std::vector<DivergenceSum> sums(layers);
+  Progress progress("layers in turn", static_cast<int64_t>(units.size() * layers), show_progress);
+  for (size_t u = 0; u < units.size(); ++u) {
+    const at::Tensor ids = input_ids(units, u, u + 1);
+    const at::Tensor targets = scored_targets(units, u, u + 1);
+    const RopeTables rope = teacher.rope(ids.size(-1));
+    const RopeTables student_rope = student.rope(ids.size(-1));
+    std::vector<at::Tensor> inputs = {teacher.embed(ids)};  // of every layer, and the last output
+    for (const auto& layer : teacher.layers()) {
+      throw_if_interrupted();
+      inputs.push_back(layer->forward(inputs.back(), rope));
+    }
+    const at::Tensor expected = scored_rows(teacher.final_norm(inputs.back()), units, u, u + 1);
+    for (size_t replaced = 0; replaced < layers; ++replaced) {
+      at::Tensor hidden = student.layers()[replaced]->forward(
+          inputs[replaced].to(student.device(), student.dtype()), student_rope);
+      hidden = hidden.to(teacher.device(), teacher.dtype());
+      for (size_t layer = replaced + 1; layer < layers; ++layer) {
+        throw_if_interrupted();
+        hidden = teacher.layers()[layer]->forward(hidden, rope);
+      }
+      const TokenScores scores =
+          compare_tokens(teacher, scored_rows(teacher.final_norm(hidden), units, u, u + 1), teacher,
+                         expected, targets);
+      if (!all_finite(scores.kl)) {
+        throw Error(ExitCode::kNonFinite, "window " + std::to_string(plan.windows[u].index) +
+                                              ": NaN or Inf with layer " +
+                                              std::to_string(replaced) + " of the student");
+      }
+      sums[replaced].add(scores, 0, scores.kl.size());
+      progress.advance(1);
+    }
+  }
+  progress.finish();
+  std::vector<LayerAblation> result;
+  for (size_t layer = 0; layer < layers; ++layer) {
+    result.push_back({static_cast<int64_t>(layer), sums[layer].result()});
+  }
   return result;
+}
+
+nlohmann::json PerplexityResult::to_json() const {
+  nlohmann::json json = {{"protocol", to_string(protocol)},
+                         {"perplexity", perplexity.value},
+                         {"standard_error", perplexity.standard_error},
+                         {"nll", nll},
+                         {"tokens_scored", tokens_scored},
+                         {"tokens", tokens},
+                         {"context", context},
+                         {"stride", stride},
+                         {"bos", bos},
+                         {"windows", windows.size()},
+                         {"window_indices", windows},
+                         {"window_nll", window_nll},
+                         {"total_windows", total_windows},
+                         {"partial", partial},
+                         {"seconds", seconds}};
+  if (page_metrics) {
+    json["pages"] = page_metrics->pages;
+    json["words"] = page_metrics->words;
+    json["bytes"] = page_metrics->bytes;
+    json["word_perplexity"] = page_metrics->word_perplexity.value;
+    json["word_perplexity_standard_error"] = page_metrics->word_perplexity.standard_error;
+    json["byte_perplexity"] = page_metrics->byte_perplexity.value;
+    json["byte_perplexity_standard_error"] = page_metrics->byte_perplexity.standard_error;
+    json["bits_per_byte"] = page_metrics->bits_per_byte;
+  }
+  if (divergence) json["divergence"] = divergence->to_json();
+  if (!by_position.empty()) {
+    nlohmann::json& list = json["by_position"] = nlohmann::json::array();
+    for (const PositionBucket& bucket : by_position) {
+      nlohmann::json entry = {{"begin", bucket.begin},
+                              {"end", bucket.end},
+                              {"tokens", bucket.tokens},
+                              {"nll", bucket.nll}};
+      if (divergence) {
+        entry["teacher_nll"] = bucket.teacher_nll;
+        entry["kl_mean"] = bucket.kl;
+        entry["same_top1"] = bucket.same_top1;
+      }
+      list.push_back(std::move(entry));
+    }
+  }
+  return json;
 }
 
 }  // namespace hla

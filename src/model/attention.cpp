@@ -1,30 +1,38 @@
 #include "hla/model/attention.h"
 
 #include <ATen/ops/scaled_dot_product_attention.h>
+#include <ATen/ops/stack.h>
 
 namespace hla {
 namespace {
 
-// (B, T, K, d) -> (B, H, T, d), each kv head repeated for its group of queries. A view: the
-// attention kernels read through strides, so nothing is copied.
-at::Tensor repeat_kv(const at::Tensor& x, int64_t heads) {
-  const int64_t kv_heads = x.size(2);
-  const at::Tensor by_head = x.transpose(1, 2);  // (B, K, T, d)
-  if (kv_heads == heads) return by_head;
-  const int64_t group = heads / kv_heads;
-  return by_head.unsqueeze(2)
-      .expand({x.size(0), kv_heads, group, x.size(1), x.size(3)})
-      .reshape({x.size(0), heads, x.size(1), x.size(3)});
+// One sequence: q (T, H, d), k and v (T, K, d) -> (T, H, d). The kv heads stand where the batch
+// was, and each is repeated for its group of queries with stride 0, so that nothing is copied: the
+// attention kernels read through strides.
+at::Tensor sequence_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const int64_t kv_heads = k.size(1);
+  const int64_t group = q.size(1) / kv_heads;
+  const auto repeat = [&](const at::Tensor& x) {  // (K, G, T, d)
+    return x.transpose(0, 1).unsqueeze(1).expand({kv_heads, group, x.size(0), x.size(2)});
+  };
+  const at::Tensor queries = q.unflatten(1, {kv_heads, group}).permute({1, 2, 0, 3});
+  return at::scaled_dot_product_attention(queries, repeat(k), repeat(v), /*attn_mask=*/{},
+                                          /*dropout_p=*/0.0, /*is_causal=*/true)
+      .permute({2, 0, 1, 3})  // (T, K, G, d)
+      .flatten(1, 2);
 }
 
 }  // namespace
 
 at::Tensor causal_attention(const Qkv& qkv) {
-  const int64_t heads = qkv.q.size(2);
-  return at::scaled_dot_product_attention(qkv.q.transpose(1, 2), repeat_kv(qkv.k, heads),
-                                          repeat_kv(qkv.v, heads), /*attn_mask=*/{},
-                                          /*dropout_p=*/0.0, /*is_causal=*/true)
-      .transpose(1, 2);
+  if (qkv.q.size(0) == 1) {
+    return sequence_attention(qkv.q[0], qkv.k[0], qkv.v[0]).unsqueeze(0);
+  }
+  std::vector<at::Tensor> sequences;
+  for (int64_t b = 0; b < qkv.q.size(0); ++b) {
+    sequences.push_back(sequence_attention(qkv.q[b], qkv.k[b], qkv.v[b]));
+  }
+  return at::stack(sequences);
 }
 
 Attention::Attention(const ModelConfig& config)
@@ -54,8 +62,8 @@ LlamaAttention::LlamaAttention(ParameterSource& source, const std::string& prefi
 
 Qkv LlamaAttention::project(const at::Tensor& x, const RopeTables& rope) const {
   const auto heads = [&](const at::Tensor& t) { return t.unflatten(/*dim=*/-1, {-1, head_dim_}); };
-  return {apply_rope(heads(q_proj_->forward(x)), rope),
-          apply_rope(heads(k_proj_->forward(x)), rope), heads(v_proj_->forward(x))};
+  return {apply_rope_to_temporary(heads(q_proj_->forward(x)), rope),
+          apply_rope_to_temporary(heads(k_proj_->forward(x)), rope), heads(v_proj_->forward(x))};
 }
 
 }  // namespace hla

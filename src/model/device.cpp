@@ -1,14 +1,27 @@
 #include "hla/model/device.h"
 
+#include <ATen/Parallel.h>
 #include <dlfcn.h>
 #include <torch/cuda.h>
 
 #include <charconv>
+#include <filesystem>
 
 #include "hla/core/error.h"
+#include "hla/core/log.h"
 
 namespace hla {
 namespace {
+
+constexpr const char* kCudaLibrary = "libtorch_cuda.so";
+
+// Loads LibTorch's CUDA half, which registers itself. False where there is no NVIDIA driver.
+bool load_cuda_library() {
+  if (dlopen("libcuda.so.1", RTLD_LAZY | RTLD_GLOBAL) == nullptr) return false;
+  if (dlopen(kCudaLibrary, RTLD_NOW | RTLD_GLOBAL) != nullptr) return true;
+  if (has_cuda_library()) log_warning(std::string("CUDA is not used: ") + dlerror());
+  return false;
+}
 
 // Major compute capability, or 0 when it cannot be told. The CUDA runtime is looked up in the
 // process (libtorch_cuda brings it) because a CPU wheel has none to link.
@@ -23,10 +36,23 @@ int compute_capability_major(int device) {
 
 }  // namespace
 
+bool has_cuda_library() {
+  Dl_info info = {};
+  if (dladdr(reinterpret_cast<const void*>(&at::get_num_threads), &info) == 0) return false;
+  std::error_code error;
+  return std::filesystem::exists(std::filesystem::path(info.dli_fname).parent_path() / kCudaLibrary,
+                                 error);
+}
+
+int cuda_device_count() {
+  static const bool loaded = load_cuda_library();
+  return loaded && torch::cuda::is_available() ? static_cast<int>(torch::cuda::device_count()) : 0;
+}
+
 at::Device parse_device(const std::string& text) {
   if (text == "cpu") return at::Device(at::kCPU);
   if (text == "auto") {
-    return torch::cuda::is_available() ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
+    return cuda_device_count() > 0 ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
   }
   int index = 0;
   bool known = text == "cuda";
@@ -37,8 +63,7 @@ at::Device parse_device(const std::string& text) {
     known = begin != end && parsed.ec == std::errc() && parsed.ptr == end && index >= 0;
   }
   if (!known) throw_usage("[--device] expected auto, cpu, cuda or cuda:N, got " + text);
-  const auto count =
-      static_cast<int>(torch::cuda::is_available() ? torch::cuda::device_count() : 0);
+  const int count = cuda_device_count();
   if (index >= count) {
     throw_runtime("[--device] " + text + ": this machine has " + std::to_string(count) +
                   " CUDA devices that this LibTorch can use");

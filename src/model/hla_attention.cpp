@@ -103,7 +103,7 @@ at::Tensor HlaAttention::queries(const at::Tensor& x, const RopeTables& rope) co
     return q_up_->forward(latent).unflatten(-1, {heads_, head_dim_});
   }
   const at::Tensor q = q_proj_ ? q_proj_->forward(x) : q_up_->forward(q_down_->forward(x));
-  return apply_rope(q.unflatten(-1, {heads_, head_dim_}), rope);
+  return apply_rope_to_temporary(q.unflatten(-1, {heads_, head_dim_}), rope);
 }
 
 HlaLatents HlaAttention::latents(const at::Tensor& x, const RopeTables& rope) const {
@@ -112,7 +112,8 @@ HlaLatents HlaAttention::latents(const at::Tensor& x, const RopeTables& rope) co
     result.k = k_down_->forward(x);  // (B, T, k_floats)
     if (k_up_complex_) {
       // [re; im] is the half-split layout of one "head" of R frequencies.
-      result.k = apply_rope(result.k.unsqueeze(-2), rope.select(k_up_complex_->frequency_index()))
+      result.k = apply_rope_to_temporary(result.k.unsqueeze(-2),
+                                         rope.select(k_up_complex_->frequency_index()))
                      .squeeze(-2);
     } else if (rope_kind_ == HlaRope::kPaper) {
       result.k = paper_rotate(result.k, kv_heads_, rope);
@@ -134,7 +135,7 @@ at::Tensor HlaAttention::fast_keys(const at::Tensor& k_latent, const RopeTables&
     return keys + apply_rope(bias, fast);  // the bias turns with the position: (T, K, 2c)
   }
   const at::Tensor keys = k_up_->forward(k_latent).unflatten(-1, {kv_heads_, 2 * c});
-  return rope_kind_ == HlaRope::kPaper ? keys : apply_rope(keys, fast);
+  return rope_kind_ == HlaRope::kPaper ? keys : apply_rope_to_temporary(keys, fast);
 }
 
 std::pair<at::Tensor, at::Tensor> HlaAttention::rebuild(const HlaLatents& latents,
@@ -152,7 +153,7 @@ std::pair<at::Tensor, at::Tensor> HlaAttention::rebuild(const HlaLatents& latent
     const int64_t slow_size = kv_heads_ * 2 * (m - c);
     values = up.slice(-1, slow_size).unflatten(-1, {kv_heads_, head_dim_});
     slow = up.slice(-1, 0, slow_size).unflatten(-1, {kv_heads_, 2 * (m - c)});
-    if (c < m) slow = apply_rope(slow, rope.frequencies(c, m));
+    if (c < m) slow = apply_rope_to_temporary(slow, rope.frequencies(c, m));
   } else {
     values = zeros(head_dim_);
     slow = zeros(2 * (m - c));

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "hla/model/cpu_kernels.h"
+
 namespace hla {
 
 Linear::Linear(ParameterSource& source, const std::string& prefix, int64_t in, int64_t out,
@@ -25,6 +27,7 @@ RmsNorm::RmsNorm(ParameterSource& source, const std::string& prefix, int64_t siz
 }
 
 at::Tensor RmsNorm::forward(const at::Tensor& x) const {
+  if (cpu::applies(x) && cpu::applies(weight)) return cpu::rms_norm(x, weight, eps_);
   const at::ScalarType dtype = x.scalar_type();
   const at::Tensor wide = dtype == at::kDouble ? x : x.to(at::kFloat);
   const at::Tensor scale = at::rsqrt(wide.square().mean(/*dim=*/-1, /*keepdim=*/true) + eps_);
@@ -47,6 +50,10 @@ Mlp::Mlp(ParameterSource& source, const std::string& prefix, const ModelConfig& 
 
 at::Tensor Mlp::forward(const at::Tensor& x) const {
   at::Tensor gate = gate_proj_->forward(x);
+  if (activation_ == Activation::kSilu && cpu::applies(gate)) {
+    cpu::silu_mul_(gate, up_proj_->forward(x));
+    return down_proj_->forward(gate);
+  }
   switch (activation_) {
     case Activation::kSilu:
       gate = at::silu(gate);

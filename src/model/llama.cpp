@@ -33,8 +33,10 @@ DecoderLayer::DecoderLayer(ParameterSource& source, const std::string& prefix,
 }
 
 at::Tensor DecoderLayer::forward(const at::Tensor& hidden, const RopeTables& rope) const {
-  const at::Tensor attended = hidden + self_attn_->forward(input_layernorm_->forward(hidden), rope);
-  return attended + mlp_->forward(post_attention_layernorm_->forward(attended));
+  // Each sum is written over the product that it adds to, which nothing else reads.
+  const at::Tensor attended =
+      self_attn_->forward(input_layernorm_->forward(hidden), rope).add_(hidden);
+  return mlp_->forward(post_attention_layernorm_->forward(attended)).add_(attended);
 }
 
 LlamaForCausalLM::LlamaForCausalLM(ParameterSource& source, ModelConfig config)
@@ -72,6 +74,10 @@ at::Tensor LlamaForCausalLM::forward(const at::Tensor& ids) const {
   const RopeTables tables = rope(ids.size(-1));
   at::Tensor hidden = embed(ids);
   for (const auto& layer : layers_) hidden = layer->forward(hidden, tables);
+  return final_norm(hidden);
+}
+
+at::Tensor LlamaForCausalLM::final_norm(const at::Tensor& hidden) const {
   return norm_->forward(hidden);
 }
 

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <numbers>
 
+#include "hla/model/cpu_kernels.h"
+
 namespace hla {
 namespace {
 
@@ -129,6 +131,12 @@ at::Tensor apply_rope(const at::Tensor& x, const RopeTables& tables) {
   const std::vector<at::Tensor> halves = x.chunk(2, /*dim=*/-1);
   return at::cat({halves[0] * cos - halves[1] * sin, halves[1] * cos + halves[0] * sin},
                  /*dim=*/-1);
+}
+
+at::Tensor apply_rope_to_temporary(const at::Tensor& x, const RopeTables& tables) {
+  if (!cpu::can_rotate_in_place(x)) return apply_rope(x, tables);
+  cpu::rope_(x, tables.cos, tables.sin);
+  return x;
 }
 
 at::Tensor apply_rope_interleaved(const at::Tensor& x, const RopeTables& tables) {

@@ -3,124 +3,280 @@
 #include <c10/core/InferenceMode.h>
 
 #include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
 
-#include "hla/model/load.h"
+#include "eval/model_pair.h"
 #include "hla/text/tokenizer.h"
-#include "hla/text/wikitext.h"
-#include "test_util.h"
 
 namespace hla {
 namespace {
 
 using testing::error_of;
+using testing::noisy_stories_model;
+using testing::random_ids;
 using testing::source_path;
+using testing::stories_model;
 
-class PerplexityTest : public ::testing::Test {
- protected:
-  static std::shared_ptr<LlamaForCausalLM> model() {
-    return load_model(Checkpoint::open(source_path("data/stories260K/stories260K.bin").string()));
+// Windows of `context` tokens that score all but their first.
+WindowPlan disjoint_plan(const std::vector<int32_t>& ids, int64_t context) {
+  WindowPlan plan;
+  plan.context = plan.stride = context;
+  plan.streams = {std::make_shared<std::vector<int32_t>>(ids)};
+  plan.tokens = static_cast<int64_t>(ids.size());
+  plan.total_windows = plan.tokens / context;
+  for (int64_t i = 0; i < plan.total_windows; ++i) {
+    plan.windows.push_back({.index = i, .begin = i * context, .length = context});
   }
-  static std::vector<int32_t> random_ids(int64_t count) {
-    at::manual_seed(11);
-    const at::Tensor ids = at::randint(512, {count}, at::kInt);
-    return {ids.const_data_ptr<int32_t>(), ids.const_data_ptr<int32_t>() + count};
-  }
-  static PerplexityOptions options(int64_t context) {
-    PerplexityOptions result;
-    result.context = context;
-    result.progress = false;
-    return result;
-  }
-};
+  return plan;
+}
 
-TEST_F(PerplexityTest, EqualsADirectComputation) {
+WindowPlan stride_plan(const TokenStream& ids, int64_t context, int64_t stride) {
+  WindowPlan plan;
+  plan.protocol = Protocol::kHfStride;
+  plan.context = context;
+  plan.stride = stride;
+  plan.streams = {ids};
+  plan.tokens = static_cast<int64_t>(ids->size());
+  for (int64_t begin = 0, done = 0; done < plan.tokens; begin += stride) {
+    const int64_t end = std::min(begin + context, plan.tokens);
+    plan.windows.push_back({.index = plan.total_windows++,
+                            .begin = begin,
+                            .length = end - begin,
+                            .first_scored = std::max<int64_t>(1, done - begin)});
+    done = end;
+  }
+  return plan;
+}
+
+PerplexityResult score_one(const LlamaForCausalLM& model, const WindowPlan& plan,
+                           const LlamaForCausalLM* teacher = nullptr, int64_t buckets = 0) {
+  return score(model, {plan}, {.position_buckets = buckets, .progress = false}, teacher).front();
+}
+
+// Sum of the losses of labels [first, T) of a window, and how many, with whole logits in fp64.
+std::pair<double, int64_t> direct_nll(const LlamaForCausalLM& model, std::vector<int64_t> window,
+                                      int64_t first) {
   const c10::InferenceMode guard;
-  const auto net = model();
+  const at::Tensor input = at::tensor(window).unsqueeze(0);
+  const at::Tensor logits = model.logits(model.forward(input)).squeeze(0).to(at::kDouble);
+  const auto length = static_cast<int64_t>(window.size());
+  const at::Tensor loss = at::cross_entropy_loss(logits.slice(0, first - 1, length - 1),
+                                                 input[0].slice(0, first), {}, at::Reduction::Sum);
+  return {loss.item<double>(), length - first};
+}
+
+TEST(PerplexityTest, EqualsADirectComputation) {
+  const auto model = stories_model();
   const auto ids = random_ids(3 * 40 + 17);  // the tail is dropped
-  const PerplexityResult result = gptq_perplexity(*net, ids, options(40));
+  const PerplexityResult result = score_one(*model, disjoint_plan(ids, 40));
   EXPECT_EQ(result.total_windows, 3);
   EXPECT_EQ(result.tokens_scored, 3 * 39);
+  EXPECT_FALSE(result.partial);
   double sum = 0;
   for (int64_t w = 0; w < 3; ++w) {
-    const std::vector<int64_t> window(ids.begin() + 40 * w, ids.begin() + 40 * (w + 1));
-    const at::Tensor input = at::tensor(window).unsqueeze(0);
-    const at::Tensor logits = net->logits(net->forward(input)).squeeze(0);
-    const double loss =
-        at::cross_entropy_loss(logits.slice(0, 0, 39), input[0].slice(0, 1), {}, at::Reduction::Sum)
-            .item<double>();
-    EXPECT_NEAR(result.window_nll[static_cast<size_t>(w)], loss / 39, 1e-5);
+    const auto [loss, count] =
+        direct_nll(*model, {ids.begin() + 40 * w, ids.begin() + 40 * (w + 1)}, 1);
+    EXPECT_NEAR(result.window_nll[static_cast<size_t>(w)], loss / static_cast<double>(count), 1e-5);
     sum += loss;
   }
   EXPECT_NEAR(result.nll, sum / (3 * 39), 1e-5);
-  EXPECT_NEAR(result.perplexity, std::exp(result.nll), 1e-9);
-  EXPECT_GT(result.standard_error, 0);
+  EXPECT_NEAR(result.perplexity.value, std::exp(result.nll), 1e-9);
+  EXPECT_GT(result.perplexity.standard_error, 0);
 }
 
-TEST_F(PerplexityTest, ChosenWindowsAndLimit) {
-  const auto net = model();
-  const auto ids = random_ids(5 * 30);
-  const PerplexityResult all = gptq_perplexity(*net, ids, options(30));
-  PerplexityOptions some = options(30);
-  some.windows = {3, 1};
-  const PerplexityResult chosen = gptq_perplexity(*net, ids, some);
-  EXPECT_EQ(chosen.windows, (std::vector<int64_t>{3, 1}));
-  EXPECT_DOUBLE_EQ(chosen.window_nll[0], all.window_nll[3]);
-  EXPECT_DOUBLE_EQ(chosen.window_nll[1], all.window_nll[1]);
-  PerplexityOptions limited = options(30);
-  limited.limit = 2;
-  EXPECT_EQ(gptq_perplexity(*net, ids, limited).windows, (std::vector<int64_t>{0, 1}));
-  some.windows = {5};
-  EXPECT_EQ(error_of([&] { gptq_perplexity(*net, ids, some); }).code(), ExitCode::kUsage);
+// The loop of transformers' documentation, "Perplexity of fixed-length models".
+TEST(PerplexityTest, HfStrideEqualsTheDocumentedLoop) {
+  const auto model = stories_model();
+  const auto ids = random_ids(301);
+  const int64_t max_length = 64;
+  for (const int64_t stride : {16, 50, 64}) {
+    double nll_sum = 0;
+    int64_t n_tokens = 0;
+    int64_t prev_end_loc = 0;
+    for (int64_t begin_loc = 0; begin_loc < 301; begin_loc += stride) {
+      const int64_t end_loc = std::min<int64_t>(begin_loc + max_length, 301);
+      const int64_t trg_len = end_loc - prev_end_loc;
+      const int64_t length = end_loc - begin_loc;
+      const auto [loss, count] =
+          direct_nll(*model, {ids.begin() + begin_loc, ids.begin() + end_loc},
+                     std::max<int64_t>(1, length - trg_len));
+      nll_sum += loss;
+      n_tokens += count;
+      prev_end_loc = end_loc;
+      if (end_loc == 301) break;
+    }
+    const PerplexityResult result = score_one(
+        *model, stride_plan(std::make_shared<std::vector<int32_t>>(ids), max_length, stride));
+    EXPECT_EQ(result.tokens_scored, n_tokens) << stride;
+    EXPECT_NEAR(result.nll, nll_sum / static_cast<double>(n_tokens), 1e-5) << stride;
+  }
 }
 
-TEST_F(PerplexityTest, ChunkedLogitsEqualWholeOnes) {
+// Windows that protocols share are run once, and every protocol gets its own number.
+TEST(PerplexityTest, OnePassServesSeveralProtocols) {
+  const auto model = stories_model();
+  const WindowPlan gptq = disjoint_plan(random_ids(300), 64);
+  const WindowPlan strided = stride_plan(gptq.streams[0], 64, 32);  // every other window is gptq's
+  const WindowPlan shorter = stride_plan(gptq.streams[0], 48, 32);  // prefixes of those
+  const auto together = score(*model, {gptq, strided, shorter}, {.progress = false});
+  ASSERT_EQ(together.size(), 3U);
+  size_t i = 0;
+  for (const WindowPlan* plan : {&gptq, &strided, &shorter}) {
+    const PerplexityResult alone = score_one(*model, *plan);
+    EXPECT_EQ(together[i].tokens_scored, alone.tokens_scored);
+    EXPECT_NEAR(together[i].nll, alone.nll, 1e-6);
+    EXPECT_EQ(together[i].protocol, plan->protocol);
+    ++i;
+  }
+}
+
+TEST(PerplexityTest, FirstTokenIsReplaced) {
+  const auto model = stories_model();
+  const auto ids = random_ids(64);
+  WindowPlan plan = disjoint_plan(ids, 32);
+  for (Window& window : plan.windows) {
+    window.first_token = 1;
+    window.first_scored = 17;
+  }
+  const PerplexityResult result = score_one(*model, plan);
+  double sum = 0;
+  for (int64_t w = 0; w < 2; ++w) {
+    std::vector<int64_t> window(ids.begin() + 32 * w, ids.begin() + 32 * (w + 1));
+    window[0] = 1;
+    sum += direct_nll(*model, window, 17).first;
+  }
+  EXPECT_EQ(result.tokens_scored, 2 * 15);
+  EXPECT_NEAR(result.nll, sum / 30, 1e-5);
+}
+
+TEST(PerplexityTest, PageMetricsDivideByWordsAndBytes) {
+  const auto model = stories_model();
+  WindowPlan plan = disjoint_plan(random_ids(90), 30);
+  plan.protocol = Protocol::kLmEval;
+  plan.pages = {{0, 2, 20, 100}, {2, 3, 7, 55}};
+  const PerplexityResult result = score_one(*model, plan);
+  ASSERT_TRUE(result.page_metrics.has_value());
+  const double nll = result.nll * static_cast<double>(result.tokens_scored);
+  EXPECT_EQ(result.page_metrics->pages, 2);
+  EXPECT_NEAR(result.page_metrics->word_perplexity.value / std::exp(nll / 27), 1, 1e-9);
+  EXPECT_NEAR(result.page_metrics->byte_perplexity.value, std::exp(nll / 155), 1e-9);
+  EXPECT_NEAR(result.page_metrics->bits_per_byte, nll / 155 / std::log(2), 1e-9);
+  EXPECT_EQ(result.to_json()["words"], 27);
+}
+
+TEST(PerplexityTest, ComparesWithATeacher) {
   const c10::InferenceMode guard;
-  const auto net = model();
-  const int64_t rows = logits_chunk_rows(512) + 7;  // more than one chunk
-  const at::Tensor hidden = at::randn({rows, 64});
-  const at::Tensor targets = at::randint(512, {rows}, at::kLong);
-  const at::Tensor expected =
-      at::cross_entropy_loss(net->logits(hidden), targets, {}, at::Reduction::None);
-  EXPECT_LE(testing::max_abs_difference(token_nll(*net, hidden, targets), expected), 1e-5);
+  const auto teacher = stories_model();
+  const auto student = noisy_stories_model(0.1);
+  const auto ids = random_ids(120);
+  const WindowPlan plan = disjoint_plan(ids, 40);
+  const PerplexityResult result = score_one(*student, plan, teacher.get(), 4);
+  ASSERT_TRUE(result.divergence.has_value());
+  double kl = 0;
+  double same = 0;
+  for (int64_t w = 0; w < 3; ++w) {
+    const std::vector<int64_t> window(ids.begin() + 40 * w, ids.begin() + 40 * (w + 1));
+    const at::Tensor input = at::tensor(window).unsqueeze(0);
+    const auto log_probabilities = [&](const LlamaForCausalLM& model) {
+      return model.logits(model.forward(input))
+          .squeeze(0)
+          .slice(0, 0, 39)
+          .to(at::kDouble)
+          .log_softmax(-1);
+    };
+    const at::Tensor p = log_probabilities(*teacher);
+    const at::Tensor q = log_probabilities(*student);
+    kl += (p.exp() * (p - q)).sum().item<double>();
+    same += p.argmax(-1).eq(q.argmax(-1)).sum().item<double>();
+  }
+  EXPECT_NEAR(result.divergence->kl.value, kl / 117, 1e-5);
+  EXPECT_GT(result.divergence->kl.value, 1e-4);
+  EXPECT_NEAR(result.divergence->same_top1, same / 117, 1e-12);
+  EXPECT_NEAR(result.divergence->teacher_perplexity.value,
+              score_one(*teacher, plan).perplexity.value, 1e-3);
+  EXPECT_NEAR(result.perplexity.value, score_one(*student, plan).perplexity.value, 1e-3);
+  EXPECT_NEAR(result.divergence->ppl_ratio.value,
+              result.perplexity.value / result.divergence->teacher_perplexity.value, 1e-5);
 }
 
-TEST_F(PerplexityTest, TextsAndContextsThatCannotBeScored) {
-  const auto net = model();
-  const auto code = [&](const std::vector<int32_t>& ids, int64_t context) {
-    return error_of([&] { gptq_perplexity(*net, ids, options(context)); }).code();
-  };
-  EXPECT_EQ(code(random_ids(29), 30), ExitCode::kBadInput);
-  EXPECT_EQ(code({}, 30), ExitCode::kBadInput);
-  EXPECT_EQ(code({1, 2, 512, 4}, 2), ExitCode::kBadInput);  // an id beyond the vocabulary
-  EXPECT_EQ(code({1, -1, 3}, 2), ExitCode::kBadInput);
-  EXPECT_EQ(code(random_ids(600), 513), ExitCode::kUsage);  // beyond the model's positions
-  EXPECT_EQ(code(random_ids(600), 1), ExitCode::kUsage);
+// The buckets cover every scored token once, and their means make up the whole.
+TEST(PerplexityTest, ByPosition) {
+  const auto teacher = stories_model();
+  const auto student = noisy_stories_model(0.1);
+  const WindowPlan plan =
+      stride_plan(std::make_shared<std::vector<int32_t>>(random_ids(150)), 60, 25);
+  const PerplexityResult result = score_one(*student, plan, teacher.get(), 7);
+  ASSERT_LE(result.by_position.size(), 7U);
+  int64_t tokens = 0;
+  double nll = 0;
+  double kl = 0;
+  int64_t last = 0;
+  for (const PositionBucket& bucket : result.by_position) {
+    EXPECT_GE(bucket.begin, last);
+    last = bucket.end;
+    tokens += bucket.tokens;
+    nll += bucket.nll * static_cast<double>(bucket.tokens);
+    kl += bucket.kl * static_cast<double>(bucket.tokens);
+  }
+  EXPECT_EQ(tokens, result.tokens_scored);
+  EXPECT_NEAR(nll / static_cast<double>(tokens), result.nll, 1e-9);
+  EXPECT_NEAR(kl / static_cast<double>(tokens), result.divergence->kl.value, 1e-6);
 }
 
-TEST_F(PerplexityTest, NaNIsAnErrorThatSaysWhere) {
-  const auto net = model();
-  net->named_parameters()["model.layers.3.mlp.up_proj.weight"].fill_(NAN);
-  const Error error = error_of([&] { gptq_perplexity(*net, random_ids(60), options(30)); });
+TEST(PerplexityTest, OneLayerOfTheStudentAtATime) {
+  const auto teacher = stories_model();
+  const auto student = noisy_stories_model(0.2, /*layer=*/2);
+  const WindowPlan plan = disjoint_plan(random_ids(80), 40);
+  const auto layers = ablate_layers(*student, *teacher, plan, /*progress=*/false);
+  ASSERT_EQ(layers.size(), 5U);
+  for (const LayerAblation& layer : layers) {
+    if (layer.layer == 2) {
+      // Only this layer differs, so it alone is the whole student.
+      const PerplexityResult whole = score_one(*student, plan, teacher.get());
+      EXPECT_NEAR(layer.divergence.kl.value, whole.divergence->kl.value, 1e-6);
+      EXPECT_GT(layer.divergence.kl.value, 1e-4);
+    } else {
+      EXPECT_EQ(layer.divergence.kl.value, 0);
+    }
+  }
+}
+
+TEST(PerplexityTest, NonFiniteNumbersAreAnErrorThatSaysWhere) {
+  const auto model = stories_model();
+  model->named_parameters()["model.layers.3.mlp.up_proj.weight"].fill_(NAN);
+  const WindowPlan plan = disjoint_plan(random_ids(60), 30);
+  const Error error = error_of([&] { score_one(*model, plan); });
   EXPECT_EQ(error.code(), ExitCode::kNonFinite);
   EXPECT_NE(std::string(error.what()).find("window 0"), std::string::npos);
   EXPECT_NE(std::string(error.what()).find("layer 3"), std::string::npos);
+  // The student is fine and the teacher is not.
+  const auto fine = stories_model();
+  const Error teacher = error_of([&] { score_one(*fine, plan, model.get()); });
+  EXPECT_EQ(teacher.code(), ExitCode::kNonFinite);
+  EXPECT_NE(std::string(teacher.what()).find("teacher"), std::string::npos);
+  // One bad logit, in the output matrix.
+  const auto head = stories_model();
+  head->named_parameters()["model.embed_tokens.weight"][511].fill_(
+      std::numeric_limits<float>::infinity());
+  WindowPlan without = plan;
+  for (const int32_t id : *plan.streams[0]) ASSERT_NE(id, 511);
+  EXPECT_EQ(error_of([&] { score_one(*head, without); }).code(), ExitCode::kNonFinite);
 }
 
-// The real model on one real window; 148 windows and three are measured by hand (docs).
-TEST(SmolLM2PerplexityTest, FirstWindowOfWikiText2) {
+// The real model on three real windows; all 148 are measured by hand (docs/perplexity.md).
+TEST(SmolLM2PerplexityTest, ThreeWindowsOfWikiText2) {
   const auto folder = source_path("models/SmolLM2-135M-Instruct");
   if (!std::filesystem::exists(folder)) GTEST_SKIP() << "run scripts/setup.sh for the model";
   const Checkpoint checkpoint = Checkpoint::open(folder.string());
   const auto tokenizer = load_tokenizer(*checkpoint.tokenizer_path());
-  const std::vector<int32_t> ids = tokenizer->encode(
-      join_hf_rows(testing::read_file(source_path("data/wikitext-2/wiki.test.raw"))));
-  EXPECT_EQ(ids.size(), 304978u);
-  PerplexityOptions options;
-  options.windows = {0, 73, 147};
-  options.progress = false;
-  const PerplexityResult result = gptq_perplexity(*load_model(checkpoint), ids, options);
-  EXPECT_EQ(result.total_windows, 148);
-  EXPECT_NEAR(result.perplexity, 22.617, 0.01);
+  const Corpus corpus = load_dataset("wikitext-2-raw", "test");
+  const auto model = load_model(checkpoint);
+  TokenizedCorpus tokenized(corpus, *tokenizer);
+  const WindowPlan plan = plan_windows(tokenized, model->config(), {.windows = {0, 73, 147}});
+  EXPECT_EQ(plan.tokens, 304978);
+  EXPECT_EQ(plan.total_windows, 148);
+  EXPECT_NEAR(score_one(*model, plan).perplexity.value, 22.617, 0.01);
 }
 
 }  // namespace

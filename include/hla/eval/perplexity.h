@@ -1,56 +1,96 @@
-// Perplexity of a causal language model on a text.
+// Perplexity of causal language models on planned windows, alone or beside a teacher.
 #pragma once
 
 #include <cstdint>
-#include <functional>
+#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "hla/eval/divergence.h"
+#include "hla/eval/protocol.h"
 #include "hla/model/llama.h"
 
 namespace hla {
 
-struct PerplexityOptions {
-  int64_t context = 2048;        // tokens per window
-  std::optional<int64_t> limit;  // only the first so many windows
-  std::vector<int64_t> windows;  // only these windows (0-based); empty: all
-  bool progress = true;
+// Scores of the tokens at positions [begin, end) of their windows.
+struct PositionBucket {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t tokens = 0;
+  double nll = 0;  // mean, nats
+  // With a teacher:
+  double teacher_nll = 0;
+  double kl = 0;  // mean
+  double same_top1 = 0;
+};
+
+// lm-eval's metrics, over whole pages; words and bytes of the pages before detokenising.
+struct PageMetrics {
+  int64_t pages = 0;
+  int64_t words = 0;
+  int64_t bytes = 0;
+  Estimate word_perplexity;
+  Estimate byte_perplexity;
+  double bits_per_byte = 0;
 };
 
 struct PerplexityResult {
-  std::string protocol;       // "gptq"
-  double perplexity = 0;      // exp(nll)
-  double nll = 0;             // mean negative log-likelihood, nats per scored token
-  double standard_error = 0;  // of the perplexity, tokens taken as independent
-  int64_t tokens_scored = 0;
-  int64_t tokens = 0;  // of the whole text
+  Protocol protocol = Protocol::kGptq;
   int64_t context = 0;
-  int64_t total_windows = 0;       // that the text has
-  std::vector<int64_t> windows;    // that were scored
+  int64_t stride = 0;
+  std::string bos;
+  int64_t tokens = 0;         // of the whole text
+  int64_t total_windows = 0;  // that the text has
+  bool partial = false;       // interrupted: only the windows below were scored
+
+  std::vector<int64_t> windows;    // numbers of those scored
   std::vector<double> window_nll;  // mean of each
-  double seconds = 0;
+  int64_t tokens_scored = 0;
+  double nll = 0;  // mean negative log-likelihood, nats per scored token
+  // exp(nll); the standard error takes tokens as independent.
+  Estimate perplexity;
+  std::optional<PageMetrics> page_metrics;  // lm-eval
+  std::optional<Divergence> divergence;     // with a teacher
+  std::vector<PositionBucket> by_position;  // where asked for
+  double seconds = 0;                       // of the whole pass, which may serve several protocols
+
+  nlohmann::json to_json() const;
 };
 
-// The protocol of GPTQ and the papers that follow it: the ids are cut into independent windows of
-// `context` tokens, the tail is dropped, and all but the first token of each window are scored.
+struct ScoreOptions {
+  int64_t position_buckets = 0;  // 0: no breakdown by position
+  bool progress = true;
+};
+
+// Scores every plan in one pass: windows that several plans share, or that begin like a longer one
+// of another plan, are run once. Short windows are run several at a time.
 //
-// Logits exist for a few rows at a time only: beside the weights, memory is bounded by
-// scoring_bytes(). Throws kBadInput for a text shorter than one window or ids outside the
-// vocabulary, kUsage for windows that do not exist or a context beyond the model's positions,
-// kNonFinite naming window and layer for NaN or Inf.
-PerplexityResult gptq_perplexity(const LlamaForCausalLM& model, const std::vector<int32_t>& ids,
-                                 const PerplexityOptions& options);
+// With a teacher, every window runs through both models and results have a divergence.
+// Stops at an interrupt (core/interrupt.h) and marks what it returns as partial.
+//
+// Throws kOutOfMemory before the work begins, kBadInput for vocabularies that differ, kNonFinite
+// naming model, window and layer for NaN or Inf.
+std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
+                                    const std::vector<WindowPlan>& plans,
+                                    const ScoreOptions& options = {},
+                                    const LlamaForCausalLM* teacher = nullptr);
 
-// -log p(targets) of hidden states after the final norm: hidden (T, D), targets (T) -> (T) fp64 or
-// fp32, computed in chunks of rows so that no more than logits_chunk_rows × V logits exist.
-at::Tensor token_nll(const LlamaForCausalLM& model, const at::Tensor& hidden,
-                     const at::Tensor& targets);
+// The teacher with one layer taken from the student: what that layer alone costs.
+struct LayerAblation {
+  int64_t layer = 0;
+  Divergence divergence;  // from the whole teacher
+};
 
-// Rows of logits held at once: about 64 MB of fp32.
-int64_t logits_chunk_rows(int64_t vocab_size);
+// One entry per layer, over the windows of a plan (about half the layers are run again for each
+// layer, so a few windows will do). The models must have equally many layers of equal width, else
+// kBadInput. Interrupts throw.
+std::vector<LayerAblation> ablate_layers(const LlamaForCausalLM& student,
+                                         const LlamaForCausalLM& teacher, const WindowPlan& plan,
+                                         bool progress = true);
 
-// Upper estimate of the activation memory of scoring one window, bytes.
-uint64_t scoring_bytes(const ModelConfig& config, int64_t context, int64_t element_size);
+// Upper estimate of the activation memory of scoring windows of `context` tokens, bytes.
+uint64_t scoring_bytes(const ModelConfig& config, int64_t context, int64_t element_size,
+                       bool with_teacher);
 
 }  // namespace hla

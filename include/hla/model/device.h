@@ -10,6 +10,12 @@
 
 namespace hla {
 
+// Usable CUDA devices. The first call loads LibTorch's CUDA half where there is an NVIDIA driver; the
+// program is not linked against it, because that half alone takes 0.3 s and 400 MB to start.
+int cuda_device_count();
+// Whether this LibTorch has a CUDA half at all.
+bool has_cuda_library();
+
 // "auto" (cuda if there is one, else cpu), "cpu", "cuda", "cuda:1". Throws kUsage for anything else
 // and kRuntime when the device is not there.
 at::Device parse_device(const std::string& text);

@@ -43,9 +43,11 @@ class LlamaForCausalLM : public torch::nn::Module {
   // The steps of forward(), for code that walks the layers itself.
   at::Tensor embed(const at::Tensor& ids) const;  // (B, T) -> (B, T, D)
   RopeTables rope(int64_t length) const;          // positions 0…length-1
+  at::Tensor final_norm(const at::Tensor& hidden) const;
 
   const ModelConfig& config() const { return config_; }
   const std::vector<std::shared_ptr<DecoderLayer>>& layers() const { return layers_; }
+  const at::Tensor& lm_head() const { return lm_head_; }  // (V, D)
   at::Device device() const;
   at::ScalarType dtype() const;
   int64_t parameter_count() const;

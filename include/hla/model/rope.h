@@ -40,6 +40,9 @@ RopeTables rope_tables(const ModelConfig& config, const at::Tensor& positions,
 // the second halves (HF's half-split layout).
 at::Tensor apply_rope(const at::Tensor& x, const RopeTables& tables);
 
+// The same for an x that the caller gives up: rotated in place where that is possible.
+at::Tensor apply_rope_to_temporary(const at::Tensor& x, const RopeTables& tables);
+
 // Rotates neighbouring pairs (2i, 2i+1) of x (…, T, 2·P) by column i of the tables (T, P).
 at::Tensor apply_rope_interleaved(const at::Tensor& x, const RopeTables& tables);
 

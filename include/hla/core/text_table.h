@@ -1,0 +1,29 @@
+// Aligned tables on a terminal.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace hla {
+
+// Usage: TextTable table({"model", "ppl"}); table.add({"base", "22.617"}); puts(table.render());
+// The first column is aligned left, the others right. Widths count code points, not bytes.
+class TextTable {
+ public:
+  explicit TextTable(std::vector<std::string> header) : rows_{std::move(header)} {}
+  // As many cells as the header has; shorter rows are filled up with empty ones.
+  void add(std::vector<std::string> row);
+  // Lines with a newline each; columns that are empty in every row are left out.
+  std::string render() const;
+
+ private:
+  std::vector<std::vector<std::string>> rows_;
+};
+
+// 304978 -> "304,978".
+std::string with_thousands(long long number);
+
+// printf's %.*f.
+std::string fixed(double value, int decimals);
+
+}  // namespace hla

@@ -1,0 +1,56 @@
+// Fused fp32 CPU kernels for what surrounds the matrix products of a forward pass. LibTorch does
+// each of these in several passes over memory, and each pass writes a fresh tensor.
+//
+// Compiled for AVX-512, AVX2 and plain x86-64 (GCC's target_clones); the variant is chosen when
+// the program starts. Work is shared out by at::parallel_for. NaN and Inf are never hidden.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace hla::cpu {
+
+// Whether the kernels may take the place of ATen's operations: contiguous fp32 on the CPU, and no
+// gradient is wanted.
+bool applies(const at::Tensor& x);
+
+// y = x / √(mean(x²) + eps) · weight over the last dimension: x (…, D), weight (D) -> (…, D).
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
+
+// silu(gate) · up, written into gate. Same shape.
+void silu_mul_(const at::Tensor& gate, const at::Tensor& up);
+
+// RoPE in place: x (B, T, heads, 2F), half-split; cos and sin (T, F). Only the last dimensions
+// must be dense, as can_rotate_in_place says for x.
+bool can_rotate_in_place(const at::Tensor& x);
+void rope_(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
+
+// Running log-sum-exp of one row over blocks of its logits.
+struct LogSumExp {
+  float max;       // largest logit so far
+  double sum;      // Σ exp(logit - max)
+  float target;    // logit of the target id
+  int64_t argmax;  // first position of max
+};
+inline constexpr LogSumExp kEmptyLogSumExp = {-__builtin_inff(), 0.0, 0.0F, -1};
+
+// Adds columns [first_column, first_column + n) of every row: logits (R, n), targets (R) int64,
+// rows R states.
+void update_log_sum_exp(const at::Tensor& logits, int64_t first_column, const int64_t* targets,
+                        LogSumExp* rows);
+
+// Two distributions over the same vocabulary, p of a teacher and q of a student.
+struct PairState {
+  LogSumExp teacher;
+  LogSumExp student;
+  double cross;  // Σ exp(t - teacher.max) · (t - s), so that KL(p‖q) = cross/teacher.sum - lse_t +
+                 // lse_s
+};
+inline constexpr PairState kEmptyPair = {kEmptyLogSumExp, kEmptyLogSumExp, 0.0};
+
+// As update_log_sum_exp, for two blocks of logits (R, n) at once.
+void update_pair(const at::Tensor& teacher, const at::Tensor& student, int64_t first_column,
+                 const int64_t* targets, PairState* rows);
+
+}  // namespace hla::cpu

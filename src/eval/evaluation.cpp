@@ -1,0 +1,526 @@
+#include "hla/eval/evaluation.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "hla/core/error.h"
+#include "hla/core/interrupt.h"
+#include "hla/core/log.h"
+#include "hla/core/memory.h"
+#include "hla/core/text_table.h"
+#include "hla/core/version.h"
+#include "hla/io/checkpoint.h"
+#include "hla/model/device.h"
+
+namespace hla {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct LoadedModel {
+  std::string name;
+  std::shared_ptr<LlamaForCausalLM> model;
+  std::unique_ptr<Tokenizer> tokenizer;
+  uint64_t weight_bytes = 0;
+};
+
+std::unique_ptr<Tokenizer> tokenizer_of(const Checkpoint& checkpoint,
+                                        const std::optional<fs::path>& given) {
+  if (!given && !checkpoint.tokenizer_path()) {
+    throw_bad_input(checkpoint.path().string() + ": no tokenizer found\n  hint: --tokenizer PATH");
+  }
+  return load_tokenizer(given ? *given : *checkpoint.tokenizer_path());
+}
+
+LoadedModel load(const std::string& name, const EvaluationOptions& options) {
+  const Checkpoint checkpoint = Checkpoint::open(name);
+  // The tokenizer first: what reading it needs for a moment is free again for the model.
+  auto tokenizer = tokenizer_of(checkpoint, options.tokenizer);
+  return {name, load_model(checkpoint, options.load), std::move(tokenizer),
+          checkpoint.weight_bytes()};
+}
+
+// Ids that mean different texts would make every comparison by id meaningless.
+void check_same_tokenizer(const LoadedModel& student, const LoadedModel& teacher,
+                          const Corpus& corpus) {
+  constexpr size_t kSample = 1 << 16;
+  std::string sample = corpus.raw().substr(0, kSample);
+  if (student.tokenizer->encode(sample) == teacher.tokenizer->encode(sample)) return;
+  throw_bad_input("[--reference] " + teacher.name + " and " + student.name +
+                  ": expected tokenizers that give the same ids, got different ids for this text");
+}
+
+class Evaluator {
+ public:
+  Evaluator(const Corpus& corpus, const EvaluationOptions& options)
+      : corpus_(corpus), options_(options) {
+    if (options.by_layer && !options.reference) {
+      throw_usage("[--by-layer] needs --reference: layers are put into the teacher in turn");
+    }
+    if (options.profile && !options.load.device.is_cpu()) {
+      throw_usage("[--profile] times operations on the CPU only; use --device cpu");
+    }
+  }
+
+  Evaluation run() {
+    Evaluation evaluation;
+    evaluation.text = corpus_.name;
+    evaluation.text_source = corpus_.source;
+    evaluation.text_format = corpus_.format;
+    evaluation.text_sha256 = corpus_.sha256;
+    evaluation.reference = options_.reference;
+    evaluation.threads = at::get_num_threads();
+    for (const std::string& warning : text_warnings(corpus_.raw())) warn(warning, evaluation);
+    std::optional<LoadedModel> teacher;
+    if (options_.reference) teacher = load(*options_.reference, options_);
+    for (const std::string& name : options_.models) {
+      if (interrupt_signal() != 0) break;
+      ModelEvaluation model = evaluate_model(name, teacher ? &*teacher : nullptr, evaluation);
+      // Interrupted before its first window was done: there is nothing to report.
+      if (std::all_of(model.results.begin(), model.results.end(),
+                      [](const PerplexityResult& r) { return r.tokens_scored == 0; })) {
+        break;
+      }
+      evaluation.models.push_back(std::move(model));
+    }
+    evaluation.partial = interrupt_signal() != 0;
+    evaluation.peak_rss_bytes = peak_rss_bytes();
+    return evaluation;
+  }
+
+ private:
+  static void warn(const std::string& warning, Evaluation& evaluation) {
+    if (std::find(evaluation.warnings.begin(), evaluation.warnings.end(), warning) !=
+        evaluation.warnings.end()) {
+      return;
+    }
+    log_warning(warning);
+    evaluation.warnings.push_back(warning);
+  }
+
+  ModelEvaluation evaluate_model(const std::string& name, const LoadedModel* teacher,
+                                 Evaluation& evaluation) {
+    const LoadedModel loaded = load(name, options_);
+    const LlamaForCausalLM& model = *loaded.model;
+    const ModelConfig& config = model.config();
+    if (teacher != nullptr) check_same_tokenizer(loaded, *teacher, corpus_);
+    for (const std::string& warning : bos_warnings(*loaded.tokenizer, config)) {
+      warn(name + ": " + warning, evaluation);
+    }
+    ModelEvaluation result;
+    result.model = name;
+    result.tokenizer = loaded.tokenizer->kind();
+    result.device = model.device().str();
+    result.dtype = dtype_label(model.dtype());
+    result.parameters = model.parameter_count();
+    const auto element_size = static_cast<int64_t>(c10::elementSize(model.dtype()));
+    result.cache_bytes_per_token = config.cache_bytes_per_token(element_size);
+    result.base_cache_bytes_per_token = config.base_cache_bytes_per_token(element_size);
+    result.weight_bytes = loaded.weight_bytes;
+
+    TokenizedCorpus tokenized(corpus_, *loaded.tokenizer);
+    std::vector<WindowPlan> plans;
+    for (const ProtocolOptions& protocol : options_.protocols) {
+      plans.push_back(plan_windows(tokenized, config, protocol));
+    }
+    const LlamaForCausalLM* teacher_model = teacher == nullptr ? nullptr : teacher->model.get();
+    std::optional<OpProfile> profile;
+    if (options_.profile) profile.emplace();
+    result.results = score(model, plans, options_.scoring, teacher_model);
+    if (profile) {
+      result.profile = {profile->entries(), result.results.front().seconds, 0};
+      profile.reset();
+      result.profile->gemm_peak = measure_gemm_peak();
+    }
+    if (options_.by_layer && interrupt_signal() == 0) {
+      result.by_layer =
+          ablate_layers(model, *teacher_model, plans.front(), options_.scoring.progress);
+    }
+    return result;
+  }
+
+  const Corpus& corpus_;
+  const EvaluationOptions& options_;
+};
+
+// ---- reports ----
+
+std::string with_error(const Estimate& estimate, int decimals) {
+  return fixed(estimate.value, decimals) + " ± " + fixed(estimate.standard_error, decimals);
+}
+
+// Six significant digits at least, for values of any size.
+int decimals_for(double value) { return std::abs(value) < 0.01 ? 6 : 4; }
+
+std::string percent(double share, int decimals = 2) { return fixed(100 * share, decimals) + " %"; }
+
+double kl_percentile(const Divergence& divergence, double wanted) {
+  for (const Percentile& p : divergence.kl_percentiles) {
+    if (p.percent == wanted) return p.value;
+  }
+  return 0;
+}
+
+// The number that the protocol is known for.
+const Estimate& headline(const PerplexityResult& result) {
+  return result.page_metrics ? result.page_metrics->word_perplexity : result.perplexity;
+}
+std::string headline_name(const PerplexityResult& result) {
+  return result.page_metrics ? "word perplexity" : "perplexity";
+}
+
+std::string line(const std::string& key, const std::string& value) {
+  return key + std::string(key.size() < 15 ? 15 - key.size() : 1, ' ') + value + "\n";
+}
+
+std::string cache_text(const ModelEvaluation& model) {
+  return with_thousands(model.cache_bytes_per_token) + " bytes a token (" +
+         percent(static_cast<double>(model.cache_bytes_per_token) /
+                     static_cast<double>(model.base_cache_bytes_per_token),
+                 0) +
+         " of the base's)";
+}
+
+std::string windows_text(const PerplexityResult& result) {
+  return std::to_string(result.windows.size()) + "/" + std::to_string(result.total_windows);
+}
+
+std::string describe(const PerplexityResult& result) {
+  std::string text = line(
+      "protocol", to_string(result.protocol) + (result.partial ? ", PARTIAL: interrupted" : ""));
+  text += line("windows", windows_text(result) + " of " + with_thousands(result.context) +
+                              " tokens, stride " + with_thousands(result.stride));
+  text += line("scored", with_thousands(result.tokens_scored) + " of " +
+                             with_thousands(result.tokens) + " tokens");
+  text += line("BOS", result.bos);
+  if (result.page_metrics) {
+    const PageMetrics& pages = *result.page_metrics;
+    text += line("pages", std::to_string(pages.pages) + " with " + with_thousands(pages.words) +
+                              " words, " + with_thousands(pages.bytes) + " bytes");
+    text += line("word ppl", with_error(pages.word_perplexity, 4));
+    text += line("byte ppl", with_error(pages.byte_perplexity, 6));
+    text += line("bits per byte", fixed(pages.bits_per_byte, 6));
+    text += line("token ppl", with_error(result.perplexity, 4));
+  } else {
+    text += line("perplexity", with_error(result.perplexity, 4));
+  }
+  return text;
+}
+
+std::string describe(const Divergence& d) {
+  const int digits = decimals_for(d.kl.value);
+  std::string text = line("teacher ppl", with_error(d.teacher_perplexity, 4));
+  text += line("ppl ratio", with_error(d.ppl_ratio, 5) + "  (ln ratio " +
+                                with_error(d.log_ppl_ratio, 5) + ", correlation " +
+                                percent(d.nll_correlation) + ")");
+  text +=
+      line("KL", with_error(d.kl, digits) + " nats; median " + fixed(kl_percentile(d, 50), digits) +
+                     ", 90 % " + fixed(kl_percentile(d, 90), digits) + ", 99 % " +
+                     fixed(kl_percentile(d, 99), digits) + ", 99.9 % " +
+                     fixed(kl_percentile(d, 99.9), digits) + ", max " + fixed(d.kl_max, digits));
+  text += line("same top-1", fixed(100 * d.same_top1, 3) + " ± " +
+                                 fixed(100 * d.same_top1_standard_error, 3) + " %");
+  text += line("Δp of target",
+               "mean " + with_error({100 * d.delta_p.value, 100 * d.delta_p.standard_error}, 3) +
+                   " %, RMS " +
+                   with_error({100 * d.delta_p_rms.value, 100 * d.delta_p_rms.standard_error}, 3) +
+                   " %");
+  return text;
+}
+
+std::string position_table(const PerplexityResult& result) {
+  TextTable table({"position", "tokens", "perplexity", "teacher ppl", "ratio", "KL", "same top-1"});
+  for (const PositionBucket& b : result.by_position) {
+    std::vector<std::string> row = {std::to_string(b.begin) + "…" + std::to_string(b.end - 1),
+                                    with_thousands(b.tokens), fixed(std::exp(b.nll), 4)};
+    if (result.divergence) {
+      row.push_back(fixed(std::exp(b.teacher_nll), 4));
+      row.push_back(fixed(std::exp(b.nll - b.teacher_nll), 5));
+      row.push_back(fixed(b.kl, decimals_for(b.kl)));
+      row.push_back(percent(b.same_top1));
+    }
+    table.add(std::move(row));
+  }
+  return table.render();
+}
+
+std::string layer_table(const std::vector<LayerAblation>& layers) {
+  TextTable table({"layer alone", "ppl ratio", "±", "KL", "same top-1"});
+  for (const LayerAblation& layer : layers) {
+    const Divergence& d = layer.divergence;
+    table.add({std::to_string(layer.layer), fixed(d.ppl_ratio.value, 5),
+               fixed(d.ppl_ratio.standard_error, 5), fixed(d.kl.value, 6), percent(d.same_top1)});
+  }
+  return table.render();
+}
+
+std::string profile_table(const TimeProfile& profile) {
+  TextTable table({"operations", "calls", "s", "share", "GFLOP/s", "of peak"});
+  double counted = 0;
+  for (const OpProfile::Entry& e : profile.entries) {
+    counted += e.seconds;
+    const double rate = e.seconds > 0 ? e.flops / e.seconds : 0;
+    table.add({e.kind, with_thousands(e.calls), fixed(e.seconds, 3),
+               percent(e.seconds / profile.seconds, 1), e.flops > 0 ? fixed(rate / 1e9, 1) : "",
+               e.flops > 0 ? percent(rate / profile.gemm_peak, 0) : ""});
+  }
+  table.add({"between operations", "", fixed(profile.seconds - counted, 3),
+             percent((profile.seconds - counted) / profile.seconds, 1), "", ""});
+  return table.render() + "peak: " + fixed(profile.gemm_peak / 1e9, 1) +
+         " GFLOP/s, the best fp32 product of 2048 x 2048 x 2048 in this run\n";
+}
+
+bool is_single(const Evaluation& evaluation) {
+  return evaluation.models.size() == 1 && evaluation.models.front().results.size() == 1;
+}
+
+std::string comparison_table(const Evaluation& evaluation) {
+  TextTable table({"model", "protocol", "ctx", "stride", "windows", "scored", "cache B/token",
+                   "perplexity", "±", "ratio", "word ppl", "byte ppl", "bits/byte", "KL",
+                   "same top-1"});
+  for (const ModelEvaluation& model : evaluation.models) {
+    for (size_t p = 0; p < model.results.size(); ++p) {
+      const PerplexityResult& r = model.results[p];
+      const PerplexityResult& first = evaluation.models.front().results[p];
+      std::vector<std::string> row = {model.model,
+                                      to_string(r.protocol) + (r.partial ? " (partial)" : ""),
+                                      std::to_string(r.context),
+                                      std::to_string(r.stride),
+                                      windows_text(r),
+                                      with_thousands(r.tokens_scored),
+                                      with_thousands(model.cache_bytes_per_token),
+                                      fixed(r.perplexity.value, 4),
+                                      fixed(r.perplexity.standard_error, 4)};
+      row.push_back(evaluation.models.size() > 1
+                        ? fixed(r.perplexity.value / first.perplexity.value, 4)
+                        : "");
+      const bool pages = r.page_metrics.has_value();
+      row.push_back(pages ? fixed(r.page_metrics->word_perplexity.value, 4) : "");
+      row.push_back(pages ? fixed(r.page_metrics->byte_perplexity.value, 5) : "");
+      row.push_back(pages ? fixed(r.page_metrics->bits_per_byte, 5) : "");
+      row.push_back(r.divergence ? fixed(r.divergence->kl.value, 5) : "");
+      row.push_back(r.divergence ? percent(r.divergence->same_top1) : "");
+      table.add(std::move(row));
+    }
+  }
+  return table.render();
+}
+
+// The parts that are too long for a row.
+std::string details(const ModelEvaluation& model, bool single) {
+  std::string text;
+  for (const PerplexityResult& result : model.results) {
+    if (!result.by_position.empty()) {
+      text += "\n" + (single ? "" : model.model + ", " + to_string(result.protocol) + "\n") +
+              position_table(result);
+    }
+  }
+  if (!model.by_layer.empty()) {
+    text += "\n" + (single ? "" : model.model + "\n") + layer_table(model.by_layer);
+  }
+  if (model.profile)
+    text += "\n" + (single ? "" : model.model + "\n") + profile_table(*model.profile);
+  return text;
+}
+
+nlohmann::json result_json(const Evaluation& evaluation, const ModelEvaluation& model,
+                           const PerplexityResult& result) {
+  nlohmann::json json = result.to_json();
+  json["model"] = model.model;
+  json["text"] = evaluation.text;
+  json["text_sha256"] = evaluation.text_sha256;
+  json["tokenizer"] = model.tokenizer;
+  json["device"] = model.device;
+  json["dtype"] = model.dtype;
+  json["parameters"] = model.parameters;
+  json["weight_bytes"] = model.weight_bytes;
+  json["cache_bytes_per_token"] = model.cache_bytes_per_token;
+  json["base_cache_bytes_per_token"] = model.base_cache_bytes_per_token;
+  if (evaluation.reference) json["reference"] = *evaluation.reference;
+  return json;
+}
+
+nlohmann::json profile_json(const TimeProfile& profile) {
+  nlohmann::json operations = nlohmann::json::array();
+  for (const OpProfile::Entry& e : profile.entries) {
+    operations.push_back(
+        {{"kind", e.kind}, {"calls", e.calls}, {"seconds", e.seconds}, {"flops", e.flops}});
+  }
+  return {{"operations", operations},
+          {"seconds", profile.seconds},
+          {"gemm_peak_flops_per_second", profile.gemm_peak}};
+}
+
+// A CSV field; quoted only where it must be.
+std::string csv_field(const nlohmann::json& value) {
+  if (value.is_null()) return "";
+  if (!value.is_string()) return value.dump();
+  const auto& text = value.get_ref<const std::string&>();
+  if (text.find_first_of(",\"\r\n") == std::string::npos) return text;
+  std::string quoted = "\"";
+  for (const char c : text) quoted += c == '"' ? std::string("\"\"") : std::string(1, c);
+  return quoted + "\"";
+}
+
+}  // namespace
+
+Evaluation evaluate(const Corpus& corpus, const EvaluationOptions& options) {
+  return Evaluator(corpus, options).run();
+}
+
+nlohmann::json Evaluation::to_json() const {
+  nlohmann::json results = nlohmann::json::array();
+  for (const ModelEvaluation& model : models) {
+    for (size_t p = 0; p < model.results.size(); ++p) {
+      results.push_back(result_json(*this, model, model.results[p]));
+      // These belong to the model, and were made with its first protocol.
+      if (p > 0) continue;
+      if (model.profile) results.back()["profile"] = profile_json(*model.profile);
+      for (const LayerAblation& layer : model.by_layer) {
+        nlohmann::json entry = layer.divergence.to_json();
+        entry["layer"] = layer.layer;
+        results.back()["by_layer"].push_back(std::move(entry));
+      }
+    }
+  }
+  return {
+      {"results", results},
+      {"text",
+       {{"name", text}, {"source", text_source}, {"format", text_format}, {"sha256", text_sha256}}},
+      {"warnings", warnings},
+      {"partial", partial},
+      {"threads", threads},
+      {"peak_rss_bytes", peak_rss_bytes},
+      {"hla_version", version()},
+      {"hla_commit", version_commit()}};
+}
+
+std::string Evaluation::to_csv() const {
+  static constexpr const char* kColumns[] = {"model",
+                                             "protocol",
+                                             "context",
+                                             "stride",
+                                             "windows",
+                                             "total_windows",
+                                             "tokens_scored",
+                                             "perplexity",
+                                             "standard_error",
+                                             "nll",
+                                             "word_perplexity",
+                                             "byte_perplexity",
+                                             "bits_per_byte",
+                                             "cache_bytes_per_token",
+                                             "base_cache_bytes_per_token",
+                                             "parameters",
+                                             "reference",
+                                             "bos",
+                                             "device",
+                                             "dtype",
+                                             "text",
+                                             "text_sha256",
+                                             "partial",
+                                             "seconds"};
+  static constexpr const char* kDivergenceColumns[] = {"teacher_perplexity",
+                                                       "ppl_ratio",
+                                                       "ppl_ratio_standard_error",
+                                                       "kl_mean",
+                                                       "kl_standard_error",
+                                                       "kl_max",
+                                                       "same_top1"};
+  std::string csv;
+  for (const char* column : kColumns) csv += (csv.empty() ? "" : ",") + std::string(column);
+  for (const char* column : kDivergenceColumns) csv += "," + std::string(column);
+  csv += "\n";
+  const auto value_of = [](const nlohmann::json& object, const char* key) {
+    const auto found = object.find(key);
+    return found == object.end() ? nlohmann::json() : *found;
+  };
+  for (const ModelEvaluation& model : models) {
+    for (const PerplexityResult& result : model.results) {
+      const nlohmann::json json = result_json(*this, model, result);
+      std::string row;
+      for (const char* column : kColumns) {
+        row += (column == kColumns[0] ? "" : ",") + csv_field(value_of(json, column));
+      }
+      const nlohmann::json divergence = value_of(json, "divergence");
+      for (const char* column : kDivergenceColumns) {
+        row += "," + csv_field(divergence.is_null() ? divergence : value_of(divergence, column));
+      }
+      csv += row + "\n";
+    }
+  }
+  return csv;
+}
+
+std::string Evaluation::to_text() const {
+  std::string out;
+  const bool single = is_single(*this);
+  if (single) out += line("model", models.front().model);
+  if (reference) out += line("teacher", *reference);
+  out += line("text", text + " (" + text_format + ")");
+  out += line("sha256", text_sha256);
+  if (!models.empty()) {
+    out += line("device", models.front().device + ", " + models.front().dtype + ", " +
+                              std::to_string(threads) + " threads");
+  }
+  if (single) {
+    const ModelEvaluation& model = models.front();
+    const PerplexityResult& result = model.results.front();
+    out += line("cache", cache_text(model));
+    out += line(
+        "time",
+        fixed(result.seconds, 1) + " s, " +
+            fixed(static_cast<double>(result.tokens_scored) / std::max(result.seconds, 1e-9), 0) +
+            " tokens/s, peak memory " + format_bytes(peak_rss_bytes));
+    out += describe(result);
+    if (result.divergence) out += describe(*result.divergence);
+  } else {
+    double seconds = 0;
+    for (const ModelEvaluation& model : models) {
+      if (!model.results.empty()) seconds += model.results.front().seconds;
+    }
+    out += line("time", fixed(seconds, 1) + " s, peak memory " + format_bytes(peak_rss_bytes));
+    for (const ModelEvaluation& model : models) {
+      if (&model != &models.front()) break;
+      for (const PerplexityResult& result : model.results) {
+        out += line("BOS", to_string(result.protocol) + ": " + result.bos);
+      }
+    }
+    out += "\n" + comparison_table(*this);
+  }
+  for (const ModelEvaluation& model : models) out += details(model, single);
+  if (partial) out += "\nPARTIAL: interrupted before the end; not comparable with a whole run\n";
+  return out;
+}
+
+PlotSpec Evaluation::to_plot() const {
+  PlotSpec plot;
+  plot.title = "Perplexity against cache size";
+  plot.subtitle = text + ", sha256 " + text_sha256.substr(0, 8);
+  plot.x_label = "cache, bytes per token";
+  plot.y_label = "perplexity";
+  if (models.empty()) return plot;
+  for (size_t p = 0; p < models.front().results.size(); ++p) {
+    PlotSeries series;
+    const PerplexityResult& first = models.front().results[p];
+    series.label = to_string(first.protocol) + ", " + headline_name(first) + ", context " +
+                   std::to_string(first.context);
+    series.line = false;  // models are not points of one curve
+    for (const ModelEvaluation& model : models) {
+      const Estimate& y = headline(model.results[p]);
+      series.x.push_back(static_cast<double>(model.cache_bytes_per_token));
+      series.y.push_back(y.value);
+      series.y_error.push_back(y.standard_error);
+      const fs::path path(model.model);
+      series.point_labels.push_back(path.filename().empty() ? path.parent_path().filename().string()
+                                                            : path.filename().string());
+    }
+    plot.series.push_back(std::move(series));
+  }
+  return plot;
+}
+
+}  // namespace hla

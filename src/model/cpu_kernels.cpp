@@ -1,0 +1,286 @@
+// Compiled with -O3 and flags that let loops be vectorised without changing what NaN and Inf do
+// (see CMakeLists.txt); nothing here may rely on -ffast-math.
+#include "hla/model/cpu_kernels.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/record_function.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "hla/core/error.h"
+
+// One copy of a function per instruction set, chosen by the dynamic linker.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(HLA_NO_MULTIVERSION)
+#define HLA_MULTIVERSION \
+  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define HLA_MULTIVERSION
+#endif
+
+namespace hla::cpu {
+namespace {
+
+// Elements per task: small tensors are not worth waking a thread for.
+constexpr int64_t kGrain = 16384;
+
+// Sixteen floats in the compiler's own vectors: one register, two or four, by instruction set.
+using Floats = float __attribute__((vector_size(64), aligned(4)));
+using Ints = int32_t __attribute__((vector_size(64)));
+constexpr int64_t kLanes = 16;
+#define HLA_INLINE __attribute__((always_inline)) inline
+
+HLA_INLINE Floats load(const float* x) { return *reinterpret_cast<const Floats*>(x); }
+
+// The last n < 16 values, with `fill` in the other lanes.
+HLA_INLINE Floats load_tail(const float* x, int64_t n, float fill) {
+  Floats result;
+  for (int64_t i = 0; i < kLanes; ++i) result[i] = i < n ? x[i] : fill;
+  return result;
+}
+
+HLA_INLINE float total(Floats x) {
+  float sum = 0;
+  for (int64_t i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
+}
+
+// e^x to about 1 ulp for -87 <= x <= 88, after S. L. Moshier's Cephes (expf). Below the range the
+// result is about 1e-38, which no sum of probabilities sees. NaN stays NaN.
+HLA_INLINE Floats exp_fp32(Floats x) {
+  const Floats low = Floats{} - 87.0F;
+  const Floats high = Floats{} + 88.0F;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  // Adding 1.5·2^23 rounds to an integer, which is then in the low bits.
+  constexpr float kRound = 12582912.0F;
+  const Floats shifted = x * 1.44269504088896341F + kRound;
+  const Floats n = shifted - kRound;
+  Floats r = x - n * 0.693359375F;
+  r = r - n * -2.12194440e-4F;
+  Floats p = r * 1.9875691500e-4F + 1.3981999507e-3F;
+  p = p * r + 8.3334519073e-3F;
+  p = p * r + 4.1665795894e-2F;
+  p = p * r + 1.6666665459e-1F;
+  p = p * r + 5.0000001201e-1F;
+  const Floats e = p * (r * r) + r + 1.0F;
+  // · 2^n by adding n to the exponent.
+  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(e) +
+                                  (reinterpret_cast<Ints>(shifted) << 23));
+}
+
+HLA_MULTIVERSION
+void rms_norm_rows(const float* x, const float* weight, float* y, int64_t rows, int64_t size,
+                   float eps) {
+  for (int64_t row = 0; row < rows; ++row, x += size, y += size) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; ++i) sum += x[i] * x[i];
+    const float scale = 1.0F / std::sqrt(sum / static_cast<float>(size) + eps);
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) y[i] = weight[i] * (x[i] * scale);
+  }
+}
+
+HLA_INLINE Floats silu_mul(Floats gate, Floats up) { return gate / (1.0F + exp_fp32(-gate)) * up; }
+
+HLA_MULTIVERSION
+void silu_mul_range(float* gate, const float* up, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    *reinterpret_cast<Floats*>(gate + i) = silu_mul(load(gate + i), load(up + i));
+  }
+  const Floats last = silu_mul(load_tail(gate + i, n - i, 0), load_tail(up + i, n - i, 0));
+  for (int64_t lane = 0; i + lane < n; ++lane) gate[i + lane] = last[lane];
+}
+
+HLA_MULTIVERSION
+void rope_row(float* x, int64_t head_stride, const float* cos, const float* sin, int64_t heads,
+              int64_t f) {
+  for (int64_t head = 0; head < heads; ++head, x += head_stride) {
+    float* first = x;
+    float* second = x + f;
+#pragma omp simd
+    for (int64_t i = 0; i < f; ++i) {
+      const float a = first[i];
+      const float b = second[i];
+      first[i] = a * cos[i] - b * sin[i];
+      second[i] = b * cos[i] + a * sin[i];
+    }
+  }
+}
+
+HLA_MULTIVERSION
+float row_max(const float* x, int64_t n) {
+  float max = -__builtin_inff();
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
+  return max;
+}
+
+// Stands in for columns that are not there: weight e^-87 and no difference.
+constexpr float kPadding = -1e30F;
+
+HLA_MULTIVERSION
+float sum_of_exp(const float* x, int64_t n, float max) {
+  Floats sum = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += exp_fp32(load(x + i) - max);
+  if (i < n) sum += exp_fp32(load_tail(x + i, n - i, kPadding) - max);
+  return total(sum);
+}
+
+// {Σ e^(t - max), Σ e^(t - max) (t - s)}
+struct WeightedSums {
+  float sum;
+  float cross;
+};
+
+HLA_MULTIVERSION
+WeightedSums weighted_sums(const float* t, const float* s, int64_t n, float max) {
+  Floats sum = {};
+  Floats cross = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats teacher = load(t + i);
+    const Floats weight = exp_fp32(teacher - max);
+    sum += weight;
+    cross += weight * (teacher - load(s + i));
+  }
+  if (i < n) {
+    const Floats teacher = load_tail(t + i, n - i, kPadding);
+    const Floats weight = exp_fp32(teacher - max);
+    sum += weight;
+    cross += weight * (teacher - load_tail(s + i, n - i, kPadding));
+  }
+  return {total(sum), total(cross)};
+}
+
+// Raises the running maximum to that of a block and returns what the old sums must be scaled by.
+// A NaN does not show in the maximum, but it does in the sums.
+double raise_max(LogSumExp& state, const float* x, int64_t n, int64_t first_column) {
+  const float block_max = row_max(x, n);
+  if (!(block_max > state.max)) return 1.0;
+  const double scale = std::exp(static_cast<double>(state.max) - static_cast<double>(block_max));
+  state.max = block_max;
+  state.argmax = first_column + (std::find(x, x + n, block_max) - x);
+  return scale;
+}
+
+void take_target(LogSumExp& state, const float* x, int64_t n, int64_t first_column,
+                 int64_t target) {
+  if (target >= first_column && target < first_column + n) state.target = x[target - first_column];
+}
+
+bool is_plain_fp32(const at::Tensor& x) {
+  return x.device().is_cpu() && x.scalar_type() == at::kFloat &&
+         !(at::GradMode::is_enabled() && x.requires_grad());
+}
+
+void check_blocks(const at::Tensor& logits) {
+  if (!applies(logits) || logits.dim() != 2) throw_runtime("log-sum-exp: expected fp32 rows");
+}
+
+template <typename Action>
+void for_rows(const at::Tensor& logits, const Action& action) {
+  const int64_t columns = logits.size(1);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(columns, 1));
+  at::parallel_for(0, logits.size(0), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) action(row, row * columns, columns);
+  });
+}
+
+}  // namespace
+
+bool applies(const at::Tensor& x) { return is_plain_fp32(x) && x.is_contiguous(); }
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  RECORD_FUNCTION("hla::rms_norm", {});
+  at::Tensor y = at::empty_like(x);
+  const int64_t size = x.size(-1);
+  const int64_t rows = size == 0 ? 0 : x.numel() / size;
+  const float* in = x.const_data_ptr<float>();
+  const float* w = weight.const_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     rms_norm_rows(in + begin * size, w, out + begin * size, end - begin, size,
+                                   static_cast<float>(eps));
+                   });
+  return y;
+}
+
+void silu_mul_(const at::Tensor& gate, const at::Tensor& up) {
+  RECORD_FUNCTION("hla::silu_mul", {});
+  float* g = gate.mutable_data_ptr<float>();
+  const float* u = up.const_data_ptr<float>();
+  at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    silu_mul_range(g + begin, u + begin, end - begin);
+  });
+}
+
+bool can_rotate_in_place(const at::Tensor& x) {
+  return is_plain_fp32(x) && x.dim() == 4 && x.stride(3) == 1;
+}
+
+void rope_(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  RECORD_FUNCTION("hla::rope", {});
+  const int64_t length = x.size(1);
+  const int64_t heads = x.size(2);
+  const int64_t f = x.size(3) / 2;
+  float* data = x.mutable_data_ptr<float>();
+  const float* c = cos.const_data_ptr<float>();
+  const float* s = sin.const_data_ptr<float>();
+  const at::IntArrayRef strides = x.strides();
+  const int64_t cos_stride = cos.stride(0);
+  const int64_t sin_stride = sin.stride(0);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(heads * 2 * f, 1));
+  at::parallel_for(0, x.size(0) * length, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t t = row % length;
+      rope_row(data + row / length * strides[0] + t * strides[1], strides[2], c + t * cos_stride,
+               s + t * sin_stride, heads, f);
+    }
+  });
+}
+
+void update_log_sum_exp(const at::Tensor& logits, int64_t first_column, const int64_t* targets,
+                        LogSumExp* rows) {
+  RECORD_FUNCTION("hla::log_sum_exp", {});
+  check_blocks(logits);
+  const float* data = logits.const_data_ptr<float>();
+  for_rows(logits, [&](int64_t row, int64_t offset, int64_t n) {
+    const float* x = data + offset;
+    LogSumExp& state = rows[row];
+    state.sum *= raise_max(state, x, n, first_column);
+    state.sum += sum_of_exp(x, n, state.max);
+    take_target(state, x, n, first_column, targets[row]);
+  });
+}
+
+void update_pair(const at::Tensor& teacher, const at::Tensor& student, int64_t first_column,
+                 const int64_t* targets, PairState* rows) {
+  RECORD_FUNCTION("hla::divergence", {});
+  check_blocks(teacher);
+  check_blocks(student);
+  const float* teacher_data = teacher.const_data_ptr<float>();
+  const float* student_data = student.const_data_ptr<float>();
+  for_rows(teacher, [&](int64_t row, int64_t offset, int64_t n) {
+    const float* t = teacher_data + offset;
+    const float* s = student_data + offset;
+    PairState& state = rows[row];
+    const double teacher_scale = raise_max(state.teacher, t, n, first_column);
+    const WeightedSums sums = weighted_sums(t, s, n, state.teacher.max);
+    state.teacher.sum = state.teacher.sum * teacher_scale + sums.sum;
+    state.cross = state.cross * teacher_scale + sums.cross;
+    state.student.sum *= raise_max(state.student, s, n, first_column);
+    state.student.sum += sum_of_exp(s, n, state.student.max);
+    take_target(state.teacher, t, n, first_column, targets[row]);
+    take_target(state.student, s, n, first_column, targets[row]);
+  });
+}
+
+}  // namespace hla::cpu

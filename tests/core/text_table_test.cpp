@@ -1,0 +1,30 @@
+#include "hla/core/text_table.h"
+
+#include <gtest/gtest.h>
+
+namespace hla {
+namespace {
+
+TEST(TextTableTest, AlignsAndLeavesEmptyColumnsOut) {
+  TextTable table({"model", "unused", "ppl"});
+  table.add({"a", "", "1.5"});
+  table.add({"möb", "", "22.25"});
+  table.add({"short"});
+  EXPECT_EQ(table.render(),
+            "model    ppl\n"
+            "a        1.5\n"
+            "möb    22.25\n"
+            "short\n");
+}
+
+TEST(TextTableTest, Numbers) {
+  EXPECT_EQ(with_thousands(0), "0");
+  EXPECT_EQ(with_thousands(999), "999");
+  EXPECT_EQ(with_thousands(1000), "1,000");
+  EXPECT_EQ(with_thousands(-304978), "-304,978");
+  EXPECT_EQ(with_thousands(-999), "-999");
+  EXPECT_EQ(fixed(1.23456, 2), "1.23");
+}
+
+}  // namespace
+}  // namespace hla

@@ -1,0 +1,149 @@
+#include "hla/model/cpu_kernels.h"
+
+#include <c10/core/InferenceMode.h>
+
+#include <cmath>
+#include <limits>
+
+#include "hla/model/rope.h"
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+using testing::max_abs_difference;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// Sizes around the vector widths of all instruction sets, and real ones.
+const std::vector<int64_t> kSizes = {1, 3, 15, 16, 17, 31, 64, 100, 576, 1536};
+
+class CpuKernelsTest : public ::testing::Test {
+ protected:
+  void SetUp() override { at::manual_seed(5); }
+  c10::InferenceMode guard_;
+};
+
+TEST_F(CpuKernelsTest, RmsNorm) {
+  for (const int64_t size : kSizes) {
+    const at::Tensor x = at::randn({3, 5, size}) * 4;
+    const at::Tensor weight = at::randn({size});
+    const at::Tensor wide = x.to(at::kDouble);
+    const at::Tensor expected =
+        wide * at::rsqrt(wide.square().mean(-1, true) + 1e-5) * weight.to(at::kDouble);
+    EXPECT_LE(max_abs_difference(cpu::rms_norm(x, weight, 1e-5), expected), 2e-5) << size;
+  }
+}
+
+TEST_F(CpuKernelsTest, SiluMul) {
+  for (const int64_t size : kSizes) {
+    at::Tensor gate = at::linspace(-100, 100, size);
+    const at::Tensor up = at::randn({size});
+    const at::Tensor expected = at::silu(gate.to(at::kDouble)) * up.to(at::kDouble);
+    cpu::silu_mul_(gate, up);
+    const at::Tensor error = (gate.to(at::kDouble) - expected).abs() / (expected.abs() + 1e-30);
+    EXPECT_LE(error.max().item<double>(), 1e-6) << size;
+  }
+  at::Tensor nan = at::full({20}, NAN);
+  cpu::silu_mul_(nan, at::ones({20}));
+  EXPECT_TRUE(nan.isnan().all().item<bool>());
+}
+
+TEST_F(CpuKernelsTest, RopeOfStridedHeads) {
+  for (const int64_t half : {1, 2, 5, 16, 32}) {
+    const at::Tensor angles = at::randn({7, half + 3});
+    const RopeTables tables = {angles.cos().slice(1, 3), angles.sin().slice(1, 3)};  // strided
+    at::Tensor whole = at::randn({2, 7, 3 * 2 * half + 5});
+    const at::Tensor x = whole.slice(2, 0, 3 * 2 * half).unflatten(2, {3, 2 * half});
+    ASSERT_TRUE(cpu::can_rotate_in_place(x));
+    const at::Tensor expected = apply_rope(x, tables);
+    const at::Tensor untouched = whole.slice(2, 3 * 2 * half).clone();
+    const at::Tensor rotated = apply_rope_to_temporary(x, tables);
+    EXPECT_TRUE(rotated.is_alias_of(whole));
+    EXPECT_LE(max_abs_difference(rotated, expected), 1e-6) << half;
+    EXPECT_EQ(max_abs_difference(whole.slice(2, 3 * 2 * half), untouched), 0);
+  }
+}
+
+// In blocks of any width the sums are those of the whole row.
+TEST_F(CpuKernelsTest, LogSumExpInBlocks) {
+  const int64_t vocab = 1003;
+  for (const double scale : {0.01, 3.0, 1000.0}) {
+    const at::Tensor logits = at::randn({9, vocab}) * scale;
+    const at::Tensor targets = at::randint(vocab, {9}, at::kLong);
+    const at::Tensor wide = logits.to(at::kDouble);
+    const at::Tensor lse = wide.logsumexp(-1);
+    const at::Tensor best = wide.argmax(-1);
+    for (const int64_t width : {1, 7, 16, 100, 512, 1003}) {
+      std::vector<cpu::LogSumExp> rows(9, cpu::kEmptyLogSumExp);
+      for (int64_t begin = 0; begin < vocab; begin += width) {
+        const int64_t end = std::min(begin + width, vocab);
+        cpu::update_log_sum_exp(logits.slice(1, begin, end).contiguous(), begin,
+                                targets.const_data_ptr<int64_t>(), rows.data());
+      }
+      for (int64_t row = 0; row < 9; ++row) {
+        const cpu::LogSumExp& state = rows[static_cast<size_t>(row)];
+        const double expected = lse[row].item<double>();
+        EXPECT_NEAR(state.max + std::log(state.sum), expected, 2e-6 * (1 + std::abs(expected)));
+        EXPECT_EQ(state.target, logits[row][targets[row].item<int64_t>()].item<float>());
+        EXPECT_EQ(state.argmax, best[row].item<int64_t>());
+      }
+    }
+  }
+}
+
+TEST_F(CpuKernelsTest, PairsInBlocks) {
+  const int64_t vocab = 333;
+  const at::Tensor teacher = at::randn({4, vocab}) * 5;
+  const at::Tensor student = teacher + at::randn({4, vocab}) * 0.3;
+  const at::Tensor targets = at::randint(vocab, {4}, at::kLong);
+  const at::Tensor p = teacher.to(at::kDouble).log_softmax(-1);
+  const at::Tensor q = student.to(at::kDouble).log_softmax(-1);
+  const at::Tensor expected = (p.exp() * (p - q)).sum(-1);
+  for (const int64_t width : {1, 50, 333}) {
+    std::vector<cpu::PairState> rows(4, cpu::kEmptyPair);
+    for (int64_t begin = 0; begin < vocab; begin += width) {
+      const int64_t end = std::min(begin + width, vocab);
+      cpu::update_pair(teacher.slice(1, begin, end).contiguous(),
+                       student.slice(1, begin, end).contiguous(), begin,
+                       targets.const_data_ptr<int64_t>(), rows.data());
+    }
+    for (int64_t row = 0; row < 4; ++row) {
+      const cpu::PairState& state = rows[static_cast<size_t>(row)];
+      const double kl = state.cross / state.teacher.sum -
+                        (state.teacher.max + std::log(state.teacher.sum)) +
+                        (state.student.max + std::log(state.student.sum));
+      EXPECT_NEAR(kl, expected[row].item<double>(), 1e-5) << width;
+    }
+  }
+}
+
+// A row with NaN or Inf anywhere has no finite log-sum-exp.
+TEST_F(CpuKernelsTest, NonFiniteLogitsShow) {
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), kInf}) {
+    for (const int64_t column : {0, 5, 16, 36}) {
+      at::Tensor logits = at::randn({1, 37});
+      logits[0][column] = bad;
+      const int64_t target = 1;
+      cpu::LogSumExp state = cpu::kEmptyLogSumExp;
+      cpu::update_log_sum_exp(logits, 0, &target, &state);
+      EXPECT_FALSE(std::isfinite(state.max + std::log(state.sum) - state.target))
+          << bad << " at " << column;
+    }
+  }
+}
+
+TEST_F(CpuKernelsTest, OnlyForPlainFp32) {
+  EXPECT_TRUE(cpu::applies(at::zeros({2, 3})));
+  EXPECT_FALSE(cpu::applies(at::zeros({2, 3}, at::kDouble)));
+  EXPECT_FALSE(cpu::applies(at::zeros({2, 3}).t()));
+}
+
+TEST(CpuKernelsAutogradTest, NotWhereAGradientIsWanted) {
+  const at::Tensor x = at::zeros({2, 3}).requires_grad_(true);
+  EXPECT_FALSE(cpu::applies(x));
+  EXPECT_FALSE(cpu::can_rotate_in_place(x.view({1, 1, 1, 6})));
+}
+
+}  // namespace
+}  // namespace hla
