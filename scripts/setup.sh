@@ -3,8 +3,9 @@
 #
 #   scripts/setup.sh [TARGET…]      TARGET: what to build (default: everything, with the tests)
 #
-# Steps: Debian packages (as root, or with sudo), a Python environment with the torch wheel that holds
-# LibTorch, the build in build/release, and models/SmolLM2-135M-Instruct. Logs: build/logs/.
+# Steps: Debian packages (as root, or with sudo), a Python environment with the wheels that hold
+# LibTorch (torch) and Arrow C++ (pyarrow), the build in build/release, and
+# models/SmolLM2-135M-Instruct. Logs: build/logs/.
 #
 # Environment:
 #   HLA_TORCH_VERSION  version of the torch wheel (default 2.10.0)
@@ -25,13 +26,14 @@ packages=(
   nlohmann-json3-dev libcli11-dev libspdlog-dev libpcre2-dev libsentencepiece-dev
   libgtest-dev libgmock-dev libssl-dev python3 python3-venv
 )
-# numpy 2.4 needs Python 3.11; torch 2.10 still works with 3.10.
+# numpy 2.4 and pyarrow 26 need Python 3.11; torch 2.10 still works with 3.10.
 requirements=(
   "torch==$torch_version"
   "numpy==2.4.6; python_version >= '3.11'"
   "numpy==2.2.6; python_version < '3.11'"
   "gguf==0.19.0"
   "safetensors==0.8.0"
+  "pyarrow==25.0.1"
 )
 
 # Settings from outside that would change what the Python steps do.
@@ -106,7 +108,7 @@ find_python() {
 # What a torn installation gets wrong: a package that does not import, or a dependency that is not there.
 check_venv() {
   "$venv/bin/python" -m pip check &&
-    "$venv/bin/python" -c "import gguf, numpy, safetensors, torch; assert torch.__version__.split('+')[0] == '${torch_version%%+*}', torch.__version__"
+    "$venv/bin/python" -c "import gguf, numpy, pyarrow.parquet, safetensors, torch; assert torch.__version__.split('+')[0] == '${torch_version%%+*}', torch.__version__"
 }
 
 install_python() {
@@ -129,7 +131,7 @@ install_python() {
     run venv "$python" -m venv --clear "$venv"
   fi
   rm -f -- "$stamp"
-  say "Python environment: installing torch $torch_version, numpy, gguf, safetensors (several GB where torch is missing)"
+  say "Python environment: installing torch $torch_version, numpy, gguf, safetensors, pyarrow (several GB where torch is missing)"
   run pip-install "$venv/bin/python" -m pip install --retries 5 "${requirements[@]}"
   if ! check_venv >"$logs/pip-check.log" 2>&1; then
     say "Python environment: damaged (build/logs/pip-check.log), installing it again"

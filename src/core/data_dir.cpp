@@ -1,13 +1,12 @@
 #include "hla/core/data_dir.h"
 
 #include <cstdlib>
-#include <vector>
 
 #include "hla/core/error.h"
 
 namespace hla {
 
-std::filesystem::path data_file(const std::string& relative) {
+std::vector<std::filesystem::path> data_folders() {
   std::vector<std::filesystem::path> folders;
   const char* from_environment = std::getenv("HLA_DATA_DIR");
   if (from_environment != nullptr && from_environment[0] != '\0') {
@@ -18,8 +17,12 @@ std::filesystem::path data_file(const std::string& relative) {
     if (!error) folders.push_back(program.parent_path().parent_path() / "share" / "hla" / "data");
     folders.push_back(std::filesystem::path(HLA_SOURCE_DIR) / "data");
   }
+  return folders;
+}
+
+std::filesystem::path data_file(const std::string& relative) {
   std::string looked_at;
-  for (const auto& folder : folders) {
+  for (const auto& folder : data_folders()) {
     std::error_code error;
     if (std::filesystem::is_regular_file(folder / relative, error)) return folder / relative;
     looked_at += (looked_at.empty() ? "" : ", ") + (folder / relative).string();

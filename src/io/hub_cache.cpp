@@ -6,6 +6,7 @@
 #include <fstream>
 #include <optional>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "hla/core/error.h"
@@ -15,7 +16,9 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kFolderPrefix = "models--";
+const char* folder_prefix(HubRepo kind) {
+  return kind == HubRepo::kModel ? "models--" : "datasets--";
+}
 
 // The variable's value with a leading ~ expanded; nullopt if unset or empty.
 std::optional<fs::path> path_variable(const char* name) {
@@ -76,18 +79,6 @@ std::vector<std::string> list_names(const fs::path& folder) {
   return names;
 }
 
-// Ids of the cached models, e.g. "org/name".
-std::vector<std::string> cached_ids(const fs::path& cache) {
-  std::vector<std::string> ids;
-  for (std::string name : list_names(cache)) {
-    if (!name.starts_with(kFolderPrefix)) continue;
-    name.erase(0, std::string(kFolderPrefix).size());
-    if (const size_t at = name.find("--"); at != std::string::npos) name.replace(at, 2, "/");
-    ids.push_back(std::move(name));
-  }
-  return ids;
-}
-
 // Single-character edits between two texts.
 size_t edit_distance(const std::string& a, const std::string& b) {
   std::vector<size_t> row(b.size() + 1);
@@ -109,7 +100,7 @@ std::string describe_cache(const fs::path& cache, const std::string& wanted) {
   constexpr size_t kShown = 5;
   std::error_code error;
   if (!fs::is_directory(cache, error)) return "that folder does not exist";
-  std::vector<std::string> ids = cached_ids(cache);
+  std::vector<std::string> ids = cached_hub_ids(HubRepo::kModel);
   if (ids.empty()) return "no models are there";
   const auto distance = [&](const std::string& id) {
     const std::string a = lower(id);
@@ -139,6 +130,22 @@ std::optional<std::string> read_ref(const fs::path& file) {
   return is_safe_part(hash) ? std::optional(hash) : std::nullopt;
 }
 
+// The folders in `snapshots`, newest first.
+std::vector<fs::path> newest_first(const fs::path& snapshots) {
+  std::vector<std::pair<fs::file_time_type, fs::path>> found;
+  std::error_code error;
+  for (const std::string& name : list_names(snapshots)) {
+    if (!fs::is_directory(snapshots / name, error)) continue;
+    const fs::file_time_type time = fs::last_write_time(snapshots / name, error);
+    if (!error) found.emplace_back(time, snapshots / name);
+  }
+  std::stable_sort(found.begin(), found.end(),
+                   [](const auto& a, const auto& b) { return a.first > b.first; });
+  std::vector<fs::path> folders;
+  for (auto& [time, folder] : found) folders.push_back(std::move(folder));
+  return folders;
+}
+
 }  // namespace
 
 fs::path hub_cache_folder() {
@@ -148,6 +155,35 @@ fs::path hub_cache_folder() {
   if (const auto path = path_variable("XDG_CACHE_HOME")) return *path / "huggingface" / "hub";
   if (const auto path = path_variable("HOME")) return *path / ".cache" / "huggingface" / "hub";
   return {};
+}
+
+std::vector<std::string> cached_hub_ids(HubRepo kind) {
+  const fs::path cache = hub_cache_folder();
+  const std::string prefix = folder_prefix(kind);
+  std::vector<std::string> ids;
+  if (cache.empty()) return ids;
+  for (std::string name : list_names(cache)) {
+    if (!name.starts_with(prefix)) continue;
+    name.erase(0, prefix.size());
+    if (const size_t at = name.find("--"); at != std::string::npos) name.replace(at, 2, "/");
+    ids.push_back(std::move(name));
+  }
+  return ids;
+}
+
+fs::path cached_hub_folder(HubRepo kind, const std::string& id) {
+  return hub_cache_folder() / (folder_prefix(kind) + join(split(id, '/'), "--"));
+}
+
+std::vector<fs::path> cached_hub_snapshots(HubRepo kind, const std::string& id) {
+  if (hub_cache_folder().empty()) return {};
+  const fs::path repo = cached_hub_folder(kind, id);
+  std::vector<fs::path> folders = newest_first(repo / "snapshots");
+  if (const auto hash = read_ref(repo / "refs" / "main")) {
+    const auto main = std::find(folders.begin(), folders.end(), repo / "snapshots" / *hash);
+    if (main != folders.end()) std::rotate(folders.begin(), main, main + 1);
+  }
+  return folders;
 }
 
 fs::path resolve_model_path(const std::string& path_or_id) {
@@ -172,7 +208,7 @@ fs::path resolve_model_path(const std::string& path_or_id) {
   if (cache.empty()) {
     throw_bad_input(missing + ", and no model cache to look it up in: HF_HOME and HOME are unset");
   }
-  const fs::path repo = cache / (kFolderPrefix + join(id_parts, "--"));
+  const fs::path repo = cached_hub_folder(HubRepo::kModel, id);
   if (!fs::is_directory(repo, error)) {
     throw_bad_input(missing + ", and no model of that id in " + cache.string() + ": " +
                     describe_cache(cache, id) + download);
@@ -195,19 +231,9 @@ fs::path resolve_model_path(const std::string& path_or_id) {
                     (known.empty() ? "" : "; there are: " + join(known, ", ")) + download);
   }
   // Downloaded by commit hash, so that there is no ref.
-  std::optional<fs::path> newest;
-  fs::file_time_type newest_time;
-  for (const std::string& name : list_names(snapshots)) {
-    const fs::path snapshot = snapshots / name;
-    if (!fs::is_directory(snapshot, error)) continue;
-    const fs::file_time_type time = fs::last_write_time(snapshot, error);
-    if (!error && (!newest || time > newest_time)) {
-      newest = snapshot;
-      newest_time = time;
-    }
-  }
-  if (!newest) throw_bad_input(path_or_id + ": no snapshot in " + repo.string() + download);
-  return *newest;
+  const std::vector<fs::path> newest = newest_first(snapshots);
+  if (newest.empty()) throw_bad_input(path_or_id + ": no snapshot in " + repo.string() + download);
+  return newest.front();
 }
 
 }  // namespace hla

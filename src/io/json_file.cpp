@@ -157,15 +157,16 @@ std::string printable(const std::string& text) {
   return result;
 }
 
-[[noreturn]] void fail_at(std::string_view text, const std::string& subject, size_t position,
-                          const std::string& reason) {
+[[noreturn]] void fail_at(std::string_view text, const std::string& subject,
+                          const JsonOrigin& origin, size_t position, const std::string& reason) {
   position = std::min(position, text.size());
   const std::string_view before = text.substr(0, position);
-  const auto line = 1 + std::count(before.begin(), before.end(), '\n');
+  const auto line =
+      origin.line + static_cast<uint64_t>(std::count(before.begin(), before.end(), '\n'));
   const size_t newline = before.rfind('\n');
   const size_t column = position - (newline == std::string_view::npos ? 0 : newline + 1) + 1;
   throw_bad_input(subject + ":" + std::to_string(line) + ":" + std::to_string(column) + " (byte " +
-                  std::to_string(position) + "): " + reason);
+                  std::to_string(origin.byte + position) + "): " + reason);
 }
 
 const json* find_value(const json& object, const std::string& key) {
@@ -217,16 +218,17 @@ std::optional<int64_t> exact_int(const json& value) {
 
 }  // namespace
 
-json parse_json(std::string_view text, const std::string& subject, const JsonLimits& limits) {
+json parse_json(std::string_view text, const std::string& subject, const JsonLimits& limits,
+                const JsonOrigin& origin) {
   if (text.size() > limits.max_bytes) {
     throw_bad_input(subject + ": expected at most " + std::to_string(limits.max_bytes) +
                     " bytes of JSON, got " + std::to_string(text.size()));
   }
   // nlohmann takes NUL for the end of the input and would ignore all that follows.
   if (const size_t nul = text.find('\0'); nul != std::string_view::npos) {
-    fail_at(text, subject, nul, "a NUL byte");
+    fail_at(text, subject, origin, nul, "a NUL byte");
   }
-  if (text.empty()) fail_at(text, subject, 0, "expected JSON, the file is empty");
+  if (text.empty()) fail_at(text, subject, origin, 0, "expected JSON, the file is empty");
   const char* last = text.data();
   StrictHandler handler(limits.max_depth);
   const bool ok = json::sax_parse(TracingIterator(text.data(), &last),
@@ -234,7 +236,7 @@ json parse_json(std::string_view text, const std::string& subject, const JsonLim
   if (!ok || handler.failure()) {
     const auto& failure = handler.failure();
     const auto here = static_cast<size_t>(last - text.data());
-    fail_at(text, subject, failure ? failure->position.value_or(here) : here,
+    fail_at(text, subject, origin, failure ? failure->position.value_or(here) : here,
             failure ? printable(failure->reason) : "not JSON");
   }
   return handler.take();

@@ -36,8 +36,9 @@ int sequence_length(std::string_view text, size_t i) {
   return length;
 }
 
-// First byte that is not part of a valid sequence, or the size.
-size_t valid_prefix(std::string_view text) {
+}  // namespace
+
+size_t valid_utf8_prefix(std::string_view text) {
   size_t i = 0;
   while (i < text.size()) {
     const int length = sequence_length(text, i);
@@ -47,12 +48,10 @@ size_t valid_prefix(std::string_view text) {
   return i;
 }
 
-}  // namespace
-
-bool is_valid_utf8(std::string_view text) { return valid_prefix(text) == text.size(); }
+bool is_valid_utf8(std::string_view text) { return valid_utf8_prefix(text) == text.size(); }
 
 std::string sanitize_utf8(std::string_view text) {
-  size_t i = valid_prefix(text);
+  size_t i = valid_utf8_prefix(text);
   std::string result(text.substr(0, i));
   while (i < text.size()) {
     const int length = sequence_length(text, i);
@@ -84,6 +83,47 @@ void append_utf8(std::string& text, char32_t c) {
     put(0x80 | (c >> 6 & 0x3F));
     put(0x80 | (c & 0x3F));
   }
+}
+
+size_t python_space_length(std::string_view text, size_t i) {
+  const auto byte = [&](size_t k) {
+    return i + k < text.size() ? static_cast<uint8_t>(text[i + k]) : 0;
+  };
+  const int first = byte(0);
+  if (first < 0x80) {
+    return (first >= 0x09 && first <= 0x0D) || (first >= 0x1C && first <= 0x20) ? 1 : 0;
+  }
+  const int second = byte(1);
+  if (first == 0xC2) return second == 0x85 || second == 0xA0 ? 2 : 0;
+  const int third = byte(2);
+  if (first == 0xE1) return second == 0x9A && third == 0x80 ? 3 : 0;  // U+1680
+  if (first == 0xE2 && second == 0x80) {                              // U+2000 … U+202F
+    return (third >= 0x80 && third <= 0x8A) || third == 0xA8 || third == 0xA9 || third == 0xAF ? 3
+                                                                                               : 0;
+  }
+  if (first == 0xE2) return second == 0x81 && third == 0x9F ? 3 : 0;  // U+205F
+  if (first == 0xE3) return second == 0x80 && third == 0x80 ? 3 : 0;  // U+3000
+  return 0;
+}
+
+std::string_view python_strip(std::string_view text) {
+  size_t begin = 0;
+  while (begin < text.size()) {
+    const size_t length = python_space_length(text, begin);
+    if (length == 0) break;
+    begin += length;
+  }
+  size_t end = text.size();
+  while (end > begin) {
+    // The start of the last character: at most three bytes matter, no space is longer.
+    size_t last = end - 1;
+    while (last > begin && end - last < 3 && (static_cast<uint8_t>(text[last]) & 0xC0) == 0x80) {
+      --last;
+    }
+    if (python_space_length(text, last) != end - last) break;
+    end = last;
+  }
+  return text.substr(begin, end - begin);
 }
 
 }  // namespace hla

@@ -18,11 +18,17 @@ struct JsonLimits {
   int max_depth = 100;
 };
 
+// Where a text that is part of a file begins in it, for the positions in messages.
+struct JsonOrigin {
+  uint64_t line = 1;
+  uint64_t byte = 0;
+};
+
 // Parses one JSON value. Beyond the grammar, refuses duplicate keys, NUL bytes, invalid UTF-8,
 // numbers that overflow a double and anything over the limits. Throws kBadInput with
 // "SUBJECT:LINE:COLUMN (byte N): reason".
 nlohmann::json parse_json(std::string_view text, const std::string& subject,
-                          const JsonLimits& limits = {});
+                          const JsonLimits& limits = {}, const JsonOrigin& origin = {});
 
 // parse_json on a file's content, with the path as the subject.
 nlohmann::json read_json_file(const std::filesystem::path& path, const JsonLimits& limits = {});

@@ -1,0 +1,72 @@
+// Texts to measure perplexity on: files, folders of files, and known datasets.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "hla/text/wikitext.h"
+
+namespace hla {
+
+// What perplexity is measured on: one text whose lines are rows (WikiText), or a list of documents.
+// All of it is valid UTF-8 and not empty.
+struct Corpus {
+  enum class Kind { kText, kDocuments };
+
+  Kind kind = Kind::kText;
+  std::string name;    // the path, or "wikitext-2-raw, split test"
+  std::string source;  // the files it was read from, for the report: "a.parquet (+3 more)"
+  std::string format;  // "text", "JSONL", "Parquet"
+  // Between documents. PTB's test split has " " here, as get_ptb_new of GPTQ's datautils joins it;
+  // its other splits "\n\n", as get_ptb does.
+  std::string separator = "\n\n";
+  std::string text;                    // kText: the bytes of the raw file
+  std::vector<std::string> documents;  // kDocuments
+  std::string sha256;                  // of raw()
+
+  // What the protocols gptq and hf-stride tokenize: join_hf_rows(text), or the documents joined.
+  std::string joined() const;
+  // What llama.cpp reads: the text itself, or the documents joined.
+  std::string raw() const;
+  // What protocol lm-eval reads: wikitext_pages(text), or each document as it is, not detokenized.
+  std::vector<WikiPage> pages() const;
+};
+
+struct CorpusOptions {
+  // The field of JSONL objects, the column of Parquet files.
+  std::string text_field = "text";
+  // Stop after so many documents, in the order of the files; the rest is not read. A text (plain,
+  // or WikiText rows) is always read whole.
+  std::optional<int64_t> max_documents;
+};
+
+// Reads a file by its extension: .jsonl and .ndjson (an object a line, blank lines skipped),
+// .parquet (see io/parquet.h), anything else as plain text. Of a folder, its .parquet files are
+// read in the order of their names, else its JSONL files, else its .txt files, each of which is a
+// document.
+//
+// Rows that are the lines of one text, as the HF wikitext dataset has them (every row that is not
+// empty ends with its only "\n"), are put together to that text again: an empty row is the line
+// " \n". So the Parquet files of WikiText give the bytes of its raw files. All other rows are
+// documents.
+//
+// Throws kBadInput naming file and line or row: missing, damaged, not UTF-8 (with the byte offset),
+// empty, without the field; kUsage for a max_documents below 1; kRuntime for Parquet without
+// support for it.
+Corpus read_corpus(const std::filesystem::path& file, const CorpusOptions& options = {});
+
+// A known dataset, from the data/ folder that comes with the program or from the local Hugging Face
+// cache; the network is never used. Splits: train, validation (also: valid, val), test. The
+// dataset's own field is read where options.text_field is the default.
+// Throws kUsage for an unknown dataset or split; kBadInput, saying where it looked, what is there
+// and how to download it, where it is not found or shards of it are missing; and as read_corpus.
+Corpus load_dataset(const std::string& dataset, const std::string& split,
+                    const CorpusOptions& options = {});
+
+// Names that load_dataset takes, for help and messages.
+const std::vector<std::string>& dataset_names();
+
+}  // namespace hla

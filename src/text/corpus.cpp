@@ -1,0 +1,533 @@
+#include "hla/text/corpus.h"
+
+#include <fnmatch.h>
+
+#include <algorithm>
+#include <array>
+#include <cctype>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string_view>
+#include <system_error>
+
+#include "hla/core/data_dir.h"
+#include "hla/core/error.h"
+#include "hla/core/interrupt.h"
+#include "hla/core/sha256.h"
+#include "hla/io/hub_cache.h"
+#include "hla/io/json_file.h"
+#include "hla/io/mapped_file.h"
+#include "hla/io/parquet.h"
+#include "hla/text/unicode.h"
+
+namespace hla {
+namespace {
+
+namespace fs = std::filesystem;
+
+// As many names as a message shows.
+constexpr size_t kShown = 12;
+
+std::string list(const std::vector<std::string>& names) {
+  std::string result;
+  for (size_t i = 0; i < names.size() && i < kShown; ++i) {
+    result += (result.empty() ? "" : ", ") + names[i];
+  }
+  return names.size() > kShown ? result + ", …" : result;
+}
+
+std::string join(const std::vector<std::string>& parts, const std::string& separator) {
+  size_t size = 0;
+  for (const std::string& part : parts) size += part.size() + separator.size();
+  std::string result;
+  result.reserve(size);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (i > 0) result += separator;
+    result += parts[i];
+  }
+  return result;
+}
+
+enum class Format { kText, kJsonl, kParquet };
+
+Format format_of(const fs::path& file) {
+  std::string extension = file.extension().string();
+  std::transform(extension.begin(), extension.end(), extension.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  if (extension == ".parquet") return Format::kParquet;
+  if (extension == ".jsonl" || extension == ".ndjson") return Format::kJsonl;
+  return Format::kText;
+}
+
+const char* format_name(Format format) {
+  switch (format) {
+    case Format::kJsonl:
+      return "JSONL";
+    case Format::kParquet:
+      return "Parquet";
+    default:
+      return "text";
+  }
+}
+
+// Rows as they are read, until there are enough.
+class Rows {
+ public:
+  explicit Rows(std::optional<int64_t> max_documents) : max_(max_documents) {}
+
+  // Returns false when no more are wanted.
+  bool add(std::string_view row) {
+    if (!row.empty()) {
+      any_ = true;
+      if (row.find('\n') != row.size() - 1) lines_ = false;
+    }
+    rows_.emplace_back(row);
+    // Lines of one text are not documents to count.
+    return lines_ || !max_ || static_cast<int64_t>(rows_.size()) < *max_;
+  }
+
+  void move_to(Corpus& corpus) {
+    if (lines_ && any_) {
+      corpus.kind = Corpus::Kind::kText;
+      for (const std::string& row : rows_) corpus.text += row.empty() ? " \n" : row;
+      return;
+    }
+    if (max_ && static_cast<int64_t>(rows_.size()) > *max_) {
+      rows_.resize(static_cast<size_t>(*max_));
+      any_ = std::any_of(rows_.begin(), rows_.end(), [](const auto& row) { return !row.empty(); });
+    }
+    corpus.kind = Corpus::Kind::kDocuments;
+    if (any_) corpus.documents = std::move(rows_);
+  }
+
+ private:
+  std::optional<int64_t> max_;
+  std::vector<std::string> rows_;
+  bool any_ = false;   // a row that is not empty
+  bool lines_ = true;  // all of them are "" or a line
+};
+
+bool read_parquet(const fs::path& file, const std::string& field, Rows& rows) {
+  int64_t number = 0;
+  return for_each_parquet_text(file, field, [&](std::string_view row) {
+    ++number;
+    if (const size_t valid = valid_utf8_prefix(row); valid != row.size()) {
+      throw_bad_input(file.string() + ": row " + std::to_string(number) + ": not UTF-8 at byte " +
+                      std::to_string(valid) + " of column \"" + field + "\"");
+    }
+    return rows.add(row);
+  });
+}
+
+bool read_jsonl(const fs::path& file, const std::string& field, Rows& rows) {
+  const auto content = MappedFile::open(file);
+  const std::string_view text = content->text();
+  JsonOrigin origin;
+  for (; origin.byte < text.size(); ++origin.line) {
+    throw_if_interrupted();
+    const size_t end = std::min(text.find('\n', origin.byte), text.size());
+    const std::string_view line = text.substr(origin.byte, end - origin.byte);
+    if (line.find_first_not_of(" \t\r") != std::string_view::npos) {
+      const nlohmann::json object = parse_json(line, file.string(), {}, origin);
+      const std::string where = file.string() + ":" + std::to_string(origin.line) + ": ";
+      if (!object.is_object()) {
+        throw_bad_input(where + "expected an object, got " + json_excerpt(object));
+      }
+      const auto found = object.find(field);
+      if (found == object.end()) {
+        std::vector<std::string> keys;
+        for (const auto& item : object.items()) keys.push_back(json_excerpt(item.key()));
+        throw_bad_input(where + "no field " + json_excerpt(field) +
+                        "; there are: " + (keys.empty() ? "none" : list(keys)));
+      }
+      if (!found->is_string()) {
+        throw_bad_input(where + "field " + json_excerpt(field) + ": expected a string, got " +
+                        json_excerpt(*found));
+      }
+      if (!rows.add(found->get_ref<const std::string&>())) return false;
+    }
+    origin.byte = end + 1;
+  }
+  return true;
+}
+
+std::string read_text(const fs::path& file) {
+  const auto content = MappedFile::open(file);
+  const std::string_view text = content->text();
+  const size_t valid = valid_utf8_prefix(text);
+  if (valid != text.size()) {
+    const auto line =
+        1 + std::count(text.begin(), text.begin() + static_cast<ptrdiff_t>(valid), '\n');
+    std::string message = file.string() +
+                          ": expected UTF-8 text, got an invalid sequence at byte " +
+                          std::to_string(valid) + " (line " + std::to_string(line) + ")";
+    if (text.starts_with("PAR1")) message += "\n  hint: a Parquet file's name must end in .parquet";
+    if (text.starts_with("\x1f\x8b") || text.starts_with("\x28\xb5\x2f\xfd")) {
+      message += "\n  hint: the file is compressed, unpack it first";
+    }
+    throw_bad_input(message);
+  }
+  return std::string(text);
+}
+
+// Reads the files, which are of one format, in their order. `text_documents`: a plain text is a
+// document, not the whole.
+Corpus read_files(const std::vector<fs::path>& files, const std::string& name, bool text_documents,
+                  const std::string& field, const CorpusOptions& options) {
+  if (options.max_documents && *options.max_documents < 1) {
+    throw_usage("expected a number of documents of at least 1, got " +
+                std::to_string(*options.max_documents));
+  }
+  const Format format = format_of(files.front());
+  Corpus corpus;
+  corpus.name = name;
+  corpus.format = format_name(format);
+  size_t files_read = 0;
+  if (format == Format::kText && !text_documents) {
+    corpus.text = read_text(files.front());
+    files_read = 1;
+  } else if (format == Format::kText) {
+    corpus.kind = Corpus::Kind::kDocuments;
+    for (const fs::path& file : files) {
+      if (options.max_documents && static_cast<int64_t>(files_read) == *options.max_documents)
+        break;
+      corpus.documents.push_back(read_text(file));
+      ++files_read;
+    }
+    if (std::all_of(corpus.documents.begin(), corpus.documents.end(),
+                    [](const std::string& text) { return text.empty(); })) {
+      corpus.documents.clear();
+    }
+  } else {
+    Rows rows(options.max_documents);
+    bool more = true;
+    for (; more && files_read < files.size(); ++files_read) {
+      const fs::path& file = files[files_read];
+      more = format == Format::kParquet ? read_parquet(file, field, rows)
+                                        : read_jsonl(file, field, rows);
+    }
+    rows.move_to(corpus);
+  }
+  if (corpus.text.empty() && corpus.documents.empty())
+    throw_bad_input(name + ": the text is empty");
+  corpus.source = files.front().string();
+  if (files_read > 1) corpus.source += " (+" + std::to_string(files_read - 1) + " more)";
+  return corpus;
+}
+
+std::vector<std::string> names_in(const fs::path& folder) {
+  std::vector<std::string> names;
+  std::error_code error;
+  for (fs::directory_iterator it(folder, error), end; !error && it != end; it.increment(error)) {
+    names.push_back(it->path().filename().string());
+  }
+  if (error) throw_bad_input(folder.string() + ": cannot read: " + error.message());
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+const std::array<std::string, 3> kSplits = {"train", "validation", "test"};
+
+// The name of a split as the Hub spells it; empty for anything else.
+std::string canonical_split(const std::string& split) {
+  if (split == "valid" || split == "val") return "validation";
+  return std::find(kSplits.begin(), kSplits.end(), split) != kSplits.end() ? split : "";
+}
+
+// The files of a folder that read_corpus takes.
+std::vector<fs::path> files_of_folder(const fs::path& folder) {
+  std::map<Format, std::vector<fs::path>> files;
+  std::set<std::string> splits;
+  const std::vector<std::string> names = names_in(folder);
+  for (const std::string& name : names) {
+    const fs::path file = folder / name;
+    std::error_code error;
+    const Format format = format_of(file);
+    if (format == Format::kText && file.extension() != ".txt") continue;
+    if (!fs::is_regular_file(file, error)) continue;
+    files[format].push_back(file);
+    const std::string split = canonical_split(name.substr(0, name.find_first_of("-._")));
+    if (!split.empty()) splits.insert(split);
+  }
+  if (files.empty()) {
+    throw_bad_input(folder.string() + ": no .parquet, .jsonl, .ndjson or .txt file in this folder" +
+                    (names.empty() ? ", it is empty" : "; there are: " + list(names)));
+  }
+  if (splits.size() > 1) {
+    throw_bad_input(folder.string() + ": files of several splits (" +
+                    list({splits.begin(), splits.end()}) + ")\n  hint: name one file");
+  }
+  for (const Format format : {Format::kParquet, Format::kJsonl}) {
+    if (files.count(format) > 0) return files[format];
+  }
+  return files[Format::kText];
+}
+
+struct Dataset {
+  std::string name;
+  std::vector<std::string> splits;
+  // Ids on the Hub, best first. `mirrors`: any cached id of the same name, whoever owns it, too.
+  std::vector<std::string> repos;
+  bool mirrors = false;
+  // Files of a snapshot, the first pattern that matches any. In both lists {split} stands for
+  // train, validation or test, {short} for train, valid or test; * matches within a path part.
+  std::vector<std::string> hub_files;
+  // Files under data/.
+  std::vector<std::string> local_files;
+  std::string field = "text";
+  std::string download;  // arguments of `huggingface-cli download --repo-type dataset`
+};
+
+// `config`: the dataset's folder in the repository Salesforce/wikitext.
+Dataset wikitext(const std::string& name, const std::string& config,
+                 std::vector<std::string> local_files) {
+  Dataset dataset;
+  dataset.name = name;
+  dataset.splits = {"train", "validation", "test"};
+  dataset.repos = {"Salesforce/wikitext", "wikitext"};
+  // The second is the layout of the Hub's own conversion, refs/convert/parquet.
+  dataset.hub_files = {config + "/{split}-*.parquet", config + "/{split}/*.parquet"};
+  dataset.local_files = std::move(local_files);
+  dataset.download = "Salesforce/wikitext --include \"" + config + "/*\"";
+  return dataset;
+}
+
+const std::vector<Dataset>& datasets() {
+  static const std::vector<Dataset> all = [] {
+    std::vector<Dataset> list;
+    list.push_back(
+        wikitext("wikitext-2-raw", "wikitext-2-raw-v1", {"wikitext-2/wiki.{short}.raw"}));
+    list.push_back(wikitext("wikitext-2", "wikitext-2-v1", {"wikitext-2/wiki.{short}.tokens"}));
+    list.push_back(
+        wikitext("wikitext-103-raw", "wikitext-103-raw-v1", {"wikitext-103/wiki.{short}.raw"}));
+    list.push_back(
+        wikitext("wikitext-103", "wikitext-103-v1", {"wikitext-103/wiki.{short}.tokens"}));
+    // WikiText-2 (v1) with `unk` for `<unk>`, the default calibration text; only with the program.
+    Dataset unk;
+    unk.name = "wikitext-2-unk";
+    unk.splits = {"validation"};
+    unk.local_files = {"wikitext-2/wiki.{short}.txt"};
+    list.push_back(unk);
+    // The repository itself holds a script; its branch refs/convert/parquet, and mirrors, hold
+    // Parquet.
+    Dataset ptb;
+    ptb.name = "ptb";
+    ptb.splits = {"train", "validation", "test"};
+    ptb.repos = {"ptb-text-only/ptb_text_only", "ptb_text_only"};
+    ptb.mirrors = true;
+    ptb.hub_files = {"penn_treebank/{split}/*.parquet",
+                     "penn_treebank/{split}-*.parquet",
+                     "penn_treebank/*-{split}.parquet",
+                     "data/{split}-*.parquet",
+                     "{split}-*.parquet",
+                     "{split}.parquet"};
+    ptb.field = "sentence";
+    ptb.download = "ptb-text-only/ptb_text_only --revision refs/convert/parquet";
+    list.push_back(ptb);
+    Dataset fineweb;
+    fineweb.name = "fineweb";
+    fineweb.splits = {"train"};
+    fineweb.repos = {"HuggingFaceFW/fineweb"};
+    fineweb.hub_files = {"sample/10BT/*.parquet", "sample/100BT/*.parquet",
+                         "sample/350BT/*.parquet", "data/*/*.parquet"};
+    fineweb.download = "HuggingFaceFW/fineweb --include \"sample/10BT/000_00000.parquet\"";
+    list.push_back(fineweb);
+    for (Dataset& dataset : list) {
+      for (const char* extension : {".parquet", ".jsonl"}) {
+        dataset.local_files.push_back(dataset.name + "/{split}*" + extension);
+      }
+    }
+    return list;
+  }();
+  return all;
+}
+
+std::string fill_in(std::string pattern, const std::string& split) {
+  const std::string short_split = split == "validation" ? "valid" : split;
+  for (const auto& [key, value] :
+       {std::pair<std::string, std::string>{"{split}", split}, {"{short}", short_split}}) {
+    for (size_t at = pattern.find(key); at != std::string::npos; at = pattern.find(key)) {
+      pattern.replace(at, key.size(), value);
+    }
+  }
+  return pattern;
+}
+
+// Files under `folder` that match a relative pattern, sorted. A link without a target is none.
+std::vector<fs::path> find_matching(const fs::path& folder, const fs::path& pattern) {
+  std::vector<fs::path> found = {folder};
+  for (const fs::path& part : pattern) {
+    std::vector<fs::path> next;
+    for (const fs::path& parent : found) {
+      std::error_code error;
+      for (fs::directory_iterator it(parent, error), end; !error && it != end;
+           it.increment(error)) {
+        const std::string name = it->path().filename().string();
+        if (::fnmatch(part.c_str(), name.c_str(), FNM_PERIOD) == 0) next.push_back(it->path());
+      }
+    }
+    found = std::move(next);
+  }
+  std::error_code error;
+  std::erase_if(found, [&](const fs::path& path) { return !fs::is_regular_file(path, error); });
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
+// The number after "-of-" in "train-00001-of-00002.parquet"; 0 if there is none.
+size_t shard_count(const fs::path& file) {
+  const std::string stem = file.stem().string();
+  const size_t of = stem.rfind("-of-");
+  if (of == std::string::npos) return 0;
+  const std::string digits = stem.substr(of + 4);
+  if (digits.empty() || digits.size() > 6 ||
+      !std::all_of(digits.begin(), digits.end(), [](unsigned char c) { return std::isdigit(c); })) {
+    return 0;
+  }
+  return std::stoul(digits);
+}
+
+// Some relative paths of files in a folder, for messages.
+std::vector<std::string> files_below(const fs::path& folder) {
+  std::vector<std::string> names;
+  std::error_code error;
+  for (fs::recursive_directory_iterator it(folder, error), end; !error && it != end;
+       it.increment(error)) {
+    std::error_code type_error;
+    if (it->is_regular_file(type_error)) {
+      names.push_back(it->path().lexically_relative(folder).string());
+    }
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+// Where a dataset may be, and what was there.
+struct Search {
+  std::vector<fs::path> files;
+  std::vector<std::string> places;
+};
+
+Search find_dataset(const Dataset& dataset, const std::string& split) {
+  Search search;
+  for (const fs::path& folder : data_folders()) {
+    for (const std::string& pattern : dataset.local_files) {
+      const std::string filled = fill_in(pattern, split);
+      search.files = find_matching(folder, filled);
+      if (!search.files.empty()) return search;
+      search.places.push_back((folder / filled).string() + ": not there");
+    }
+  }
+  const std::vector<std::string> cached = cached_hub_ids(HubRepo::kDataset);
+  std::vector<std::string> repos = dataset.repos;
+  if (dataset.mirrors) {
+    const auto base_name = [](const std::string& id) { return id.substr(id.find('/') + 1); };
+    for (const std::string& id : cached) {
+      if (base_name(id) == base_name(dataset.repos.front()) &&
+          std::find(repos.begin(), repos.end(), id) == repos.end()) {
+        repos.push_back(id);
+      }
+    }
+  }
+  if (!repos.empty() && hub_cache_folder().empty()) {
+    search.places.push_back("no Hugging Face cache: HF_HOME and HOME are unset");
+    return search;
+  }
+  for (const std::string& repo : repos) {
+    const std::vector<fs::path> snapshots = cached_hub_snapshots(HubRepo::kDataset, repo);
+    if (snapshots.empty()) {
+      search.places.push_back(cached_hub_folder(HubRepo::kDataset, repo).string() + ": not there");
+    }
+    for (const fs::path& snapshot : snapshots) {
+      std::vector<std::string> patterns;
+      for (const std::string& pattern : dataset.hub_files) {
+        patterns.push_back(fill_in(pattern, split));
+        search.files = find_matching(snapshot, patterns.back());
+        if (!search.files.empty()) return search;
+      }
+      const std::vector<std::string> there = files_below(snapshot);
+      search.places.push_back(snapshot.string() + ": no " + list(patterns) +
+                              "; there are: " + (there.empty() ? "no files" : list(there)));
+    }
+  }
+  if (!repos.empty() && !cached.empty()) {
+    search.places.push_back("datasets in " + hub_cache_folder().string() + ": " + list(cached));
+  }
+  return search;
+}
+
+}  // namespace
+
+std::string Corpus::joined() const {
+  return kind == Kind::kText ? join_hf_rows(text) : join(documents, separator);
+}
+
+std::string Corpus::raw() const { return kind == Kind::kText ? text : join(documents, separator); }
+
+std::vector<WikiPage> Corpus::pages() const {
+  if (kind == Kind::kText) return wikitext_pages(text);
+  std::vector<WikiPage> result;
+  result.reserve(documents.size());
+  for (const std::string& document : documents) result.push_back({document, document});
+  return result;
+}
+
+Corpus read_corpus(const fs::path& file, const CorpusOptions& options) {
+  std::error_code error;
+  const bool folder = fs::is_directory(file, error);
+  const std::vector<fs::path> files = folder ? files_of_folder(file) : std::vector<fs::path>{file};
+  Corpus corpus = read_files(files, file.string(), folder, options.text_field, options);
+  corpus.sha256 = sha256_hex(corpus.kind == Corpus::Kind::kText ? corpus.text : corpus.raw());
+  return corpus;
+}
+
+Corpus load_dataset(const std::string& name, const std::string& split,
+                    const CorpusOptions& options) {
+  const auto found = std::find_if(datasets().begin(), datasets().end(),
+                                  [&](const Dataset& known) { return known.name == name; });
+  if (found == datasets().end()) {
+    throw_usage("unknown dataset \"" + name + "\"; known are: " + list(dataset_names()) +
+                "\n  hint: a file or folder can be read as it is");
+  }
+  const Dataset& dataset = *found;
+  const std::string wanted = canonical_split(split);
+  if (std::find(dataset.splits.begin(), dataset.splits.end(), wanted) == dataset.splits.end()) {
+    throw_usage("dataset " + name + ": no split \"" + split +
+                "\"; there are: " + list(dataset.splits));
+  }
+  const std::string title = name + ", split " + wanted;
+  const std::string hint =
+      dataset.download.empty()
+          ? "\n  hint: set HLA_DATA_DIR to the data/ folder of the repository"
+          : "\n  hint: huggingface-cli download --repo-type dataset " + dataset.download;
+  const Search search = find_dataset(dataset, wanted);
+  if (search.files.empty()) {
+    std::string message = "dataset " + title + ": not found";
+    for (const std::string& place : search.places) message += "\n  - " + place;
+    throw_bad_input(message + hint);
+  }
+  const size_t shards = shard_count(search.files.front());
+  if (shards > 0 && shards != search.files.size()) {
+    throw_bad_input("dataset " + title + ": expected " + std::to_string(shards) + " files like " +
+                    search.files.front().string() + ", got " + std::to_string(search.files.size()) +
+                    hint);
+  }
+  const std::string field =
+      options.text_field == CorpusOptions().text_field ? dataset.field : options.text_field;
+  Corpus corpus = read_files(search.files, title, false, field, options);
+  if (name == "ptb" && wanted == "test") corpus.separator = " ";
+  corpus.sha256 = sha256_hex(corpus.kind == Corpus::Kind::kText ? corpus.text : corpus.raw());
+  return corpus;
+}
+
+const std::vector<std::string>& dataset_names() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> list;
+    for (const Dataset& dataset : datasets()) list.push_back(dataset.name);
+    return list;
+  }();
+  return names;
+}
+
+}  // namespace hla

@@ -1,0 +1,45 @@
+#include "hla/io/hub_cache.h"
+
+#include <chrono>
+
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+using testing::EnvironmentVariable;
+using testing::TempDir;
+using testing::write_file;
+
+TEST(HubCacheTest, SnapshotsOfDatasets) {
+  const TempDir folder;
+  const EnvironmentVariable cache("HF_HUB_CACHE", folder.path().string());
+  const auto repo = folder / "datasets--org--name";
+  EXPECT_TRUE(cached_hub_snapshots(HubRepo::kDataset, "org/name").empty());
+  for (const char* hash : {"aaa", "bbb", "ccc"}) {
+    std::filesystem::create_directories(repo / "snapshots" / hash);
+  }
+  const auto now = std::filesystem::file_time_type::clock::now();
+  std::filesystem::last_write_time(repo / "snapshots" / "aaa", now - std::chrono::hours(3));
+  std::filesystem::last_write_time(repo / "snapshots" / "bbb", now - std::chrono::hours(1));
+  std::filesystem::last_write_time(repo / "snapshots" / "ccc", now - std::chrono::hours(2));
+  const auto hashes = [] {
+    std::string names;
+    for (const auto& path : cached_hub_snapshots(HubRepo::kDataset, "org/name")) {
+      names += path.filename().string() + " ";
+    }
+    return names;
+  };
+  EXPECT_EQ(hashes(), "bbb ccc aaa ");
+  std::filesystem::create_directories(repo / "refs");
+  write_file(repo / "refs" / "main", "aaa");
+  EXPECT_EQ(hashes(), "aaa bbb ccc ");
+  write_file(repo / "refs" / "main", "gone");
+  EXPECT_EQ(hashes(), "bbb ccc aaa ");
+  std::filesystem::create_directories(folder / "models--org--model");
+  EXPECT_EQ(cached_hub_ids(HubRepo::kDataset), std::vector<std::string>{"org/name"});
+  EXPECT_EQ(cached_hub_ids(HubRepo::kModel), std::vector<std::string>{"org/model"});
+}
+
+}  // namespace
+}  // namespace hla
