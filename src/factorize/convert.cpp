@@ -192,9 +192,11 @@ std::string config_dtype_name(at::ScalarType dtype) {
 void copy_side_files(const Checkpoint& base, const std::filesystem::path& folder) {
   for (const std::filesystem::path& file : base.side_files()) {
     // llama2.c calls its tokenizer anything; here it gets the name that readers look for.
-    const bool model = file.extension() == ".model";
+    std::string name = file.filename().string();
+    if (name.ends_with(".model")) name = "tokenizer.model";
+    if (name.ends_with("_goldens.json")) name = "tokenizer_goldens.json";
     std::error_code error;
-    std::filesystem::copy_file(file, folder / (model ? "tokenizer.model" : file.filename()), error);
+    std::filesystem::copy_file(file, folder / name, error);
     if (error) throw_runtime(file.string() + ": cannot copy: " + error.message());
   }
 }

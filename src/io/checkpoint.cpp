@@ -45,6 +45,7 @@ constexpr std::array kSideFiles = {"tokenizer.json",
                                    "added_tokens.json",
                                    "vocab.json",
                                    "merges.txt",
+                                   "tokenizer_goldens.json",
                                    "generation_config.json",
                                    "chat_template.jinja"};
 
@@ -451,7 +452,13 @@ Opened open_llama2c(const fs::path& path) {
     }
   }
   opened.tokenizer = find_llama2c_tokenizer(path, header.vocab);
-  if (opened.tokenizer) opened.side_files.push_back(*opened.tokenizer);
+  if (opened.tokenizer) {
+    opened.side_files.push_back(*opened.tokenizer);
+    // NAME_goldens.json beside NAME.model, see tokenizer_goldens_path.
+    const fs::path goldens =
+        opened.tokenizer->parent_path() / (opened.tokenizer->stem().string() + "_goldens.json");
+    if (is_file(goldens)) opened.side_files.push_back(goldens);
+  }
   return opened;
 }
 

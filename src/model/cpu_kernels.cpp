@@ -16,7 +16,7 @@
 // One copy of a function per instruction set, chosen by the dynamic linker.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(HLA_NO_MULTIVERSION)
 #define HLA_MULTIVERSION \
-  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+  X
 #else
 #define HLA_MULTIVERSION
 #endif

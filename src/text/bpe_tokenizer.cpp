@@ -477,6 +477,10 @@ class BpeTokenizer : public Tokenizer {
     check(id);
     return tokens_[static_cast<size_t>(id)];
   }
+  std::string token_bytes(int32_t id) const override {
+    check(id);
+    return bytes_[static_cast<size_t>(id)];
+  }
   std::optional<int32_t> bos_id() const override { return bos_; }
   std::optional<int32_t> eos_id() const override { return eos_; }
   std::string kind() const override { return "byte-level BPE"; }

@@ -67,6 +67,18 @@ class SentencePieceTokenizer : public Tokenizer {
     return processor_.IdToPiece(id);
   }
 
+  std::string token_bytes(int32_t id) const override {
+    std::string piece = id_to_token(id);
+    if (processor_.IsByte(id)) {  // "<0x0A>"
+      return std::string(1, static_cast<char>(std::stoi(piece.substr(3, 2), nullptr, 16)));
+    }
+    if (processor_.IsControl(id) || processor_.IsUnknown(id)) return piece;
+    constexpr std::string_view kSpace = "\u2581";  // how the library writes a space
+    for (size_t i = piece.find(kSpace); i != std::string::npos; i = piece.find(kSpace, i + 1)) {
+      piece.replace(i, kSpace.size(), " ");
+    }
+    return piece;
+  }
   std::optional<int32_t> bos_id() const override { return present(processor_.bos_id()); }
   std::optional<int32_t> eos_id() const override { return present(processor_.eos_id()); }
   std::string kind() const override { return "SentencePiece"; }

@@ -1,6 +1,8 @@
 #include "hla/text/unicode.h"
 
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 
 namespace hla {
 namespace {
@@ -36,6 +38,23 @@ int sequence_length(std::string_view text, size_t i) {
   return length;
 }
 
+// Control, format, invisible and space characters, which a terminal shows as nothing or obeys.
+bool is_invisible(char32_t c) {
+  return c < 0x20 || (c >= 0x7F && c <= 0xA0) || c == 0xAD || c == 0x61C || c == 0x1680 ||
+         c == 0x180E || (c >= 0x2000 && c <= 0x200F) || (c >= 0x2028 && c <= 0x202F) ||
+         (c >= 0x205F && c <= 0x206F) || c == 0x3000 || c == 0xFEFF ||
+         (c >= 0xFFF9 && c <= 0xFFFB) || (c >= 0xE0000 && c <= 0xE007F);
+}
+
+char32_t code_point(std::string_view sequence) {
+  char32_t c = static_cast<uint8_t>(sequence[0]);
+  if (sequence.size() > 1) c &= 0x7Fu >> sequence.size();
+  for (size_t i = 1; i < sequence.size(); ++i) {
+    c = c << 6 | (static_cast<uint8_t>(sequence[i]) & 0x3F);
+  }
+  return c;
+}
+
 }  // namespace
 
 size_t valid_utf8_prefix(std::string_view text) {
@@ -61,6 +80,45 @@ std::string sanitize_utf8(std::string_view text) {
     } else {
       result += "\xEF\xBF\xBD";
       i += static_cast<size_t>(-length);
+    }
+  }
+  return result;
+}
+
+std::string escape_for_display(std::string_view text) {
+  std::string result;
+  const auto put = [&](const char* format, unsigned value) {
+    char buffer[16];
+    std::snprintf(buffer, sizeof buffer, format, value);
+    result += buffer;
+  };
+  for (size_t i = 0; i < text.size();) {
+    const int length = sequence_length(text, i);
+    const std::string_view bytes = text.substr(i, static_cast<size_t>(std::abs(length)));
+    i += bytes.size();
+    if (length < 0) {
+      for (const char byte : bytes) put("\\x%02X", static_cast<uint8_t>(byte));
+      continue;
+    }
+    switch (const char32_t c = code_point(bytes)) {
+      case '\n':
+        result += "\\n";
+        break;
+      case '\t':
+        result += "\\t";
+        break;
+      case '\r':
+        result += "\\r";
+        break;
+      case '\\':
+        result += "\\\\";
+        break;
+      default:
+        if (is_invisible(c)) {
+          put("\\u{%04X}", static_cast<unsigned>(c));
+        } else {
+          result += bytes;
+        }
     }
   }
   return result;

@@ -23,6 +23,7 @@ class ByteTokenizer : public Tokenizer {
   int64_t vocab_size() const override { return 258; }
   std::optional<int32_t> token_to_id(const std::string&) const override { return std::nullopt; }
   std::string id_to_token(int32_t id) const override { return "<" + std::to_string(id) + ">"; }
+  std::string token_bytes(int32_t id) const override { return id_to_token(id); }
   std::optional<int32_t> bos_id() const override {
     return bos_ ? std::optional<int32_t>(256) : std::nullopt;
   }

@@ -31,6 +31,24 @@ TEST(CheckpointTest, ShardedEqualsItsIndex) {
   }
 }
 
+TEST(CheckpointTest, SideFilesIncludeTheTokenizersGoldens) {
+  const auto names = [](const std::filesystem::path& path) {
+    std::vector<std::string> result;
+    for (const auto& file : Checkpoint::open(path.string()).side_files()) {
+      result.push_back(file.filename().string());
+    }
+    return result;
+  };
+  EXPECT_EQ(names(source_path("data/stories260K/stories260K.bin")),
+            (std::vector<std::string>{"tok512.model", "tok512_goldens.json"}));
+  const TempDir folder;
+  std::filesystem::copy(source_path("tests/data/models/gqa"), folder / "copy");
+  EXPECT_EQ(names(folder / "copy"), std::vector<std::string>{"generation_config.json"});
+  write_file(folder / "copy/tokenizer_goldens.json", "{}");
+  EXPECT_EQ(names(folder / "copy"),
+            (std::vector<std::string>{"tokenizer_goldens.json", "generation_config.json"}));
+}
+
 TEST(CheckpointTest, IndexProblemsAreAllReported) {
   const TempDir folder;
   const auto copy = folder / "copy";

@@ -91,6 +91,18 @@ TEST(BpeTokenizerTest, DecodesWhatItEncodes) {
   EXPECT_EQ(error_of([&] { tokenizer->decode({49152}); }).code(), ExitCode::kBadInput);
 }
 
+// The bytes of the tokens make the text again, also where a character is split over several.
+TEST(BpeTokenizerTest, TokenBytes) {
+  const auto tokenizer = load_tokenizer(source_path("data/tokenizers/cosmo2"));
+  const std::string text = "naïve 日本語 🙂 <|endoftext|> don't\n\n x";
+  std::string bytes;
+  for (const int32_t id : tokenizer->encode(text)) bytes += tokenizer->token_bytes(id);
+  EXPECT_EQ(bytes, text);
+  EXPECT_EQ(tokenizer->id_to_token(17097), "Ġæ");
+  EXPECT_EQ(tokenizer->token_bytes(17097), " \xE6");
+  EXPECT_EQ(error_of([&] { tokenizer->token_bytes(49152); }).code(), ExitCode::kBadInput);
+}
+
 // The heap and the scan are two implementations of one rule; a long word goes through the former.
 TEST(BpeTokenizerTest, OneMegabyteWord) {
   const auto tokenizer = load_tokenizer(source_path("data/tokenizers/cosmo2"));
@@ -109,6 +121,19 @@ TEST(SentencePieceTokenizerTest, AddsBosByDefault) {
   EXPECT_EQ(tokenizer->encode("Once upon a time", /*add_special_tokens=*/false),
             Ids(ids.begin() + 1, ids.end()));
   EXPECT_EQ(tokenizer->decode(ids), "Once upon a time");
+}
+
+TEST(SentencePieceTokenizerTest, TokenBytes) {
+  const auto tokenizer = load_tokenizer(source_path("data/stories260K/tok512.model"));
+  const std::string text = "Once upon a time 日\n";
+  std::string bytes;
+  for (const int32_t id : tokenizer->encode(text, /*add_special_tokens=*/false)) {
+    bytes += tokenizer->token_bytes(id);
+  }
+  EXPECT_EQ(bytes, " " + text);  // the model puts a space before the text
+  EXPECT_EQ(tokenizer->token_bytes(1), "<s>");
+  EXPECT_EQ(tokenizer->token_bytes(*tokenizer->token_to_id("<0x0A>")), "\n");
+  EXPECT_EQ(error_of([&] { tokenizer->token_bytes(512); }).code(), ExitCode::kBadInput);
 }
 
 TEST(SentencePieceTokenizerTest, SettingsOfTheFolder) {

@@ -30,6 +30,16 @@ TEST(UnicodeTest, Validity) {
   EXPECT_FALSE(is_valid_utf8("abc\xE2\x82"));
 }
 
+TEST(UnicodeTest, EscapesWhatDoesNotShow) {
+  EXPECT_EQ(escape_for_display("ok é 日 🙂 \"q\""), "ok é 日 🙂 \"q\"");
+  EXPECT_EQ(escape_for_display("a\n\t\r\\n"), R"(a\n\t\r\\n)");
+  EXPECT_EQ(escape_for_display(std::string("\0\x1B[0m\x7F", 6)), R"(\u{0000}\u{001B}[0m\u{007F})");
+  EXPECT_EQ(escape_for_display("\u0085\u00A0\u200B\u202E\u2028\u3000\uFEFF\U000E0041"),
+            R"(\u{0085}\u{00A0}\u{200B}\u{202E}\u{2028}\u{3000}\u{FEFF}\u{E0041})");
+  EXPECT_EQ(escape_for_display("\xE6\x97 \xFF\xED\xA0\x80\xE6\x97\xA5"),
+            R"(\xE6\x97 \xFF\xED\xA0\x80日)");
+}
+
 TEST(UnicodeTest, AppendsAllLengths) {
   std::string text;
   for (const char32_t c : {U'A', U'é', U'日', U'🙂'}) append_utf8(text, c);

@@ -1,4 +1,5 @@
 // The program as a user meets it: outputs, exit codes, and that nothing is lost.
+#include <algorithm>
 #include <chrono>
 #include <nlohmann/json.hpp>
 #include <thread>
@@ -166,6 +167,79 @@ TEST(CliTest, FindsModelsInTheHubCache) {
   const std::string prefix = "HF_HUB_CACHE=" + folder.path().string() + " " + HLA_BINARY;
   EXPECT_EQ(run_command(prefix + " info org/tiny").code, 0);
   EXPECT_EQ(run_command(prefix + " info org/other").code, 3);
+}
+
+TEST(CliTest, TokenizeShowsPieces) {
+  const TempDir folder;
+  write_file(folder / "text", "Hi\n本\x01日");
+  const std::string command = "tokenize --text " + (folder / "text").string() + " ";
+  const std::string cosmo2 = source_path("data/tokenizers/cosmo2").string();
+  const CommandResult text = run_hla(command + cosmo2 + " --pieces");
+  EXPECT_EQ(text.code, 0) << text.err;
+  EXPECT_EQ(text.out,
+            "26843\tHi\t\"Hi\"\n198\tĊ\t\"\\n\"\n40993\tæľ¬\t\"本\"\n191\tā\t\"\\u{0001}\"\n"
+            "23274\tæĹ\t\"\\xE6\\x97\"\n115\t¥\t\"\\xA5\"\n");
+  const auto json = nlohmann::json::parse(run_hla(command + cosmo2 + " --pieces --json").out);
+  EXPECT_EQ(json["tokens"], 6);
+  EXPECT_EQ(json["pieces"][2], (nlohmann::json{{"id", 40993}, {"piece", "æľ¬"}, {"text", "本"}}));
+  // A piece of SentencePiece that is a part of a character.
+  const auto parts = nlohmann::json::parse(run_hla(command + stories() + " --pieces --json").out);
+  EXPECT_EQ(parts["pieces"][0], (nlohmann::json{{"id", 1}, {"piece", "<s>"}, {"text", "<s>"}}));
+  EXPECT_NE(std::find(parts["pieces"].begin(), parts["pieces"].end(),
+                      nlohmann::json{
+                          {"id", 233}, {"piece", "<0xE6>"}, {"text", "\uFFFD"}, {"bytes", {0xE6}}}),
+            parts["pieces"].end());
+}
+
+TEST(CliTest, TokenizeChecksGoldens) {
+  const std::string cosmo2 = source_path("data/tokenizers/cosmo2").string();
+  for (const std::string& tokenizer :
+       {cosmo2, stories(), source_path("data/stories260K/tok512.model").string()}) {
+    for (const std::string& command :
+         {"tokenize " + tokenizer + " --check", "tokenize --check " + tokenizer}) {
+      const CommandResult result = run_hla(command);
+      EXPECT_EQ(result.code, 0) << result.out << result.err;
+      EXPECT_EQ(result.err, "");
+      EXPECT_NE(result.out.find(" pairs\n"), std::string::npos);
+    }
+  }
+  EXPECT_EQ(run_hla("tokenize " + cosmo2 + " --check --ids").code, 2);
+
+  // A folder whose tokenizer is another one, and whose config does not go with it.
+  const TempDir folder;
+  std::filesystem::copy_file(source_path("tests/data/text/llama3_style.json"),
+                             folder / "tokenizer.json");
+  const CommandResult missing = run_hla("tokenize " + folder.path().string() + " --check");
+  EXPECT_EQ(missing.code, 3);
+  EXPECT_NE(missing.err.find("make_tokenizer_goldens.py"), std::string::npos) << missing.err;
+  write_file(folder / "tokenizer_goldens.json",
+             R"({"source": "test", "pairs": [{"text": "", "ids": []},
+                 {"text": "a\nb", "ids": [66, 9999]}]})");
+  write_file(folder / "config.json", R"({"vocab_size": 5})");
+  const CommandResult wrong = run_hla("tokenize " + folder.path().string() + " --check");
+  EXPECT_EQ(wrong.code, 3);
+  for (const char* part : {"1 of 2 pairs", "\"a\\nb\"", "9999 (not in the vocabulary)"}) {
+    EXPECT_NE(wrong.out.find(part), std::string::npos) << wrong.out;
+  }
+  EXPECT_NE(wrong.err.find("vocab_size 5"), std::string::npos) << wrong.err;
+  const auto json =
+      nlohmann::json::parse(run_hla("tokenize " + folder.path().string() + " --check --json").out);
+  EXPECT_EQ(json["agree"], 1);
+  EXPECT_EQ(json["mismatches"][0]["pair"], 1);
+  EXPECT_EQ(json["mismatches"][0]["expected"], (nlohmann::json{66, 9999}));
+  EXPECT_EQ(json["warnings"].size(), 1u);
+  // Another file of goldens.
+  EXPECT_EQ(
+      run_hla("tokenize " + cosmo2 + " --check " + (folder / "tokenizer_goldens.json").string())
+          .code,
+      3);
+}
+
+TEST(CliTest, ConvertCarriesTheGoldens) {
+  const TempDir folder;
+  const std::string out = (folder / "out").string();
+  EXPECT_EQ(run_hla("convert --no-calib " + stories() + " " + out).code, 0);
+  EXPECT_EQ(run_hla("tokenize " + out + " --check").code, 0);
 }
 
 }  // namespace

@@ -45,8 +45,9 @@ class Checkpoint {
   // nullopt if there is none.
   std::optional<std::filesystem::path> tokenizer_path() const;
   // The files to copy into a folder derived from this checkpoint, those of them that exist:
-  // tokenizer, generation config and chat template. For llama2.c the tokenizer_path(), which
-  // belongs there under the name tokenizer.model.
+  // tokenizer and its goldens, generation config and chat template. For llama2.c the
+  // tokenizer_path() NAME.model, which belongs there under the name tokenizer.model, and
+  // NAME_goldens.json, which becomes tokenizer_goldens.json.
   std::vector<std::filesystem::path> side_files() const;
   // Bytes of all tensors().
   uint64_t weight_bytes() const;

@@ -29,6 +29,9 @@ class Tokenizer {
   virtual std::optional<int32_t> token_to_id(const std::string& token) const = 0;
   // As the tokenizer's file spells it. Throws kBadInput for an unknown id.
   virtual std::string id_to_token(int32_t id) const = 0;
+  // The bytes that a token stands for in a text, which alone need not be UTF-8. Special tokens, and
+  // <unk>, as the file spells them. Throws kBadInput for an unknown id.
+  virtual std::string token_bytes(int32_t id) const = 0;
   virtual std::optional<int32_t> bos_id() const = 0;
   virtual std::optional<int32_t> eos_id() const = 0;
   virtual std::string kind() const = 0;  // "byte-level BPE", "SentencePiece"

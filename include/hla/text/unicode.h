@@ -16,6 +16,11 @@ size_t valid_utf8_prefix(std::string_view text);
 // bytes.decode("utf-8", "replace") and the WHATWG decoder give.
 std::string sanitize_utf8(std::string_view text);
 
+// A text as it can be shown on one line of a terminal, and read back without doubt: `\n`, `\t`,
+// `\r` and `\\`; other control, format and invisible characters and all spaces but U+0020 as
+// `\u{00A0}`; bytes that are not UTF-8 as `\xFF`.
+std::string escape_for_display(std::string_view text);
+
 // Appends the UTF-8 form of a code point below 0x110000.
 void append_utf8(std::string& text, char32_t code_point);
 
