@@ -16,7 +16,7 @@
 // One copy of a function per instruction set, chosen by the dynamic linker.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(HLA_NO_MULTIVERSION)
 #define HLA_MULTIVERSION \
-  X
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define HLA_MULTIVERSION
 #endif
