@@ -55,7 +55,7 @@ for name in names:
     with open(f"{folder}/{name}.info.json") as file:
         info = json.load(file)
     with open(f"{folder}/{name}.ppl.json") as file:
-        ppl = json.load(file)["perplexity"]
+        ppl = json.load(file)["results"][0]["perplexity"]
     rows.append((name, info["cache_bytes_per_token"], info["parameters"], ppl))
 
 _, base_cache, _, base_ppl = rows[0]

@@ -21,7 +21,7 @@ struct PplArguments {
   // The text.
   std::string text;
   std::string dataset;
-  std::string split = "test";
+  std::string split;
   CorpusOptions corpus;
   // The protocols.
   std::vector<std::string> protocols = {"gptq"};
@@ -106,8 +106,9 @@ void add_ppl(CLI::App& app) {
       ->add_option("--dataset", arguments->dataset,
                    "Known dataset, in the local HF cache or data/: " + names)
       ->group("Text");
-  command->add_option("--split", arguments->split, "train, validation or test")
-      ->capture_default_str()
+  command
+      ->add_option("--split", arguments->split,
+                   "train, validation or test; default: test, or the only one there is")
       ->group("Text");
   command
       ->add_option("--text-field", arguments->corpus.text_field,
@@ -116,7 +117,7 @@ void add_ppl(CLI::App& app) {
       ->group("Text");
   command
       ->add_option("--documents", arguments->corpus.max_documents,
-                   "Read only the first N documents of JSONL or Parquet")
+                   "Read only the first N documents of JSONL or Parquet; fineweb: 1000")
       ->group("Text");
   command
       ->add_option("--tokenizer", arguments->tokenizer,

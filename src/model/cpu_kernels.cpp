@@ -74,12 +74,13 @@ HLA_INLINE Floats exp_fp32(Floats x) {
 
 HLA_MULTIVERSION
 void rms_norm_rows(const float* x, const float* weight, float* y, int64_t rows, int64_t size,
-                   float eps) {
+                   double eps) {
   for (int64_t row = 0; row < rows; ++row, x += size, y += size) {
-    float sum = 0;
+    // In fp64, so that the scale, which all further layers inherit, is rounded once.
+    double sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) sum += x[i] * x[i];
-    const float scale = 1.0F / std::sqrt(sum / static_cast<float>(size) + eps);
+    for (int64_t i = 0; i < size; ++i) sum += static_cast<double>(x[i]) * x[i];
+    const auto scale = static_cast<float>(1.0 / std::sqrt(sum / static_cast<double>(size) + eps));
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) y[i] = weight[i] * (x[i] * scale);
   }
@@ -208,7 +209,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1)),
                    [&](int64_t begin, int64_t end) {
                      rms_norm_rows(in + begin * size, w, out + begin * size, end - begin, size,
-                                   static_cast<float>(eps));
+                                   eps);
                    });
   return y;
 }

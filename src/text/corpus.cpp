@@ -276,6 +276,8 @@ struct Dataset {
   // Files under data/.
   std::vector<std::string> local_files;
   std::string field = "text";
+  // Documents read where the caller sets no limit: a file may have millions.
+  std::optional<int64_t> default_documents = {};
   std::string download;  // arguments of `huggingface-cli download --repo-type dataset`
 };
 
@@ -329,6 +331,7 @@ const std::vector<Dataset>& datasets() {
     fineweb.name = "fineweb";
     fineweb.splits = {"train"};
     fineweb.repos = {"HuggingFaceFW/fineweb"};
+    fineweb.default_documents = 1000;
     fineweb.hub_files = {"sample/10BT/*.parquet", "sample/100BT/*.parquet",
                          "sample/350BT/*.parquet", "data/*/*.parquet"};
     fineweb.download = "HuggingFaceFW/fineweb --include \"sample/10BT/000_00000.parquet\"";
@@ -491,12 +494,17 @@ Corpus load_dataset(const std::string& name, const std::string& split,
                 "\n  hint: a file or folder can be read as it is");
   }
   const Dataset& dataset = *found;
-  const std::string wanted = canonical_split(split);
+  const std::string wanted = split.empty() ? dataset.splits.back() : canonical_split(split);
   if (std::find(dataset.splits.begin(), dataset.splits.end(), wanted) == dataset.splits.end()) {
     throw_usage("dataset " + name + ": no split \"" + split +
                 "\"; there are: " + list(dataset.splits));
   }
-  const std::string title = name + ", split " + wanted;
+  CorpusOptions limited = options;
+  if (!limited.max_documents) limited.max_documents = dataset.default_documents;
+  const std::string title =
+      name + ", split " + wanted +
+      (limited.max_documents ? ", first " + std::to_string(*limited.max_documents) + " documents"
+                             : "");
   const std::string hint =
       dataset.download.empty()
           ? "\n  hint: set HLA_DATA_DIR to the data/ folder of the repository"
@@ -515,7 +523,7 @@ Corpus load_dataset(const std::string& name, const std::string& split,
   }
   const std::string field =
       options.text_field == CorpusOptions().text_field ? dataset.field : options.text_field;
-  Corpus corpus = read_files(search.files, title, false, field, options);
+  Corpus corpus = read_files(search.files, title, false, field, limited);
   if (name == "ptb" && wanted == "test") corpus.separator = " ";
   corpus.sha256 = sha256_hex(corpus.kind == Corpus::Kind::kText ? corpus.text : corpus.raw());
   return corpus;

@@ -85,17 +85,128 @@ TEST(CliTest, PplWritesJson) {
   const CommandResult first = run_hla(command + file);
   EXPECT_EQ(first.code, 0) << first.err;
   EXPECT_NE(first.out.find("perplexity"), std::string::npos);
-  const auto json = nlohmann::json::parse(read_file(file));
+  const auto json = nlohmann::json::parse(read_file(file))["results"][0];
   EXPECT_EQ(json["protocol"], "gptq");
   EXPECT_EQ(json["windows"], 2);
   EXPECT_EQ(json["context"], 128);
+  EXPECT_EQ(json["stride"], 128);
   EXPECT_EQ(json["tokens_scored"], 2 * 127);
+  EXPECT_EQ(json["dtype"], "fp32");
+  EXPECT_EQ(json["text_sha256"],
+            "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08");
+  EXPECT_NE(json["bos"].get<std::string>().find("<s> (1)"), std::string::npos);
   EXPECT_NEAR(std::exp(json["nll"].get<double>()), json["perplexity"].get<double>(), 1e-9);
   // An existing file is kept unless --force is given.
   EXPECT_EQ(run_hla(command + file).code, 2);
   EXPECT_EQ(run_hla(command + file + " --force").code, 0);
   // With "-", stdout holds the JSON and nothing else.
-  EXPECT_EQ(nlohmann::json::parse(run_hla(command + "-").out)["windows"], 2);
+  EXPECT_EQ(nlohmann::json::parse(run_hla(command + "-").out)["results"][0]["windows"], 2);
+}
+
+TEST(CliTest, PplComparesModelsAndProtocols) {
+  const TempDir folder;
+  const std::string student = (folder / "student").string();
+  ASSERT_EQ(run_hla("convert --no-calib " + stories() + " " + student).code, 0);
+  const std::string csv = (folder / "out.csv").string();
+  const std::string plot = (folder / "out.svg").string();
+  const CommandResult result =
+      run_hla("ppl " + stories() + " " + student + " --reference " + stories() +
+              " --all-protocols --ctx 64 --limit 2 --by-position 4 --json - --csv " + csv +
+              " --plot " + plot);
+  ASSERT_EQ(result.code, 0) << result.err;
+  const auto results = nlohmann::json::parse(result.out)["results"];
+  ASSERT_EQ(results.size(), 8U);
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_EQ(results[i]["divergence"]["kl_mean"], 0) << "a model against itself";
+    EXPECT_EQ(results[i]["divergence"]["same_top1"], 1);
+    EXPECT_GT(results[i + 4]["divergence"]["kl_mean"], 0);
+    EXPECT_LT(results[i + 4]["cache_bytes_per_token"], results[i]["cache_bytes_per_token"]);
+    EXPECT_EQ(results[i]["by_position"].size(), results[i]["protocol"] == "llama.cpp" ? 2U : 4U);
+  }
+  const std::string table = read_file(csv);
+  EXPECT_EQ(std::count(table.begin(), table.end(), '\n'), 9);
+  EXPECT_NE(read_file(plot).find("<svg"), std::string::npos);
+  // Every layer of a model is worth nothing against itself.
+  const CommandResult layers = run_hla("ppl " + stories() + " --reference " + stories() +
+                                       " --by-layer --ctx 64 --limit 1 --json -");
+  const auto by_layer = nlohmann::json::parse(layers.out)["results"][0]["by_layer"];
+  ASSERT_EQ(by_layer.size(), 5U);
+  EXPECT_EQ(by_layer[4]["kl_mean"], 0);
+  // The tables of a terminal.
+  const CommandResult text = run_hla("ppl " + student + " --reference " + stories() +
+                                     " --ctx 64 --limit 2 --by-position --by-layer --profile");
+  EXPECT_EQ(text.code, 0) << text.err;
+  for (const char* part :
+       {"ppl ratio", "same top-1", "position", "layer alone", "of peak", "BOS"}) {
+    EXPECT_NE(text.out.find(part), std::string::npos) << part << "\n" << text.out;
+  }
+}
+
+TEST(CliTest, PplReadsTextsOfAnyKind) {
+  const TempDir folder;
+  const auto perplexity = [&](const std::string& options) {
+    const CommandResult result = run_hla("ppl " + stories() + " --ctx 32 --json - " + options);
+    EXPECT_EQ(result.code, 0) << result.err;
+    return nlohmann::json::parse(result.out)["results"][0]["perplexity"].get<double>();
+  };
+  std::string story;
+  for (int i = 0; i < 30; ++i) story += "Once upon a time there was a little girl.";
+  write_file(folder / "a.txt", story);
+  write_file(folder / "a.jsonl", nlohmann::json{{"id", 1}, {"story", story}}.dump() + "\n");
+  const double plain = perplexity("--text " + (folder / "a.txt").string());
+  EXPECT_DOUBLE_EQ(perplexity("--text-field story --text " + (folder / "a.jsonl").string()), plain);
+  EXPECT_EQ(run_hla("ppl " + stories() + " --text " + (folder / "a.jsonl").string()).code, 3);
+  write_file(folder / "bad.txt", "caf\xE9 " + story);
+  const CommandResult bad =
+      run_hla("ppl " + stories() + " --ctx 32 --text " + (folder / "bad.txt").string());
+  EXPECT_EQ(bad.code, 3);
+  EXPECT_NE(bad.err.find("UTF-8"), std::string::npos) << bad.err;
+  EXPECT_EQ(run_hla("ppl " + stories() + " --dataset nonsense").code, 2);
+  EXPECT_EQ(run_hla("ppl " + stories() + " --dataset ptb --text x").code, 2);
+  const CommandResult missing =
+      run_command("HF_HOME=" + folder.path().string() + " " + std::string(HLA_BINARY) + " ppl " +
+                  stories() + " --dataset ptb");
+  EXPECT_EQ(missing.code, 3);
+  EXPECT_NE(missing.err.find("huggingface-cli download"), std::string::npos) << missing.err;
+  // It warns of a text that is not what it looks like.
+  std::string unk = " = Title = \n";
+  for (int i = 0; i < 60; ++i) unk += " the <unk> was a <unk> @-@ like <unk> . \n";
+  write_file(folder / "unk.txt", unk);
+  const CommandResult warned =
+      run_hla("ppl " + stories() + " --ctx 32 --text " + (folder / "unk.txt").string());
+  EXPECT_NE(warned.err.find("<unk>"), std::string::npos) << warned.err;
+}
+
+TEST(CliTest, PplRefusesWhatCannotBeCompared) {
+  EXPECT_EQ(run_hla("ppl " + stories() + " --protocol nonsense").code, 2);
+  EXPECT_EQ(run_hla("ppl " + stories() + " --by-layer --ctx 64 --limit 1").code, 2);
+  // 2048 tokens, the protocol's own, are more than the model has positions.
+  const CommandResult positions = run_hla("ppl " + stories());
+  EXPECT_EQ(positions.code, 2);
+  EXPECT_NE(positions.err.find("--ctx"), std::string::npos);
+  // Another vocabulary.
+  const CommandResult vocabulary =
+      run_hla("ppl " + stories() + " --ctx 64 --limit 1 --reference " +
+              source_path("tests/data/models/gqa").string() + " --tokenizer " +
+              source_path("data/stories260K/tok512.model").string());
+  EXPECT_EQ(vocabulary.code, 3);
+  EXPECT_NE(vocabulary.err.find("vocabulary"), std::string::npos) << vocabulary.err;
+}
+
+// Ctrl-C prints what there is, says that it is partial, and exits with 130.
+TEST(CliTest, InterruptedPplPrintsAPartialResult) {
+  const std::string command = "timeout --preserve-status -s INT 3 " + std::string(HLA_BINARY) +
+                              " ppl " + stories() + " --protocol hf-stride --ctx 512 --stride 4 ";
+  const CommandResult text = run_command(command);
+  EXPECT_EQ(text.code, 130) << text.err;
+  EXPECT_NE(text.out.find("PARTIAL"), std::string::npos) << text.out;
+  const CommandResult json = run_command(command + "--json -");
+  EXPECT_EQ(json.code, 130);
+  const auto result = nlohmann::json::parse(json.out);
+  EXPECT_EQ(result["partial"], true);
+  EXPECT_EQ(result["results"][0]["partial"], true);
+  EXPECT_GT(result["results"][0]["windows"], 0);
+  EXPECT_LT(result["results"][0]["windows"], result["results"][0]["total_windows"]);
 }
 
 TEST(CliTest, FullDiskIsARuntimeErrorAndLeavesNothing) {

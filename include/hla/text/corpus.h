@@ -60,7 +60,8 @@ Corpus read_corpus(const std::filesystem::path& file, const CorpusOptions& optio
 
 // A known dataset, from the data/ folder that comes with the program or from the local Hugging Face
 // cache; the network is never used. Splits: train, validation (also: valid, val), test. The
-// dataset's own field is read where options.text_field is the default.
+// dataset's own field is read where options.text_field is the default. An empty split means test,
+// or the only one there is. Of fineweb the first 1000 documents are read where options say nothing.
 // Throws kUsage for an unknown dataset or split; kBadInput, saying where it looked, what is there
 // and how to download it, where it is not found or shards of it are missing; and as read_corpus.
 Corpus load_dataset(const std::string& dataset, const std::string& split,
