@@ -83,7 +83,7 @@ QUICK = (
     Case("llama.cpp", "stories260K", "wikitext-single-spaces", 128),
     Case("llama.cpp", "stories260K", "wikitext-single-spaces", 512),
     Case("llama.cpp", "SmolLM2-135M-Instruct", "wikitext", 512, limit=24),
-    Case("teacher", "stories260K", "wikitext-single-spaces", 256),
+    Case("teacher", "stories260K", "wikitext-single-spaces", 256, limit=800),
     Case("teacher", "SmolLM2-135M-Instruct", "wikitext", 512, limit=8),
 )
 FULL = QUICK + (
@@ -136,11 +136,17 @@ def prepare_models(work, models):
 def prepare_texts(work):
     """Texts as files: the WikiText-2 raw test split, its first 30 kB, and a form for llama.cpp."""
     raw = WIKITEXT.read_bytes()
-    texts = {"wikitext": WIKITEXT, "wikitext-30k": work / "wiki.test.30k.raw",
-             "wikitext-single-spaces": work / "wiki.test.single-spaces.raw"}
-    texts["wikitext-30k"].write_bytes(raw[: raw.rindex(b"\n", 0, 30_000) + 1])
-    # SentencePiece joins runs of spaces and drops those at the ends where its model says so; llama.cpp does not.
-    texts["wikitext-single-spaces"].write_bytes(re.sub(rb" {2,}", b" ", raw).strip(b" \n") + b"\n")
+    made = {
+        "wikitext-30k": raw[: raw.rindex(b"\n", 0, 30_000) + 1],
+        # SentencePiece joins runs of spaces and drops those at the ends where its model says so; llama.cpp does not.
+        "wikitext-single-spaces": re.sub(rb" {2,}", b" ", raw).strip(b" \n") + b"\n",
+    }
+    texts = {"wikitext": WIKITEXT}
+    for name, data in made.items():
+        texts[name] = work / f"{name}.raw"
+        # Left alone where it is right, since another run may be reading it.
+        if not texts[name].exists() or texts[name].read_bytes() != data:
+            texts[name].write_bytes(data)
     for name, path in texts.items():
         data = path.read_bytes()
         note(f"text {name}: {len(data):,} bytes, sha256 {hashlib.sha256(data).hexdigest()}")
@@ -315,6 +321,8 @@ class LlamaPerplexity:
 def llama_cpp(tool, model, path, case):
     output = tool.run(model, path, case)
     found = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", output)
+    if not found:
+        raise RuntimeError(f"{tool.path}: no final estimate in its output:\n{output[-2000:]}")
     return {"tool": tool.version, "tokens_scored": tool.tokens_scored(output, case),
             "metrics": {"perplexity": float(found[1]), "standard_error": float(found[2])},
             "resolution": {"perplexity": 1e-4, "standard_error": 1e-5}}
