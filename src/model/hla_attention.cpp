@@ -6,6 +6,22 @@
 #include <cmath>
 
 namespace hla {
+namespace {
+
+// up(down(x)), multiplied in the cheaper order: for n rows, n·r·(in + out) products through the
+// latent of rank r against r·in·out + n·in·out with the two matrices multiplied first. So a long
+// sequence costs no more than with the matrix that they stand for.
+at::Tensor through(const Linear& down, const Linear& up, const at::Tensor& x) {
+  const int64_t rank = down.weight.size(0);
+  const int64_t in = down.weight.size(1);
+  const int64_t out = up.weight.size(0);
+  const int64_t rows = x.numel() / in;
+  if (rows * rank * (in + out) <= (rows + rank) * in * out) return up.forward(down.forward(x));
+  const at::Tensor product = at::mm(up.weight, down.weight);  // (out, in)
+  return up.bias.defined() ? at::linear(x, product, up.bias) : at::linear(x, product);
+}
+
+}  // namespace
 
 PaperPairs paper_pairs(int64_t rank, int64_t heads, int64_t head_dim, double rotary_fraction) {
   PaperPairs result;
@@ -102,54 +118,60 @@ at::Tensor HlaAttention::queries(const at::Tensor& x, const RopeTables& rope) co
     const at::Tensor latent = paper_rotate(q_down_->forward(x), heads_, rope);
     return q_up_->forward(latent).unflatten(-1, {heads_, head_dim_});
   }
-  const at::Tensor q = q_proj_ ? q_proj_->forward(x) : q_up_->forward(q_down_->forward(x));
+  const at::Tensor q = q_proj_ ? q_proj_->forward(x) : through(*q_down_, *q_up_, x);
   return apply_rope_to_temporary(q.unflatten(-1, {heads_, head_dim_}), rope);
+}
+
+// The k latent as it is cached: rotated for `latent` and `paper`.
+at::Tensor HlaAttention::rotated_k_latent(const at::Tensor& x, const RopeTables& rope) const {
+  const at::Tensor latent = k_down_->forward(x);  // (B, T, k_floats)
+  if (rope_kind_ == HlaRope::kPaper) return paper_rotate(latent, kv_heads_, rope);
+  if (!k_up_complex_) return latent;
+  // [re; im] is the half-split layout of one "head" of R frequencies.
+  return apply_rope_to_temporary(latent.unsqueeze(-2),
+                                 rope.select(k_up_complex_->frequency_index()))
+      .squeeze(-2);
 }
 
 HlaLatents HlaAttention::latents(const at::Tensor& x, const RopeTables& rope) const {
   HlaLatents result;
-  if (k_down_) {
-    result.k = k_down_->forward(x);  // (B, T, k_floats)
-    if (k_up_complex_) {
-      // [re; im] is the half-split layout of one "head" of R frequencies.
-      result.k = apply_rope_to_temporary(result.k.unsqueeze(-2),
-                                         rope.select(k_up_complex_->frequency_index()))
-                     .squeeze(-2);
-    } else if (rope_kind_ == HlaRope::kPaper) {
-      result.k = paper_rotate(result.k, kv_heads_, rope);
-    }
-  }
+  if (k_down_) result.k = rotated_k_latent(x, rope);
   if (kv_down_) result.kv = kv_down_->forward(x);
   return result;
 }
 
-// Rotated keys of the fast frequencies, (B, T, K, 2c).
+// Rotated keys of the fast frequencies, (B, T, K, 2c), from the cached k latent.
 at::Tensor HlaAttention::fast_keys(const at::Tensor& k_latent, const RopeTables& rope) const {
+  if (!k_up_complex_) return rotate_fast_keys(k_up_->forward(k_latent), rope);
   const int64_t c = layer_.fast_frequencies;
-  const RopeTables fast = rope.frequencies(0, c);
-  if (k_up_complex_) {
-    const at::Tensor keys =
-        at::linear(k_latent, k_up_complex_->real_matrix()).unflatten(-1, {kv_heads_, 2 * c});
-    if (!k_up_complex_->bias.defined()) return keys;
-    const at::Tensor bias = k_up_complex_->bias.view({1, kv_heads_, 2 * c});
-    return keys + apply_rope(bias, fast);  // the bias turns with the position: (T, K, 2c)
-  }
-  const at::Tensor keys = k_up_->forward(k_latent).unflatten(-1, {kv_heads_, 2 * c});
-  return rope_kind_ == HlaRope::kPaper ? keys : apply_rope_to_temporary(keys, fast);
+  const at::Tensor keys =
+      at::linear(k_latent, k_up_complex_->real_matrix()).unflatten(-1, {kv_heads_, 2 * c});
+  if (!k_up_complex_->bias.defined()) return keys;
+  const at::Tensor bias = k_up_complex_->bias.view({1, kv_heads_, 2 * c});
+  return keys + apply_rope(bias, rope.frequencies(0, c));  // it turns with the position: (T, K, 2c)
 }
 
-std::pair<at::Tensor, at::Tensor> HlaAttention::rebuild(const HlaLatents& latents,
-                                                        const RopeTables& rope) const {
+// Fast keys (B, T, K·2c) out of a real k_up: `original` rotates here, `paper` did so before.
+at::Tensor HlaAttention::rotate_fast_keys(const at::Tensor& up, const RopeTables& rope) const {
+  const int64_t c = layer_.fast_frequencies;
+  const at::Tensor keys = up.unflatten(-1, {kv_heads_, 2 * c});
+  return rope_kind_ == HlaRope::kPaper ? keys
+                                       : apply_rope_to_temporary(keys, rope.frequencies(0, c));
+}
+
+// Keys and values (B, T, K, d) from the fast keys (B, T, K, 2c) and what kv_up gives; either is
+// undefined where its latent is empty. `like` (B, T, …) gives shape and type then.
+std::pair<at::Tensor, at::Tensor> HlaAttention::assemble(at::Tensor fast, const at::Tensor& up,
+                                                         const at::Tensor& like,
+                                                         const RopeTables& rope) const {
   const int64_t m = head_dim_ / 2;
   const int64_t c = layer_.fast_frequencies;
-  const at::Tensor& any = latents.kv.defined() ? latents.kv : latents.k;
   const auto zeros = [&](int64_t width) {
-    return any.new_zeros({any.size(0), any.size(1), kv_heads_, width});
+    return like.new_zeros({like.size(0), like.size(1), kv_heads_, width});
   };
   at::Tensor slow;
   at::Tensor values;
-  if (kv_up_) {
-    const at::Tensor up = kv_up_->forward(latents.kv);
+  if (up.defined()) {
     const int64_t slow_size = kv_heads_ * 2 * (m - c);
     values = up.slice(-1, slow_size).unflatten(-1, {kv_heads_, head_dim_});
     slow = up.slice(-1, 0, slow_size).unflatten(-1, {kv_heads_, 2 * (m - c)});
@@ -159,7 +181,7 @@ std::pair<at::Tensor, at::Tensor> HlaAttention::rebuild(const HlaLatents& latent
     slow = zeros(2 * (m - c));
   }
   if (c == 0) return {slow, values};
-  const at::Tensor fast = latents.k.defined() ? fast_keys(latents.k, rope) : zeros(2 * c);
+  if (!fast.defined()) fast = zeros(2 * c);
   if (c == m) return {fast, values};
   // Per head [fast first half, slow first half, fast second half, slow second half].
   const at::Tensor keys = at::cat({fast.unflatten(-1, {2, c}), slow.unflatten(-1, {2, m - c})},
@@ -168,8 +190,22 @@ std::pair<at::Tensor, at::Tensor> HlaAttention::rebuild(const HlaLatents& latent
   return {keys, values};
 }
 
+std::pair<at::Tensor, at::Tensor> HlaAttention::rebuild(const HlaLatents& latents,
+                                                        const RopeTables& rope) const {
+  return assemble(latents.k.defined() ? fast_keys(latents.k, rope) : at::Tensor(),
+                  latents.kv.defined() ? kv_up_->forward(latents.kv) : at::Tensor(),
+                  latents.kv.defined() ? latents.kv : latents.k, rope);
+}
+
 Qkv HlaAttention::project(const at::Tensor& x, const RopeTables& rope) const {
-  auto [k, v] = rebuild(latents(x, rope), rope);
+  at::Tensor fast;
+  if (k_up_ && rope_kind_ == HlaRope::kOriginal) {
+    fast = rotate_fast_keys(through(*k_down_, *k_up_, x), rope);
+  } else if (k_down_) {
+    fast = fast_keys(rotated_k_latent(x, rope), rope);
+  }
+  const at::Tensor up = kv_down_ ? through(*kv_down_, *kv_up_, x) : at::Tensor();
+  auto [k, v] = assemble(std::move(fast), up, x, rope);
   return {queries(x, rope), std::move(k), std::move(v)};
 }
 

@@ -140,6 +140,39 @@ TEST(HlaAttentionTest, OriginalRebuildsThenRotates) {
   EXPECT_LE(max_abs_difference(keys, rotate_naively(expected, positions, 100)), 1e-10);
 }
 
+// A whole sequence and cached latents give the same keys and values, whichever order the matrices
+// are multiplied in: few rows or a low rank go through the latent, many rows of a high rank do not.
+TEST(HlaAttentionTest, ProjectEqualsRebuild) {
+  const c10::InferenceMode guard;
+  at::manual_seed(6);
+  for (const HlaRope kind : {HlaRope::kOriginal, HlaRope::kLatent}) {
+    for (const int64_t rank : {3, 23}) {
+      HlaLayerConfig layer = latent_layer();
+      layer.kv_rank = rank;
+      layer.q_rank = rank;
+      if (kind == HlaRope::kOriginal) {
+        layer.k_ranks.clear();
+        layer.k_rank = rank;
+      }
+      const ModelConfig config = small_config(kind, layer, /*bias=*/true);
+      RandomSource source;
+      const HlaAttention attention(source, "a", config, 0);
+      for (const int64_t length : {1, 400}) {
+        const at::Tensor x = at::randn({2, length, 24}, at::kDouble);
+        const RopeTables rope = rope_tables(config, random_positions(length), at::kDouble);
+        const Qkv qkv = attention.project(x, rope);
+        const auto [keys, values] = attention.rebuild(attention.latents(x, rope), rope);
+        EXPECT_LE(max_abs_difference(qkv.k, keys), 1e-10) << rank << " " << length;
+        EXPECT_LE(max_abs_difference(qkv.v, values), 1e-10) << rank << " " << length;
+        const at::Tensor q =
+            x.matmul(source.made["a.q_down.weight"].t()).matmul(source.made["a.q_up.weight"].t()) +
+            source.made["a.q_up.bias"];
+        EXPECT_LE(max_abs_difference(qkv.q, apply_rope(q.unflatten(-1, {6, 8}), rope)), 1e-10);
+      }
+    }
+  }
+}
+
 // The seed's own way, written independently: at every forward the SVD of the up matrix, then for
 // each pair of rows of Bᵀ the sum of Bᵢᵀ Rᵢ Bᵢ applied to the latent, then up (with the paired
 // singular values averaged).

@@ -52,6 +52,8 @@ class HlaAttention : public Attention {
   HlaAttention(ParameterSource& source, const std::string& prefix, const ModelConfig& config,
                int64_t layer);
 
+  // For a sequence that is read as a whole: nothing is cached, so down and up matrices are
+  // multiplied in whichever order is cheaper.
   Qkv project(const at::Tensor& x, const RopeTables& rope) const override;
 
   // The cache of a sequence x (B, T, D) at the positions of `rope`.
@@ -64,7 +66,11 @@ class HlaAttention : public Attention {
                                             const RopeTables& rope) const;
 
  private:
+  at::Tensor rotated_k_latent(const at::Tensor& x, const RopeTables& rope) const;
   at::Tensor fast_keys(const at::Tensor& k_latent, const RopeTables& rope) const;
+  at::Tensor rotate_fast_keys(const at::Tensor& up, const RopeTables& rope) const;
+  std::pair<at::Tensor, at::Tensor> assemble(at::Tensor fast, const at::Tensor& up,
+                                             const at::Tensor& like, const RopeTables& rope) const;
   at::Tensor paper_rotate(const at::Tensor& latent, int64_t heads, const RopeTables& rope) const;
 
   HlaRope rope_kind_;
