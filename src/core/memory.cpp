@@ -1,5 +1,7 @@
 #include "hla/core/memory.h"
 
+#include <malloc.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
@@ -41,6 +43,8 @@ uint64_t peak_rss_bytes() { return read_kb_line("/proc/self/status", "VmHWM:"); 
 uint64_t available_memory_bytes() {
   return std::min(read_kb_line("/proc/meminfo", "MemAvailable:"), cgroup_room());
 }
+
+void release_free_memory() { malloc_trim(0); }
 
 std::string format_bytes(uint64_t bytes) {
   static constexpr const char* kUnits[] = {"B", "kB", "MB", "GB", "TB"};

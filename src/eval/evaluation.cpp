@@ -127,6 +127,7 @@ class Evaluator {
       plans.push_back(plan_windows(tokenized, config, protocol));
     }
     const LlamaForCausalLM* teacher_model = teacher == nullptr ? nullptr : teacher->model.get();
+    release_free_memory();  // what reading the tokenizer and encoding took
     std::optional<OpProfile> profile;
     if (options_.profile) profile.emplace();
     result.results = score(model, plans, options_.scoring, teacher_model);

@@ -66,7 +66,15 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
   if (has_json) {
     const nlohmann::json root = read_json_file(json_file);
     const std::vector<std::string> unsupported = unsupported_by_bpe(root);
-    if (unsupported.empty() || !has_model) return load_bpe(root, json_file.string(), settings);
+    if (unsupported.empty() || !has_model) {
+      auto tokenizer = load_bpe(root, json_file.string(), settings);
+      // As in transformers: what is added is what the file's post-processor adds.
+      if (settings.add_bos_token.value_or(false) && tokenizer->encode("").empty()) {
+        log_warning((parent / "tokenizer_config.json").string() +
+                    ": says add_bos_token, but tokenizer.json adds none, so none is added");
+      }
+      return tokenizer;
+    }
     log_debug(json_file.string() + ": " + unsupported.front() +
               " is not supported, tokenizer.model is used");
   }

@@ -193,7 +193,12 @@ TEST(DatasetTest, UnknownNames) {
   error = error_of([] { load_dataset("fineweb", "test"); });
   EXPECT_EQ(error.code(), ExitCode::kUsage);
   EXPECT_THAT(error.what(), HasSubstr("train"));
-  EXPECT_EQ(error_of([] { load_dataset("ptb", ""); }).code(), ExitCode::kUsage);
+  EXPECT_EQ(error_of([] { load_dataset("ptb", "dev"); }).code(), ExitCode::kUsage);
+}
+
+TEST(DatasetTest, WithoutASplitItIsTheTestSplitOrTheOnlyOne) {
+  EXPECT_THAT(load_dataset("wikitext-2-raw", "").name, HasSubstr("split test"));
+  EXPECT_THAT(load_dataset("wikitext-2-unk", "").name, HasSubstr("split validation"));
 }
 
 // A cache of its own, and no data/ folder.
@@ -276,6 +281,7 @@ TEST_F(CachedDatasetTest, ReadsTheCache) {
   EXPECT_EQ(fineweb.documents.size(), 13u);
   EXPECT_THAT(fineweb.source, HasSubstr("000_00000.parquet (+1 more)"));
   EXPECT_THAT(load_dataset("fineweb", "train", {"text", 12}).source, Not(HasSubstr("more")));
+  EXPECT_THAT(load_dataset("fineweb", "").name, HasSubstr("first 1000 documents"));
 }
 
 TEST_F(CachedDatasetTest, RefusesMissingShards) {
