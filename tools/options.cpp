@@ -32,8 +32,17 @@ LoadOptions resolve(const DeviceOptions& options) {
 }
 
 void check_output_target(const std::string& option, const std::string& target, bool force) {
-  if (target.empty() || target == "-" || force) return;
+  if (target.empty() || target == "-") return;
   std::error_code error;
+  const std::filesystem::path path(target);
+  if (std::filesystem::is_directory(path, error)) {
+    throw_usage("[" + option + "] " + target + " is a folder");
+  }
+  if (path.has_parent_path() && !std::filesystem::is_directory(path.parent_path(), error)) {
+    throw_usage("[" + option + "] " + target + ": there is no folder " +
+                path.parent_path().string());
+  }
+  if (force) return;
   if (std::filesystem::is_regular_file(target, error)) {
     throw_usage("[" + option + "] " + target + " exists: use --force to replace it");
   }

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -36,9 +37,6 @@ struct PplArguments {
 };
 
 Corpus load_corpus(const PplArguments& arguments) {
-  if (!arguments.text.empty() && !arguments.dataset.empty()) {
-    throw_usage("[--dataset] not together with --text");
-  }
   if (!arguments.text.empty()) return read_corpus(arguments.text, arguments.corpus);
   return load_dataset(arguments.dataset.empty() ? "wikitext-2-raw" : arguments.dataset,
                       arguments.split, arguments.corpus);
@@ -56,21 +54,46 @@ EvaluationOptions evaluation_options(const PplArguments& arguments) {
       protocols.push_back(protocol_from_string(name));
     }
   }
+  const bool strided =
+      std::find(protocols.begin(), protocols.end(), Protocol::kHfStride) != protocols.end();
+  if (arguments.windows.stride && !strided) {
+    throw_usage("[--stride] is of protocol hf-stride only");
+  }
   for (const Protocol protocol : protocols) {
+    if (std::count(protocols.begin(), protocols.end(), protocol) > 1) {
+      throw_usage("[--protocol] expected each once, got " + to_string(protocol) + " twice");
+    }
     options.protocols.push_back(arguments.windows);
     options.protocols.back().protocol = protocol;
   }
   return options;
 }
 
-void run_ppl(const PplArguments& arguments) {
+// Before the work begins, not after it.
+void check_outputs(const PplArguments& arguments) {
+  std::vector<std::string> targets;
   for (const auto& [option, target] : {std::pair{"--json", arguments.json},
                                        {"--csv", arguments.csv},
                                        {"--plot", arguments.plot}}) {
     check_output_target(option, target, arguments.force);
+    if (target.empty()) continue;
+    if (std::find(targets.begin(), targets.end(), target) != targets.end()) {
+      throw_usage(std::string("[") + option + "] expected a target of its own, got " + target +
+                  " a second time");
+    }
+    targets.push_back(target);
   }
+  if (arguments.plot == "-") throw_usage("[--plot] expected a file, got -");
+}
+
+void run_ppl(const PplArguments& arguments) {
+  check_outputs(arguments);
   const EvaluationOptions options = evaluation_options(arguments);
-  const Evaluation result = evaluate(load_corpus(arguments), options);
+  const Corpus corpus = load_corpus(arguments);
+  if (corpus.kind == Corpus::Kind::kText && arguments.corpus.max_documents) {
+    throw_usage("[--documents] " + corpus.name + " is one text, not documents; use --limit");
+  }
+  const Evaluation result = evaluate(corpus, options);
   if (result.models.empty()) throw_if_interrupted();
 
   if (arguments.json != "-" && arguments.csv != "-") std::cout << result.to_text();
@@ -80,6 +103,7 @@ void run_ppl(const PplArguments& arguments) {
   if (!arguments.csv.empty()) write_text_result(arguments.csv, result.to_csv(), arguments.force);
   if (!arguments.plot.empty()) write_svg_file(arguments.plot, result.to_plot(), arguments.force);
   std::cout.flush();
+  if (result.failure) std::rethrow_exception(result.failure);
   throw_if_interrupted();
 }
 
@@ -98,18 +122,21 @@ void add_ppl(CLI::App& app) {
 
   std::string names;
   for (const std::string& name : dataset_names()) names += (names.empty() ? "" : ", ") + name;
-  command
-      ->add_option("--text", arguments->text,
-                   "Text file, .jsonl, .parquet, or a folder of them; default: WikiText-2 raw")
-      ->group("Text");
-  command
-      ->add_option("--dataset", arguments->dataset,
-                   "Known dataset, in the local HF cache or data/: " + names)
-      ->group("Text");
-  command
-      ->add_option("--split", arguments->split,
-                   "train, validation or test; default: test, or the only one there is")
-      ->group("Text");
+  CLI::Option* text =
+      command
+          ->add_option("--text", arguments->text,
+                       "Text file, .jsonl, .parquet, or a folder of them; default: WikiText-2 raw")
+          ->group("Text");
+  CLI::Option* dataset = command
+                             ->add_option("--dataset", arguments->dataset,
+                                          "Known dataset, in the local HF cache or data/: " + names)
+                             ->group("Text");
+  CLI::Option* split =
+      command
+          ->add_option("--split", arguments->split,
+                       "train, validation or test; default: test, or the only one there is")
+          ->group("Text");
+  text->excludes(dataset)->excludes(split);
   command
       ->add_option("--text-field", arguments->corpus.text_field,
                    "Field of JSONL objects, column of Parquet files")
@@ -124,13 +151,15 @@ void add_ppl(CLI::App& app) {
                    "Tokenizer folder or file; default: each model's own")
       ->group("Text");
 
-  command
-      ->add_option("--protocol", arguments->protocols,
-                   "gptq, lm-eval, hf-stride, llama.cpp; several: gptq,lm-eval")
-      ->delimiter(',')
-      ->capture_default_str()
-      ->group("Protocol");
+  CLI::Option* protocol =
+      command
+          ->add_option("--protocol", arguments->protocols,
+                       "gptq, lm-eval, hf-stride, llama.cpp; several: gptq,lm-eval")
+          ->delimiter(',')
+          ->capture_default_str()
+          ->group("Protocol");
   command->add_flag("--all-protocols", arguments->all_protocols, "All four, in one pass")
+      ->excludes(protocol)
       ->group("Protocol");
   command
       ->add_option("--ctx", arguments->windows.context,

@@ -183,6 +183,9 @@ void run_check(const TokenizeArguments& arguments) {
 }
 
 void run_tokenize(const TokenizeArguments& arguments) {
+  if (!arguments.json && arguments.ids + arguments.pieces + arguments.bench > 1) {
+    throw_usage("--ids, --pieces and --bench print different things: give one, or --json for all");
+  }
   const auto tokenizer = load_tokenizer(tokenizer_of(arguments).path);
   std::string text;
   if (arguments.text.empty()) {

@@ -1,6 +1,7 @@
 #include "hla/core/text_table.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 namespace hla {
@@ -55,7 +56,8 @@ std::string with_thousands(long long number) {
 
 std::string fixed(double value, int decimals) {
   char text[64];
-  std::snprintf(text, sizeof text, "%.*f", decimals, value);
+  const bool readable = !(std::abs(value) >= 1e15);
+  std::snprintf(text, sizeof text, readable ? "%.*f" : "%.*g", readable ? decimals : 8, value);
   return text;
 }
 

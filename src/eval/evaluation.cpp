@@ -20,11 +20,13 @@ namespace {
 
 namespace fs = std::filesystem;
 
-struct LoadedModel {
+// What is known of a model before its weights are needed.
+struct Prepared {
   std::string name;
-  std::shared_ptr<LlamaForCausalLM> model;
-  std::unique_ptr<Tokenizer> tokenizer;
-  uint64_t weight_bytes = 0;
+  Checkpoint checkpoint;
+  ModelConfig config;
+  std::string tokenizer;  // kind
+  std::vector<WindowPlan> plans;
 };
 
 std::unique_ptr<Tokenizer> tokenizer_of(const Checkpoint& checkpoint,
@@ -35,22 +37,20 @@ std::unique_ptr<Tokenizer> tokenizer_of(const Checkpoint& checkpoint,
   return load_tokenizer(given ? *given : *checkpoint.tokenizer_path());
 }
 
-LoadedModel load(const std::string& name, const EvaluationOptions& options) {
-  const Checkpoint checkpoint = Checkpoint::open(name);
-  // The tokenizer first: what reading it needs for a moment is free again for the model.
-  auto tokenizer = tokenizer_of(checkpoint, options.tokenizer);
-  return {name, load_model(checkpoint, options.load), std::move(tokenizer),
-          checkpoint.weight_bytes()};
-}
-
 // Ids that mean different texts would make every comparison by id meaningless.
-void check_same_tokenizer(const LoadedModel& student, const LoadedModel& teacher,
-                          const Corpus& corpus) {
-  constexpr size_t kSample = 1 << 16;
-  std::string sample = corpus.raw().substr(0, kSample);
-  if (student.tokenizer->encode(sample) == teacher.tokenizer->encode(sample)) return;
-  throw_bad_input("[--reference] " + teacher.name + " and " + student.name +
-                  ": expected tokenizers that give the same ids, got different ids for this text");
+void check_same_ids(const Prepared& student, const Prepared& teacher) {
+  for (size_t p = 0; p < student.plans.size(); ++p) {
+    const auto& a = student.plans[p].streams;
+    const auto& b = teacher.plans[p].streams;
+    const bool same =
+        a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(),
+                                           [](const auto& x, const auto& y) { return *x == *y; });
+    if (!same) {
+      throw_bad_input("[--reference] " + teacher.name + " and " + student.name +
+                      ": expected tokenizers that give the same ids, got different ids for this "
+                      "text");
+    }
+  }
 }
 
 class Evaluator {
@@ -66,85 +66,142 @@ class Evaluator {
   }
 
   Evaluation run() {
-    Evaluation evaluation;
-    evaluation.text = corpus_.name;
-    evaluation.text_source = corpus_.source;
-    evaluation.text_format = corpus_.format;
-    evaluation.text_sha256 = corpus_.sha256;
-    evaluation.reference = options_.reference;
-    evaluation.threads = at::get_num_threads();
-    for (const std::string& warning : text_warnings(corpus_.raw())) warn(warning, evaluation);
-    std::optional<LoadedModel> teacher;
-    if (options_.reference) teacher = load(*options_.reference, options_);
-    for (const std::string& name : options_.models) {
+    result_.text = corpus_.name;
+    result_.text_source = corpus_.source;
+    result_.text_format = corpus_.format;
+    result_.text_sha256 = corpus_.sha256;
+    result_.reference = options_.reference;
+    result_.threads = at::get_num_threads();
+    for (const std::string& warning : text_warnings(corpus_.raw())) warn(warning);
+    // Everything that can be wrong with the input shows before the first window is scored.
+    std::vector<Prepared> models;
+    const auto teacher_config = reference_config();
+    for (const std::string& name : options_.models) models.push_back(prepare(name, teacher_config));
+    std::shared_ptr<LlamaForCausalLM> teacher;
+    if (options_.reference) {
+      const Prepared prepared = prepare(*options_.reference, models.front().config);
+      for (const Prepared& model : models) check_same_ids(model, prepared);
+      teacher = load_model(prepared.checkpoint, options_.load);
+    }
+    warn_of_differences(models);
+    for (const Prepared& prepared : models) {
       if (interrupt_signal() != 0) break;
-      ModelEvaluation model = evaluate_model(name, teacher ? &*teacher : nullptr, evaluation);
-      // Interrupted before its first window was done: there is nothing to report.
-      if (std::all_of(model.results.begin(), model.results.end(),
-                      [](const PerplexityResult& r) { return r.tokens_scored == 0; })) {
+      try {
+        evaluate_model(prepared, teacher.get());
+      } catch (...) {
+        // What the models before gave is not lost with this one.
+        if (result_.models.empty()) throw;
+        result_.failure = std::current_exception();
         break;
       }
-      evaluation.models.push_back(std::move(model));
     }
-    evaluation.partial = interrupt_signal() != 0;
-    evaluation.peak_rss_bytes = peak_rss_bytes();
-    return evaluation;
+    result_.partial = interrupt_signal() != 0 || result_.failure;
+    result_.peak_rss_bytes = peak_rss_bytes();
+    return std::move(result_);
   }
 
  private:
-  static void warn(const std::string& warning, Evaluation& evaluation) {
-    if (std::find(evaluation.warnings.begin(), evaluation.warnings.end(), warning) !=
-        evaluation.warnings.end()) {
-      return;
-    }
+  void warn(const std::string& warning) {
+    auto& known = result_.warnings;
+    if (std::find(known.begin(), known.end(), warning) != known.end()) return;
     log_warning(warning);
-    evaluation.warnings.push_back(warning);
+    known.push_back(warning);
   }
 
-  ModelEvaluation evaluate_model(const std::string& name, const LoadedModel* teacher,
-                                 Evaluation& evaluation) {
-    const LoadedModel loaded = load(name, options_);
-    const LlamaForCausalLM& model = *loaded.model;
-    const ModelConfig& config = model.config();
-    if (teacher != nullptr) check_same_tokenizer(loaded, *teacher, corpus_);
-    for (const std::string& warning : bos_warnings(*loaded.tokenizer, config)) {
-      warn(name + ": " + warning, evaluation);
-    }
-    ModelEvaluation result;
-    result.model = name;
-    result.tokenizer = loaded.tokenizer->kind();
-    result.device = model.device().str();
-    result.dtype = dtype_label(model.dtype());
-    result.parameters = model.parameter_count();
-    const auto element_size = static_cast<int64_t>(c10::elementSize(model.dtype()));
-    result.cache_bytes_per_token = config.cache_bytes_per_token(element_size);
-    result.base_cache_bytes_per_token = config.base_cache_bytes_per_token(element_size);
-    result.weight_bytes = loaded.weight_bytes;
+  std::optional<ModelConfig> reference_config() const {
+    if (!options_.reference) return std::nullopt;
+    const Checkpoint checkpoint = Checkpoint::open(*options_.reference);
+    return parse_model_config(checkpoint.config(), checkpoint.path().string());
+  }
 
-    TokenizedCorpus tokenized(corpus_, *loaded.tokenizer);
-    std::vector<WindowPlan> plans;
-    for (const ProtocolOptions& protocol : options_.protocols) {
-      plans.push_back(plan_windows(tokenized, config, protocol));
+  // `partner`: a model that reads the same windows, which must fit both.
+  Prepared prepare(const std::string& name, const std::optional<ModelConfig>& partner) {
+    const Checkpoint checkpoint = Checkpoint::open(name);
+    const ModelConfig config = parse_model_config(checkpoint.config(), checkpoint.path().string());
+    const auto tokenizer = tokenizer_of(checkpoint, options_.tokenizer);
+    for (const std::string& warning : bos_warnings(*tokenizer, config)) {
+      warn(name + ": " + warning);
     }
-    const LlamaForCausalLM* teacher_model = teacher == nullptr ? nullptr : teacher->model.get();
-    release_free_memory();  // what reading the tokenizer and encoding took
+    Prepared prepared{name, checkpoint, config, tokenizer->kind(), {}};
+    ModelConfig limits = config;
+    if (partner) {
+      if (partner->vocab_size != config.vocab_size) {
+        throw_bad_input("[--reference] " + *options_.reference + " and " + name +
+                        ": expected the same vocabulary, got " +
+                        std::to_string(partner->vocab_size) + " and " +
+                        std::to_string(config.vocab_size) + " ids");
+      }
+      limits.max_position_embeddings =
+          std::min(config.max_position_embeddings, partner->max_position_embeddings);
+    }
+    TokenizedCorpus tokenized(corpus_, *tokenizer);
+    for (const ProtocolOptions& protocol : options_.protocols) {
+      prepared.plans.push_back(plan_windows(tokenized, limits, protocol));
+    }
+    return prepared;
+  }
+
+  void warn_of_differences(const std::vector<Prepared>& models) {
+    const Prepared& first = models.front();
+    for (const Prepared& model : models) {
+      for (size_t p = 0; p < model.plans.size(); ++p) {
+        const WindowPlan& a = first.plans[p];
+        const WindowPlan& b = model.plans[p];
+        const std::string pair = to_string(a.protocol) + ", " + first.name + " and " + model.name;
+        if (a.tokens != b.tokens) {
+          warn(pair + ": the tokenizers give " + std::to_string(a.tokens) + " and " +
+               std::to_string(b.tokens) +
+               " tokens: perplexities by token do not compare, those by word or byte do");
+        } else if (a.context != b.context) {
+          warn(pair + ": contexts of " + std::to_string(a.context) + " and " +
+               std::to_string(b.context) + " tokens do not compare; give --ctx");
+        }
+      }
+    }
+  }
+
+  // Adds the model's results, as far as an interrupt lets it.
+  void evaluate_model(const Prepared& prepared, const LlamaForCausalLM* teacher) {
+    release_free_memory();  // what reading tokenizers and encoding, or the last model, took
+    const auto model = load_model(prepared.checkpoint, options_.load);
+    const ModelConfig& config = model->config();
+    ModelEvaluation evaluation;
+    evaluation.model = prepared.name;
+    evaluation.tokenizer = prepared.tokenizer;
+    evaluation.device = model->device().str();
+    evaluation.dtype = dtype_label(model->dtype());
+    evaluation.parameters = model->parameter_count();
+    const auto element_size = static_cast<int64_t>(c10::elementSize(model->dtype()));
+    evaluation.cache_bytes_per_token = config.cache_bytes_per_token(element_size);
+    evaluation.base_cache_bytes_per_token = config.base_cache_bytes_per_token(element_size);
+    evaluation.weight_bytes = prepared.checkpoint.weight_bytes();
+
     std::optional<OpProfile> profile;
     if (options_.profile) profile.emplace();
-    result.results = score(model, plans, options_.scoring, teacher_model);
+    evaluation.results = score(*model, prepared.plans, options_.scoring, teacher);
     if (profile) {
-      result.profile = {profile->entries(), result.results.front().seconds, 0};
+      evaluation.profile = {profile->entries(), evaluation.results.front().seconds, 0};
       profile.reset();
-      result.profile->gemm_peak = measure_gemm_peak();
+      // The rate that the products could have: only fp32 is measured.
+      if (model->dtype() == at::kFloat && interrupt_signal() == 0) {
+        evaluation.profile->gemm_peak = measure_gemm_peak();
+      }
+    }
+    // Interrupted before its first window was done: there is nothing to report.
+    if (std::all_of(evaluation.results.begin(), evaluation.results.end(),
+                    [](const PerplexityResult& r) { return r.tokens_scored == 0; })) {
+      return;
     }
     if (options_.by_layer && interrupt_signal() == 0) {
-      result.by_layer =
-          ablate_layers(model, *teacher_model, plans.front(), options_.scoring.progress);
+      evaluation.by_layer =
+          ablate_layers(*model, *teacher, prepared.plans.front(), options_.scoring.progress);
     }
-    return result;
+    result_.models.push_back(std::move(evaluation));
   }
 
   const Corpus& corpus_;
   const EvaluationOptions& options_;
+  Evaluation result_;
 };
 
 // ---- reports ----
@@ -199,8 +256,9 @@ std::string describe(const PerplexityResult& result) {
   text += line("BOS", result.bos);
   if (result.page_metrics) {
     const PageMetrics& pages = *result.page_metrics;
-    text += line("pages", std::to_string(pages.pages) + " with " + with_thousands(pages.words) +
-                              " words, " + with_thousands(pages.bytes) + " bytes");
+    text += line("pages", std::to_string(pages.pages) + "/" + std::to_string(pages.total_pages) +
+                              " with " + with_thousands(pages.words) + " words, " +
+                              with_thousands(pages.bytes) + " bytes");
     text += line("word ppl", with_error(pages.word_perplexity, 4));
     text += line("byte ppl", with_error(pages.byte_perplexity, 6));
     text += line("bits per byte", fixed(pages.bits_per_byte, 6));
@@ -266,10 +324,11 @@ std::string profile_table(const TimeProfile& profile) {
     const double rate = e.seconds > 0 ? e.flops / e.seconds : 0;
     table.add({e.kind, with_thousands(e.calls), fixed(e.seconds, 3),
                percent(e.seconds / profile.seconds, 1), e.flops > 0 ? fixed(rate / 1e9, 1) : "",
-               e.flops > 0 ? percent(rate / profile.gemm_peak, 0) : ""});
+               e.flops > 0 && profile.gemm_peak > 0 ? percent(rate / profile.gemm_peak, 0) : ""});
   }
   table.add({"between operations", "", fixed(profile.seconds - counted, 3),
              percent((profile.seconds - counted) / profile.seconds, 1), "", ""});
+  if (profile.gemm_peak == 0) return table.render();
   return table.render() + "peak: " + fixed(profile.gemm_peak / 1e9, 1) +
          " GFLOP/s, the best fp32 product of 2048 x 2048 x 2048 in this run\n";
 }
@@ -278,36 +337,70 @@ bool is_single(const Evaluation& evaluation) {
   return evaluation.models.size() == 1 && evaluation.models.front().results.size() == 1;
 }
 
+// Whether the ratio of two perplexities means anything.
+bool comparable(const PerplexityResult& a, const PerplexityResult& b) {
+  return a.tokens == b.tokens && a.context == b.context && a.windows == b.windows &&
+         a.tokens_scored > 0;
+}
+
+std::vector<std::string> comparison_row(const ModelEvaluation& model, const PerplexityResult& r,
+                                        const PerplexityResult* first) {
+  std::vector<std::string> row = {model.model,
+                                  to_string(r.protocol) + (r.partial ? " (partial)" : ""),
+                                  std::to_string(r.context),
+                                  std::to_string(r.stride),
+                                  windows_text(r),
+                                  with_thousands(r.tokens_scored),
+                                  with_thousands(model.cache_bytes_per_token)};
+  if (r.tokens_scored == 0) return row;
+  row.push_back(fixed(r.perplexity.value, 4));
+  row.push_back(fixed(r.perplexity.standard_error, 4));
+  row.push_back(first != nullptr && comparable(r, *first)
+                    ? fixed(r.perplexity.value / first->perplexity.value, 4)
+                    : "");
+  const bool pages = r.page_metrics.has_value();
+  row.push_back(pages ? fixed(r.page_metrics->word_perplexity.value, 4) : "");
+  row.push_back(pages ? fixed(r.page_metrics->byte_perplexity.value, 5) : "");
+  row.push_back(pages ? fixed(r.page_metrics->bits_per_byte, 5) : "");
+  row.push_back(r.divergence ? fixed(r.divergence->kl.value, 5) : "");
+  row.push_back(r.divergence ? percent(r.divergence->same_top1) : "");
+  return row;
+}
+
 std::string comparison_table(const Evaluation& evaluation) {
   TextTable table({"model", "protocol", "ctx", "stride", "windows", "scored", "cache B/token",
                    "perplexity", "±", "ratio", "word ppl", "byte ppl", "bits/byte", "KL",
                    "same top-1"});
+  const bool several = evaluation.models.size() > 1;
   for (const ModelEvaluation& model : evaluation.models) {
     for (size_t p = 0; p < model.results.size(); ++p) {
-      const PerplexityResult& r = model.results[p];
-      const PerplexityResult& first = evaluation.models.front().results[p];
-      std::vector<std::string> row = {model.model,
-                                      to_string(r.protocol) + (r.partial ? " (partial)" : ""),
-                                      std::to_string(r.context),
-                                      std::to_string(r.stride),
-                                      windows_text(r),
-                                      with_thousands(r.tokens_scored),
-                                      with_thousands(model.cache_bytes_per_token),
-                                      fixed(r.perplexity.value, 4),
-                                      fixed(r.perplexity.standard_error, 4)};
-      row.push_back(evaluation.models.size() > 1
-                        ? fixed(r.perplexity.value / first.perplexity.value, 4)
-                        : "");
-      const bool pages = r.page_metrics.has_value();
-      row.push_back(pages ? fixed(r.page_metrics->word_perplexity.value, 4) : "");
-      row.push_back(pages ? fixed(r.page_metrics->byte_perplexity.value, 5) : "");
-      row.push_back(pages ? fixed(r.page_metrics->bits_per_byte, 5) : "");
-      row.push_back(r.divergence ? fixed(r.divergence->kl.value, 5) : "");
-      row.push_back(r.divergence ? percent(r.divergence->same_top1) : "");
-      table.add(std::move(row));
+      table.add(comparison_row(model, model.results[p],
+                               several ? &evaluation.models.front().results[p] : nullptr));
     }
   }
   return table.render();
+}
+
+// What all models have in common is said once, what differs once for each kind.
+std::string common_lines(const Evaluation& evaluation) {
+  std::vector<std::string> lines;
+  const auto add = [&](const std::string& text) {
+    if (std::find(lines.begin(), lines.end(), text) == lines.end()) lines.push_back(text);
+  };
+  for (const ModelEvaluation& model : evaluation.models) {
+    add(line("device", model.device + ", " + model.dtype + ", " +
+                           std::to_string(evaluation.threads) + " threads"));
+  }
+  if (!is_single(evaluation)) {
+    for (const ModelEvaluation& model : evaluation.models) {
+      for (const PerplexityResult& result : model.results) {
+        add(line("BOS", to_string(result.protocol) + ": " + result.bos));
+      }
+    }
+  }
+  std::string text;
+  for (const std::string& each : lines) text += each;
+  return text;
 }
 
 // The parts that are too long for a row.
@@ -357,7 +450,8 @@ nlohmann::json profile_json(const TimeProfile& profile) {
 
 // A CSV field; quoted only where it must be.
 std::string csv_field(const nlohmann::json& value) {
-  if (value.is_null()) return "";
+  if (value.is_null() || (value.is_number_float() && !std::isfinite(value.get<double>())))
+    return "";
   if (!value.is_string()) return value.dump();
   const auto& text = value.get_ref<const std::string&>();
   if (text.find_first_of(",\"\r\n") == std::string::npos) return text;
@@ -463,10 +557,7 @@ std::string Evaluation::to_text() const {
   if (reference) out += line("teacher", *reference);
   out += line("text", text + " (" + text_format + ")");
   out += line("sha256", text_sha256);
-  if (!models.empty()) {
-    out += line("device", models.front().device + ", " + models.front().dtype + ", " +
-                              std::to_string(threads) + " threads");
-  }
+  out += common_lines(*this);
   if (single) {
     const ModelEvaluation& model = models.front();
     const PerplexityResult& result = model.results.front();
@@ -484,16 +575,10 @@ std::string Evaluation::to_text() const {
       if (!model.results.empty()) seconds += model.results.front().seconds;
     }
     out += line("time", fixed(seconds, 1) + " s, peak memory " + format_bytes(peak_rss_bytes));
-    for (const ModelEvaluation& model : models) {
-      if (&model != &models.front()) break;
-      for (const PerplexityResult& result : model.results) {
-        out += line("BOS", to_string(result.protocol) + ": " + result.bos);
-      }
-    }
     out += "\n" + comparison_table(*this);
   }
   for (const ModelEvaluation& model : models) out += details(model, single);
-  if (partial) out += "\nPARTIAL: interrupted before the end; not comparable with a whole run\n";
+  if (partial) out += "\nPARTIAL: ended before it was through; not comparable with a whole run\n";
   return out;
 }
 

@@ -138,20 +138,31 @@ std::string first_non_finite(const LlamaForCausalLM& model, const at::Tensor& id
   return finite(model.final_norm(hidden)) ? "the output layer" : "the final norm";
 }
 
-bool all_finite(const std::vector<double>& values) {
-  return std::all_of(values.begin(), values.end(), [](double x) { return std::isfinite(x); });
+bool all_finite(const std::vector<double>& values, size_t begin, size_t end) {
+  return std::all_of(values.begin() + static_cast<std::ptrdiff_t>(begin),
+                     values.begin() + static_cast<std::ptrdiff_t>(end),
+                     [](double x) { return std::isfinite(x); });
 }
 
-void check_finite(const TokenScores& scores, const LlamaForCausalLM& model,
-                  const LlamaForCausalLM* teacher, const at::Tensor& ids, const Window& window) {
-  const bool student_fine = all_finite(scores.nll);
-  if (student_fine && all_finite(scores.teacher_nll) && all_finite(scores.kl)) return;
-  const bool blame_teacher = student_fine && teacher != nullptr;
-  throw Error(ExitCode::kNonFinite,
-              std::string(blame_teacher ? "teacher, " : "") + "window " +
-                  std::to_string(window.index) + ": NaN or Inf, first seen after " +
-                  first_non_finite(blame_teacher ? *teacher : model, ids) +
-                  "\n  hint: the weights may be damaged, or --dtype fp32 may be needed");
+// The scores [begin, end) of a unit, of which `window` is a part.
+void check_finite(const TokenScores& scores, size_t begin, size_t end,
+                  const LlamaForCausalLM& model, const LlamaForCausalLM* teacher,
+                  const at::Tensor& ids, const WindowPlan& plan, const Window& window) {
+  const bool student_fine = all_finite(scores.nll, begin, end);
+  const bool teacher_fine = teacher == nullptr || all_finite(scores.teacher_nll, begin, end);
+  if (student_fine && teacher_fine && (teacher == nullptr || all_finite(scores.kl, begin, end))) {
+    return;
+  }
+  const bool blame_teacher = student_fine && !teacher_fine;
+  const std::string where =
+      student_fine && teacher_fine
+          ? "in the divergence: both models' losses are finite"
+          : "first seen after " + first_non_finite(blame_teacher ? *teacher : model, ids);
+  throw Error(ExitCode::kNonFinite, std::string(blame_teacher ? "teacher" : "model") + ", " +
+                                        to_string(plan.protocol) + " window " +
+                                        std::to_string(window.index) + ": NaN or Inf, " + where +
+                                        "\n  hint: the weights may be damaged, or --dtype fp32 "
+                                        "may be needed");
 }
 
 // ---- adding it up ----
@@ -213,9 +224,14 @@ class PlanSum {
       squares += sum.squares;
     }
     const Estimate mean = mean_estimate(nll, squares, result.tokens_scored);
+    if (result.tokens_scored == 0) {
+      // Interrupted before this protocol's first window: no number is better than a wrong one.
+      result.nll = std::nan("");
+      result.perplexity = {std::nan(""), std::nan("")};
+      return result;
+    }
     result.nll = mean.value;
-    result.perplexity =
-        result.tokens_scored > 0 ? exp_estimate(mean) : Estimate{std::nan(""), std::nan("")};
+    result.perplexity = exp_estimate(mean);
     if (plan_.protocol == Protocol::kLmEval) result.page_metrics = page_metrics();
     if (with_teacher_) result.divergence = divergence_.result();
     for (PositionBucket bucket : buckets_) {
@@ -258,9 +274,10 @@ class PlanSum {
     }
   }
 
-  // Only pages whose windows are all done count.
-  PageMetrics page_metrics() const {
+  // Only pages whose windows are all done count; nothing where there is none.
+  std::optional<PageMetrics> page_metrics() const {
     PageMetrics metrics;
+    metrics.total_pages = plan_.total_pages;
     double nll = 0;
     double squares = 0;
     int64_t tokens = 0;
@@ -282,7 +299,7 @@ class PlanSum {
       metrics.words += page.words;
       metrics.bytes += page.bytes;
     }
-    if (metrics.words == 0 || metrics.bytes == 0 || tokens == 0) return metrics;
+    if (metrics.words == 0 || metrics.bytes == 0 || tokens == 0) return std::nullopt;
     // The error of the sum over tokens, carried over to another denominator.
     const double sum_error =
         mean_estimate(nll, squares, tokens).standard_error * static_cast<double>(tokens);
@@ -305,14 +322,21 @@ class PlanSum {
   int64_t tokens_ = 0;
 };
 
-void preflight(const LlamaForCausalLM& model, const std::vector<Unit>& units, bool with_teacher) {
+// `extra`: bytes beside what scoring needs.
+void preflight(const LlamaForCausalLM& model, const LlamaForCausalLM* teacher,
+               const std::vector<Unit>& units, uint64_t extra = 0) {
   int64_t longest = 0;
   for (const Unit& unit : units) longest = std::max(longest, unit.input_length());
-  if (!model.device().is_cpu()) return;
-  preflight_memory(
-      scoring_bytes(model.config(), longest, static_cast<int64_t>(c10::elementSize(model.dtype())),
-                    with_teacher),
-      "scoring windows of " + std::to_string(longest) + " tokens");
+  uint64_t needed = 0;
+  for (const LlamaForCausalLM* m : {&model, teacher}) {
+    if (m == nullptr || !m->device().is_cpu()) continue;
+    const auto element_size = static_cast<int64_t>(c10::elementSize(m->dtype()));
+    needed =
+        std::max(needed, scoring_bytes(m->config(), longest, element_size, teacher != nullptr));
+  }
+  if (needed + extra > 0) {
+    preflight_memory(needed + extra, "scoring windows of " + std::to_string(longest) + " tokens");
+  }
 }
 
 void check_same_vocabulary(const LlamaForCausalLM& student, const LlamaForCausalLM& teacher) {
@@ -322,6 +346,39 @@ void check_same_vocabulary(const LlamaForCausalLM& student, const LlamaForCausal
     throw_bad_input("[--reference] teacher and student: expected the same vocabulary, got " +
                     std::to_string(b) + " and " + std::to_string(a) + " ids");
   }
+}
+
+// One unit with every layer of the student in the teacher in turn; nothing when interrupted.
+std::optional<std::vector<TokenScores>> ablate_window(const LlamaForCausalLM& student,
+                                                      const LlamaForCausalLM& teacher,
+                                                      const std::vector<Unit>& units, size_t u,
+                                                      Progress& progress) {
+  const at::Tensor ids = input_ids(units, u, u + 1);
+  const at::Tensor targets = scored_targets(units, u, u + 1);
+  const RopeTables rope = teacher.rope(ids.size(-1));
+  const RopeTables student_rope = student.rope(ids.size(-1));
+  std::vector<at::Tensor> inputs = {teacher.embed(ids)};  // of every layer, and the last output
+  for (const auto& layer : teacher.layers()) {
+    if (interrupt_signal() != 0) return std::nullopt;
+    inputs.push_back(layer->forward(inputs.back(), rope));
+  }
+  const at::Tensor expected = scored_rows(teacher.final_norm(inputs.back()), units, u, u + 1);
+  const size_t layers = teacher.layers().size();
+  std::vector<TokenScores> scores;
+  for (size_t replaced = 0; replaced < layers; ++replaced) {
+    at::Tensor hidden = student.layers()[replaced]->forward(
+        inputs[replaced].to(student.device(), student.dtype()), student_rope);
+    hidden = hidden.to(teacher.device(), teacher.dtype());
+    for (size_t layer = replaced + 1; layer < layers; ++layer) {
+      if (interrupt_signal() != 0) return std::nullopt;
+      hidden = teacher.layers()[layer]->forward(hidden, rope);
+    }
+    scores.push_back(compare_tokens(teacher,
+                                    scored_rows(teacher.final_norm(hidden), units, u, u + 1),
+                                    teacher, expected, targets));
+    progress.advance(1);
+  }
+  return scores;
 }
 
 std::vector<PerplexityResult> results_of(const std::vector<PlanSum>& sums, double seconds) {
@@ -343,7 +400,7 @@ uint64_t scoring_bytes(const ModelConfig& config, int64_t context, int64_t eleme
   const int64_t mlp = 2 * config.intermediate_size;
   const int64_t widest = 3 * config.hidden_size + std::max(attention, mlp);
   return static_cast<uint64_t>(std::max(context, kBatchTokens) * widest * element_size) +
-         token_score_bytes(config, context, with_teacher);
+         token_score_bytes(config, std::max(context, kBatchTokens), with_teacher);
 }
 
 std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
@@ -353,7 +410,7 @@ std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
   const auto start = std::chrono::steady_clock::now();
   if (teacher != nullptr) check_same_vocabulary(model, *teacher);
   const std::vector<Unit> units = make_units(plans);
-  preflight(model, units, teacher != nullptr);
+  preflight(model, teacher, units);
   std::vector<PlanSum> sums;
   for (const WindowPlan& plan : plans) sums.emplace_back(plan, options, teacher != nullptr);
 
@@ -371,15 +428,18 @@ std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
             ? score_tokens(model, rows, targets)
             : compare_tokens(model, rows, *teacher, scored_rows(*teacher_hidden, units, begin, end),
                              targets);
-    const Use& first = units[begin].uses.front();
-    check_finite(scores, model, teacher, ids, plans[first.plan].windows[first.window]);
     size_t offset = 0;
     for (size_t u = begin; u < end; ++u) {
+      const size_t next = offset + static_cast<size_t>(units[u].scored());
+      const Use& first = units[u].uses.front();
+      check_finite(scores, offset, next, model, teacher, input_ids(units, u, u + 1),
+                   plans[first.plan], plans[first.plan].windows[first.window]);
       for (const Use& use : units[u].uses) sums[use.plan].add(use.window, units[u], scores, offset);
-      offset += static_cast<size_t>(units[u].scored());
+      offset = next;
     }
     char status[48];
-    std::snprintf(status, sizeof status, "ppl %.3f", sums[first.plan].running_perplexity());
+    std::snprintf(status, sizeof status, "ppl %.3f",
+                  sums[units[begin].uses.front().plan].running_perplexity());
     progress.advance(static_cast<int64_t>(end - begin), status);
   }
   progress.finish();
@@ -402,42 +462,30 @@ std::vector<LayerAblation> ablate_layers(const LlamaForCausalLM& student,
         std::to_string(student.config().hidden_size));
   }
   const std::vector<Unit> units = make_units({plan});
+  int64_t longest = 0;
+  for (const Unit& unit : units) longest = std::max(longest, unit.input_length());
+  // The teacher's hidden states before every layer are kept.
+  preflight(student, &teacher, units,
+            static_cast<uint64_t>(longest * teacher.config().hidden_size) * (layers + 1) *
+                c10::elementSize(teacher.dtype()));
   std::vector<DivergenceSum> sums(layers);
   Progress progress("layers in turn", static_cast<int64_t>(units.size() * layers), show_progress);
   for (size_t u = 0; u < units.size(); ++u) {
-    const at::Tensor ids = input_ids(units, u, u + 1);
-    const at::Tensor targets = scored_targets(units, u, u + 1);
-    const RopeTables rope = teacher.rope(ids.size(-1));
-    const RopeTables student_rope = student.rope(ids.size(-1));
-    std::vector<at::Tensor> inputs = {teacher.embed(ids)};  // of every layer, and the last output
-    for (const auto& layer : teacher.layers()) {
-      throw_if_interrupted();
-      inputs.push_back(layer->forward(inputs.back(), rope));
-    }
-    const at::Tensor expected = scored_rows(teacher.final_norm(inputs.back()), units, u, u + 1);
-    for (size_t replaced = 0; replaced < layers; ++replaced) {
-      at::Tensor hidden = student.layers()[replaced]->forward(
-          inputs[replaced].to(student.device(), student.dtype()), student_rope);
-      hidden = hidden.to(teacher.device(), teacher.dtype());
-      for (size_t layer = replaced + 1; layer < layers; ++layer) {
-        throw_if_interrupted();
-        hidden = teacher.layers()[layer]->forward(hidden, rope);
+    const auto scores = ablate_window(student, teacher, units, u, progress);
+    if (!scores) break;  // interrupted: this window counts for no layer
+    for (size_t layer = 0; layer < layers; ++layer) {
+      const TokenScores& of_layer = (*scores)[layer];
+      if (!all_finite(of_layer.kl, 0, of_layer.kl.size())) {
+        throw Error(ExitCode::kNonFinite,
+                    to_string(plan.protocol) + " window " + std::to_string(plan.windows[u].index) +
+                        ": NaN or Inf with layer " + std::to_string(layer) + " of the student");
       }
-      const TokenScores scores =
-          compare_tokens(teacher, scored_rows(teacher.final_norm(hidden), units, u, u + 1), teacher,
-                         expected, targets);
-      if (!all_finite(scores.kl)) {
-        throw Error(ExitCode::kNonFinite, "window " + std::to_string(plan.windows[u].index) +
-                                              ": NaN or Inf with layer " +
-                                              std::to_string(replaced) + " of the student");
-      }
-      sums[replaced].add(scores, 0, scores.kl.size());
-      progress.advance(1);
+      sums[layer].add(of_layer, 0, of_layer.kl.size());
     }
   }
   progress.finish();
   std::vector<LayerAblation> result;
-  for (size_t layer = 0; layer < layers; ++layer) {
+  for (size_t layer = 0; layer < layers && sums[layer].tokens() > 0; ++layer) {
     result.push_back({static_cast<int64_t>(layer), sums[layer].result()});
   }
   return result;
@@ -461,6 +509,7 @@ nlohmann::json PerplexityResult::to_json() const {
                          {"seconds", seconds}};
   if (page_metrics) {
     json["pages"] = page_metrics->pages;
+    json["total_pages"] = page_metrics->total_pages;
     json["words"] = page_metrics->words;
     json["bytes"] = page_metrics->bytes;
     json["word_perplexity"] = page_metrics->word_perplexity.value;

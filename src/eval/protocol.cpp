@@ -84,6 +84,11 @@ std::vector<int64_t> chosen(int64_t total, const ProtocolOptions& options) {
                   std::to_string(window));
     }
   }
+  std::vector<int64_t> sorted = result;
+  std::sort(sorted.begin(), sorted.end());
+  if (const auto twice = std::adjacent_find(sorted.begin(), sorted.end()); twice != sorted.end()) {
+    throw_usage("[--windows] expected each window once, got " + std::to_string(*twice) + " twice");
+  }
   if (options.limit && static_cast<int64_t>(result.size()) > *options.limit) {
     result.resize(static_cast<size_t>(*options.limit));
   }
@@ -171,6 +176,7 @@ void plan_lm_eval(TokenizedCorpus& corpus, const ProtocolOptions& options, Windo
   plan.bos = named(tokenizer, *prefix) + " before each page, not scored" +
              (corpus.added_bos() ? "; the BOS that the tokenizer adds is scored" : "");
   std::vector<WikiPage> pages = corpus.corpus().pages();
+  plan.total_pages = static_cast<int64_t>(pages.size());
   if (options.limit && static_cast<int64_t>(pages.size()) > *options.limit) {
     pages.resize(static_cast<size_t>(*options.limit));
   }

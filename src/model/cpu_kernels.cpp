@@ -50,7 +50,8 @@ HLA_INLINE float total(Floats x) {
 
 // e^x to about 1 ulp for -87 <= x <= 88, after S. L. Moshier's Cephes (expf). Below the range the
 // result is about 1e-38, which no sum of probabilities sees. NaN stays NaN.
-HLA_INLINE Floats exp_fp32(Floats x) {
+HLA_INLINE Floats exp_fp32(Floats argument) {
+  Floats x = argument;
   const Floats low = Floats{} - 87.0F;
   const Floats high = Floats{} + 88.0F;
   x = x < low ? low : x;
@@ -67,9 +68,10 @@ HLA_INLINE Floats exp_fp32(Floats x) {
   p = p * r + 1.6666665459e-1F;
   p = p * r + 5.0000001201e-1F;
   const Floats e = p * (r * r) + r + 1.0F;
-  // · 2^n by adding n to the exponent.
-  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(e) +
-                                  (reinterpret_cast<Ints>(shifted) << 23));
+  // · 2^n by adding n to the exponent. That makes a number of some NaNs, so they are put back.
+  const Floats result =
+      reinterpret_cast<Floats>(reinterpret_cast<Ints>(e) + (reinterpret_cast<Ints>(shifted) << 23));
+  return argument == argument ? result : argument;
 }
 
 HLA_MULTIVERSION

@@ -10,13 +10,17 @@ namespace {
 
 // up(down(x)), multiplied in the cheaper order: for n rows, n·r·(in + out) products through the
 // latent of rank r against r·in·out + n·in·out with the two matrices multiplied first. So a long
-// sequence costs no more than with the matrix that they stand for.
+// sequence costs no more than with the matrix that they stand for. In half precision, where a
+// product of matrices would be rounded to it, numbers must not depend on the length: always through
+// the latent.
 at::Tensor through(const Linear& down, const Linear& up, const at::Tensor& x) {
   const int64_t rank = down.weight.size(0);
   const int64_t in = down.weight.size(1);
   const int64_t out = up.weight.size(0);
   const int64_t rows = x.numel() / in;
-  if (rows * rank * (in + out) <= (rows + rank) * in * out) return up.forward(down.forward(x));
+  const bool half = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+  if (half || rows * rank * (in + out) <= (rows + rank) * in * out)
+    return up.forward(down.forward(x));
   const at::Tensor product = at::mm(up.weight, down.weight);  // (out, in)
   return up.bias.defined() ? at::linear(x, product, up.bias) : at::linear(x, product);
 }

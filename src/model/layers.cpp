@@ -50,8 +50,9 @@ Mlp::Mlp(ParameterSource& source, const std::string& prefix, const ModelConfig& 
 
 at::Tensor Mlp::forward(const at::Tensor& x) const {
   at::Tensor gate = gate_proj_->forward(x);
-  if (activation_ == Activation::kSilu && cpu::applies(gate)) {
-    cpu::silu_mul_(gate, up_proj_->forward(x));
+  const at::Tensor up = up_proj_->forward(x);
+  if (activation_ == Activation::kSilu && cpu::applies(gate) && cpu::applies(up)) {
+    cpu::silu_mul_(gate, up);
     return down_proj_->forward(gate);
   }
   switch (activation_) {
@@ -68,7 +69,7 @@ at::Tensor Mlp::forward(const at::Tensor& x) const {
       gate = at::relu(gate);
       break;
   }
-  return down_proj_->forward(gate * up_proj_->forward(x));
+  return down_proj_->forward(gate * up);
 }
 
 }  // namespace hla

@@ -501,10 +501,7 @@ Corpus load_dataset(const std::string& name, const std::string& split,
   }
   CorpusOptions limited = options;
   if (!limited.max_documents) limited.max_documents = dataset.default_documents;
-  const std::string title =
-      name + ", split " + wanted +
-      (limited.max_documents ? ", first " + std::to_string(*limited.max_documents) + " documents"
-                             : "");
+  const std::string title = name + ", split " + wanted;
   const std::string hint =
       dataset.download.empty()
           ? "\n  hint: set HLA_DATA_DIR to the data/ folder of the repository"
@@ -524,6 +521,9 @@ Corpus load_dataset(const std::string& name, const std::string& split,
   const std::string field =
       options.text_field == CorpusOptions().text_field ? dataset.field : options.text_field;
   Corpus corpus = read_files(search.files, title, false, field, limited);
+  if (corpus.kind == Corpus::Kind::kDocuments && limited.max_documents) {
+    corpus.name += ", first " + std::to_string(*limited.max_documents) + " documents";
+  }
   if (name == "ptb" && wanted == "test") corpus.separator = " ";
   corpus.sha256 = sha256_hex(corpus.kind == Corpus::Kind::kText ? corpus.text : corpus.raw());
   return corpus;

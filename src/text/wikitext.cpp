@@ -100,7 +100,7 @@ std::string join_hf_rows(std::string_view raw) {
     const std::string_view row = raw.substr(begin, end - begin);
     if (!first) joined += "\n\n";
     first = false;
-    if (row.find_first_not_of(" \t\r\n") != std::string_view::npos) joined += row;
+    if (!python_strip(row).empty()) joined += row;
     begin = end;
   }
   return joined;
@@ -175,9 +175,11 @@ std::vector<std::string> text_warnings(std::string_view raw) {
   const int64_t bare = count_of(raw, " unk ");
   if (frequent(replaced) || frequent(bare)) {
     warnings.push_back("the text has " + std::to_string(std::max(replaced, bare)) + " words \"" +
-                       (replaced >= bare ? "<unk>" : "unk") +
-                       "\" in place of rare ones (WikiText v1): its perplexity does not compare "
-                       "with that of the raw split");
+                       (replaced >= bare ? "<unk>" : "unk") + "\" in place of rare ones" +
+                       (has_title(raw)
+                            ? " (WikiText v1): its perplexity does not compare with that "
+                              "of the raw split"
+                            : ": its perplexity does not compare with that of whole texts"));
   }
   constexpr size_t kEnough = 1000;  // bytes
   const int64_t spaced = count_of(raw, " @-@ ") + count_of(raw, " @,@ ") + count_of(raw, " , ");

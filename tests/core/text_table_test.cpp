@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 namespace hla {
 namespace {
 
@@ -24,6 +26,9 @@ TEST(TextTableTest, Numbers) {
   EXPECT_EQ(with_thousands(-304978), "-304,978");
   EXPECT_EQ(with_thousands(-999), "-999");
   EXPECT_EQ(fixed(1.23456, 2), "1.23");
+  EXPECT_EQ(fixed(123456789012345.0, 1), "123456789012345.0");
+  EXPECT_EQ(fixed(1.5e80, 4), "1.5e+80");
+  EXPECT_EQ(fixed(std::nan(""), 2), "nan");
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include <c10/core/InferenceMode.h>
 
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -264,6 +265,19 @@ TEST(PerplexityTest, NonFiniteNumbersAreAnErrorThatSaysWhere) {
   WindowPlan without = plan;
   for (const int32_t id : *plan.streams[0]) ASSERT_NE(id, 511);
   EXPECT_EQ(error_of([&] { score_one(*head, without); }).code(), ExitCode::kNonFinite);
+}
+
+// Of several windows that run together, the one that is bad is named. Any NaN will do.
+TEST(PerplexityTest, NonFiniteNumbersNameTheirWindow) {
+  const auto model = load_model(Checkpoint::open(source_path("tests/data/models/untied").string()));
+  std::vector<int32_t> ids(50, 5);
+  ids[35] = 7;
+  model->named_parameters()["model.embed_tokens.weight"][7].fill_(
+      std::bit_cast<float>(0x7fc00001U));
+  const Error error = error_of([&] { score_one(*model, disjoint_plan(ids, 10)); });
+  EXPECT_EQ(error.code(), ExitCode::kNonFinite);
+  EXPECT_NE(std::string(error.what()).find("gptq window 3"), std::string::npos) << error.what();
+  EXPECT_NE(std::string(error.what()).find("token embeddings"), std::string::npos);
 }
 
 // The real model on three real windows; all 148 are measured by hand (docs/perplexity.md).

@@ -2,6 +2,7 @@
 
 #include <c10/core/InferenceMode.h>
 
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -17,6 +18,12 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // Sizes around the vector widths of all instruction sets, and real ones.
 const std::vector<int64_t> kSizes = {1, 3, 15, 16, 17, 31, 64, 100, 576, 1536};
+
+// Quiet and signalling, with payloads: damaged weights have any bits.
+const std::vector<float> kNaNs = {
+    std::numeric_limits<float>::quiet_NaN(), std::bit_cast<float>(0x7fc00001U),
+    std::bit_cast<float>(0x7f812345U),       std::bit_cast<float>(0x7fc00080U),
+    std::bit_cast<float>(0x7fffffffU),       std::bit_cast<float>(0xffc00155U)};
 
 class CpuKernelsTest : public ::testing::Test {
  protected:
@@ -45,9 +52,11 @@ TEST_F(CpuKernelsTest, SiluMul) {
     const at::Tensor error = (gate.to(at::kDouble) - expected).abs() / (expected.abs() + 1e-29);
     EXPECT_LE(error.max().item<double>(), 1e-6) << size;
   }
-  at::Tensor nan = at::full({20}, NAN);
-  cpu::silu_mul_(nan, at::ones({20}));
-  EXPECT_TRUE(nan.isnan().all().item<bool>());
+  for (const float nan : kNaNs) {
+    at::Tensor bad = at::full({20}, nan);
+    cpu::silu_mul_(bad, at::ones({20}));
+    EXPECT_TRUE(bad.isnan().all().item<bool>());
+  }
 }
 
 TEST_F(CpuKernelsTest, RopeOfStridedHeads) {
@@ -121,7 +130,9 @@ TEST_F(CpuKernelsTest, PairsInBlocks) {
 
 // A row with NaN or Inf anywhere has no finite log-sum-exp.
 TEST_F(CpuKernelsTest, NonFiniteLogitsShow) {
-  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), kInf}) {
+  std::vector<float> values = kNaNs;
+  values.push_back(kInf);
+  for (const float bad : values) {
     for (const int64_t column : {0, 5, 16, 36}) {
       at::Tensor logits = at::randn({1, 37});
       logits[0][column] = bad;

@@ -180,6 +180,19 @@ TEST(CliTest, PplReadsTextsOfAnyKind) {
 TEST(CliTest, PplRefusesWhatCannotBeCompared) {
   EXPECT_EQ(run_hla("ppl " + stories() + " --protocol nonsense").code, 2);
   EXPECT_EQ(run_hla("ppl " + stories() + " --by-layer --ctx 64 --limit 1").code, 2);
+  // Options that would do nothing, or contradict each other.
+  for (const char* options :
+       {"--stride 7", "--protocol gptq,gptq", "--protocol gptq --all-protocols", "--documents 3",
+        "--text x --split train", "--windows 1,2,1", "--json - --csv -", "--plot -",
+        "--json /no/such/folder/out.json", "--csv /tmp"}) {
+    const CommandResult result = run_hla("ppl " + stories() + " --ctx 64 --limit 1 " + options);
+    EXPECT_EQ(result.code, 2) << options << result.err;
+    EXPECT_EQ(result.out, "") << options;
+  }
+  // A model that is not there shows before the first is scored.
+  const CommandResult typo = run_hla("ppl " + stories() + " no-such-model --ctx 64 --limit 1");
+  EXPECT_EQ(typo.code, 3);
+  EXPECT_EQ(typo.out, "");
   // 2048 tokens, the protocol's own, are more than the model has positions.
   const CommandResult positions = run_hla("ppl " + stories());
   EXPECT_EQ(positions.code, 2);
@@ -191,6 +204,27 @@ TEST(CliTest, PplRefusesWhatCannotBeCompared) {
               source_path("data/stories260K/tok512.model").string());
   EXPECT_EQ(vocabulary.code, 3);
   EXPECT_NE(vocabulary.err.find("vocabulary"), std::string::npos) << vocabulary.err;
+}
+
+// A model that fails after others were scored does not take their results with it.
+TEST(CliTest, PplKeepsResultsWhenALaterModelFails) {
+  const TempDir folder;
+  const std::string bad = (folder / "bad").string();
+  ASSERT_EQ(run_hla("convert --no-calib " + stories() + " " + bad).code, 0);
+  // All bits of the last weights set: NaN, in the tensors that lie last.
+  const auto weights = folder.path() / "bad" / "model.safetensors";
+  std::fstream file(weights, std::ios::in | std::ios::out | std::ios::binary);
+  file.seekp(-400, std::ios::end);
+  file.write(std::string(400, '\xFF').data(), 400);
+  file.close();
+  const CommandResult result =
+      run_hla("ppl " + stories() + " " + bad + " --ctx 64 --limit 2 --json -");
+  EXPECT_EQ(result.code, 5) << result.err;
+  EXPECT_NE(result.err.find("window 0"), std::string::npos) << result.err;
+  const auto json = nlohmann::json::parse(result.out);
+  EXPECT_EQ(json["partial"], true);
+  ASSERT_EQ(json["results"].size(), 1U);
+  EXPECT_EQ(json["results"][0]["partial"], false);
 }
 
 // Ctrl-C prints what there is, says that it is partial, and exits with 130.
@@ -207,6 +241,26 @@ TEST(CliTest, InterruptedPplPrintsAPartialResult) {
   EXPECT_EQ(result["results"][0]["partial"], true);
   EXPECT_GT(result["results"][0]["windows"], 0);
   EXPECT_LT(result["results"][0]["windows"], result["results"][0]["total_windows"]);
+  // Protocols that were not reached have no numbers.
+  const auto all = nlohmann::json::parse(
+      run_command("timeout --preserve-status -s INT 3 " + std::string(HLA_BINARY) + " ppl " +
+                  stories() + " --protocol hf-stride,lm-eval --ctx 512 --stride 4 --json -")
+          .out)["results"];
+  ASSERT_EQ(all.size(), 2U);
+  EXPECT_GT(all[0]["perplexity"], 0);
+  EXPECT_TRUE(all[1]["perplexity"].is_null());
+  EXPECT_FALSE(all[1].contains("word_perplexity"));
+}
+
+// A breakdown that is interrupted keeps the perplexity that was there before it.
+TEST(CliTest, InterruptedByLayerKeepsThePerplexity) {
+  const CommandResult result = run_command(
+      "timeout --preserve-status -s INT 4 " + std::string(HLA_BINARY) + " ppl " + stories() +
+      " --reference " + stories() + " --ctx 512 --limit 60 --by-layer --json -");
+  EXPECT_EQ(result.code, 130) << result.err;
+  const auto json = nlohmann::json::parse(result.out);
+  EXPECT_EQ(json["partial"], true);
+  EXPECT_EQ(json["results"].size(), 1U);
 }
 
 TEST(CliTest, FullDiskIsARuntimeErrorAndLeavesNothing) {

@@ -23,7 +23,7 @@ class TextTable {
 // 304978 -> "304,978".
 std::string with_thousands(long long number);
 
-// printf's %.*f.
+// printf's %.*f; from 1e15 on with an exponent.
 std::string fixed(double value, int decimals);
 
 }  // namespace hla

@@ -40,7 +40,7 @@ struct Divergence {
   nlohmann::json to_json() const;
 };
 
-// Collects tokens and gives their statistics. 16 bytes a token are kept.
+// Collects tokens and gives their statistics. 12 bytes a token are kept.
 class DivergenceSum {
  public:
   // Tokens [begin, end) of scores with a teacher.

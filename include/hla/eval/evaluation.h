@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <filesystem>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
@@ -56,7 +57,8 @@ struct Evaluation {
   std::optional<std::string> reference;
   std::vector<ModelEvaluation> models;
   std::vector<std::string> warnings;  // what may make the numbers incomparable
-  bool partial = false;               // interrupted
+  bool partial = false;               // interrupted, or ended by `failure`
+  std::exception_ptr failure;         // what ended it after at least one model was scored
   uint64_t peak_rss_bytes = 0;
   int threads = 0;
 
@@ -69,10 +71,12 @@ struct Evaluation {
   PlotSpec to_plot() const;
 };
 
-// Loads and scores one model after the other; the teacher stays loaded. An interrupt ends it: what
-// was scored so far is returned as partial. Warnings are also logged. Throws as load_model,
-// plan_windows and score; kUsage for options that do not go together, kBadInput for a model without
-// tokenizer, or whose tokenizer gives other ids than the teacher's.
+// Opens all models, encodes the text and plans all windows before the first is scored; then loads
+// and scores one model after the other, while the teacher stays loaded. An interrupt ends it, and
+// so does a failure after the first model: what was scored so far is returned as partial. Warnings
+// are also logged. Throws as load_model, plan_windows and score; kUsage for options that do not go
+// together, kBadInput for a model without tokenizer, or whose tokenizer gives other ids than the
+// teacher's. Windows fit the positions of model and teacher.
 Evaluation evaluate(const Corpus& corpus, const EvaluationOptions& options);
 
 }  // namespace hla

@@ -28,6 +28,7 @@ struct PositionBucket {
 // lm-eval's metrics, over whole pages; words and bytes of the pages before detokenising.
 struct PageMetrics {
   int64_t pages = 0;
+  int64_t total_pages = 0;  // of the text
   int64_t words = 0;
   int64_t bytes = 0;
   Estimate word_perplexity;
@@ -41,7 +42,7 @@ struct PerplexityResult {
   int64_t stride = 0;
   std::string bos;
   int64_t tokens = 0;         // of the whole text
-  int64_t total_windows = 0;  // that the text has
+  int64_t total_windows = 0;  // that the text has (lm-eval: the pages taken)
   bool partial = false;       // interrupted: only the windows below were scored
 
   std::vector<int64_t> windows;    // numbers of those scored
@@ -70,7 +71,7 @@ struct ScoreOptions {
 // Stops at an interrupt (core/interrupt.h) and marks what it returns as partial.
 //
 // Throws kOutOfMemory before the work begins, kBadInput for vocabularies that differ, kNonFinite
-// naming model, window and layer for NaN or Inf.
+// naming model or teacher, protocol, window and layer for NaN or Inf.
 std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
                                     const std::vector<WindowPlan>& plans,
                                     const ScoreOptions& options = {},
@@ -84,7 +85,7 @@ struct LayerAblation {
 
 // One entry per layer, over the windows of a plan (about half the layers are run again for each
 // layer, so a few windows will do). The models must have equally many layers of equal width, else
-// kBadInput. Interrupts throw.
+// kBadInput. After an interrupt: over the windows finished by then, empty where there is none.
 std::vector<LayerAblation> ablate_layers(const LlamaForCausalLM& student,
                                          const LlamaForCausalLM& teacher, const WindowPlan& plan,
                                          bool progress = true);

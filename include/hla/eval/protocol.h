@@ -61,10 +61,11 @@ using TokenStream = std::shared_ptr<const std::vector<int32_t>>;
 struct WindowPlan {
   Protocol protocol = Protocol::kGptq;
   int64_t context = 0;
-  int64_t stride = 0;  // from window to window; lm-eval: the context
-  std::string bos;     // how BOS is handled, for people
-  int64_t tokens = 0;  // of the text (lm-eval: of the pages taken)
-  int64_t total_windows = 0;
+  int64_t stride = 0;         // from window to window; lm-eval: the context
+  std::string bos;            // how BOS is handled, for people
+  int64_t tokens = 0;         // of the text (lm-eval: of the pages taken)
+  int64_t total_windows = 0;  // of the text (lm-eval: of the pages taken)
+  int64_t total_pages = 0;    // of the text; lm-eval only
   std::vector<TokenStream> streams;
   std::vector<Window> windows;
   std::vector<PlannedPage> pages;  // lm-eval only
@@ -99,7 +100,7 @@ WindowPlan plan_windows(TokenizedCorpus& corpus, const ModelConfig& config,
                         const ProtocolOptions& options);
 
 // What may make the numbers incomparable: a tokenizer without the BOS that the model expects, or
-// that adds none although its config says so. Sentences for people; empty when all is well.
+// with another. Sentences for people; empty when all is well.
 std::vector<std::string> bos_warnings(const Tokenizer& tokenizer, const ModelConfig& config);
 
 }  // namespace hla
