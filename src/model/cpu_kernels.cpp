@@ -13,15 +13,17 @@
 
 #include "hla/core/error.h"
 
-// One copy of a function per instruction set, chosen by the dynamic linker.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(HLA_NO_MULTIVERSION)
+// One copy of a function per instruction set, chosen by the dynamic linker. Tests ask for one.
+#if defined(HLA_CPU_TARGET)
+#define HLA_MULTIVERSION __attribute__((target(HLA_CPU_TARGET)))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(HLA_CPU_PORTABLE)
 #define HLA_MULTIVERSION \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define HLA_MULTIVERSION
 #endif
 
-namespace hla::cpu {
+namespace hla::HLA_CPU_NAMESPACE {
 namespace {
 
 // Elements per task: small tensors are not worth waking a thread for.
@@ -286,4 +288,4 @@ void update_pair(const at::Tensor& teacher, const at::Tensor& student, int64_t f
   });
 }
 
-}  // namespace hla::cpu
+}  // namespace hla::HLA_CPU_NAMESPACE

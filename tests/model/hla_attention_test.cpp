@@ -16,11 +16,12 @@ using testing::max_abs_difference;
 class RandomSource : public ParameterSource {
  public:
   at::Tensor get(const std::string& name, at::IntArrayRef shape) override {
-    at::Tensor tensor = at::randn(shape, at::kDouble) * 0.3;
+    at::Tensor tensor = at::randn(shape, dtype) * 0.3;
     made[name] = tensor;
     return tensor;
   }
   std::map<std::string, at::Tensor> made;
+  at::ScalarType dtype = at::kDouble;
 };
 
 ModelConfig small_config(HlaRope rope, HlaLayerConfig layer, bool bias = false) {
@@ -142,32 +143,45 @@ TEST(HlaAttentionTest, OriginalRebuildsThenRotates) {
 
 // A whole sequence and cached latents give the same keys and values, whichever order the matrices
 // are multiplied in: few rows or a low rank go through the latent, many rows of a high rank do not.
+// In fp32 rotations are in place, in fp64 not.
 TEST(HlaAttentionTest, ProjectEqualsRebuild) {
   const c10::InferenceMode guard;
-  at::manual_seed(6);
-  for (const HlaRope kind : {HlaRope::kOriginal, HlaRope::kLatent}) {
-    for (const int64_t rank : {3, 23}) {
-      HlaLayerConfig layer = latent_layer();
-      layer.kv_rank = rank;
-      layer.q_rank = rank;
-      if (kind == HlaRope::kOriginal) {
-        layer.k_ranks.clear();
-        layer.k_rank = rank;
-      }
-      const ModelConfig config = small_config(kind, layer, /*bias=*/true);
-      RandomSource source;
-      const HlaAttention attention(source, "a", config, 0);
-      for (const int64_t length : {1, 400}) {
-        const at::Tensor x = at::randn({2, length, 24}, at::kDouble);
-        const RopeTables rope = rope_tables(config, random_positions(length), at::kDouble);
-        const Qkv qkv = attention.project(x, rope);
-        const auto [keys, values] = attention.rebuild(attention.latents(x, rope), rope);
-        EXPECT_LE(max_abs_difference(qkv.k, keys), 1e-10) << rank << " " << length;
-        EXPECT_LE(max_abs_difference(qkv.v, values), 1e-10) << rank << " " << length;
-        const at::Tensor q =
-            x.matmul(source.made["a.q_down.weight"].t()).matmul(source.made["a.q_up.weight"].t()) +
-            source.made["a.q_up.bias"];
-        EXPECT_LE(max_abs_difference(qkv.q, apply_rope(q.unflatten(-1, {6, 8}), rope)), 1e-10);
+  for (const auto& [dtype, tolerance] :
+       {std::pair{at::kDouble, 1e-10}, std::pair{at::kFloat, 2e-5}}) {
+    for (const HlaRope kind : {HlaRope::kOriginal, HlaRope::kLatent}) {
+      for (const int64_t rank : {3, 23}) {
+        HlaLayerConfig layer = latent_layer();
+        layer.kv_rank = rank;
+        layer.q_rank = rank;
+        if (kind == HlaRope::kOriginal) {
+          layer.k_ranks.clear();
+          layer.k_rank = rank;
+        }
+        const ModelConfig config = small_config(kind, layer, /*bias=*/true);
+        at::manual_seed(6);
+        RandomSource exact_source;
+        const HlaAttention exact(exact_source, "a", config, 0);
+        at::manual_seed(6);
+        RandomSource source;
+        source.dtype = dtype;
+        const HlaAttention attention(source, "a", config, 0);
+        for (auto& [name, tensor] : source.made) tensor.copy_(exact_source.made[name]);
+        for (const int64_t length : {1, 400}) {
+          const at::Tensor x = at::randn({2, length, 24}, at::kDouble);
+          const RopeTables wide = rope_tables(config, random_positions(length), at::kDouble);
+          const RopeTables rope = {wide.cos.to(dtype), wide.sin.to(dtype)};
+          const Qkv qkv = attention.project(x.to(dtype), rope);
+          // The twin: fp64, through the latents.
+          const auto [keys, values] = exact.rebuild(exact.latents(x, wide), wide);
+          EXPECT_LE(max_abs_difference(qkv.k, keys), tolerance) << rank << " " << length;
+          EXPECT_LE(max_abs_difference(qkv.v, values), tolerance) << rank << " " << length;
+          const auto& made = exact_source.made;
+          const at::Tensor q =
+              x.matmul(made.at("a.q_down.weight").t()).matmul(made.at("a.q_up.weight").t()) +
+              made.at("a.q_up.bias");
+          EXPECT_LE(max_abs_difference(qkv.q, apply_rope(q.unflatten(-1, {6, 8}), wide)),
+                    tolerance);
+        }
       }
     }
   }

@@ -9,7 +9,12 @@
 
 #include <cstdint>
 
-namespace hla::cpu {
+// Tests build each variant apart, under a name of its own.
+#ifndef HLA_CPU_NAMESPACE
+#define HLA_CPU_NAMESPACE cpu
+#endif
+
+namespace hla::HLA_CPU_NAMESPACE {
 
 // Whether the kernels may take the place of ATen's operations: contiguous fp32 on the CPU, and no
 // gradient is wanted.
@@ -53,4 +58,4 @@ inline constexpr PairState kEmptyPair = {kEmptyLogSumExp, kEmptyLogSumExp, 0.0};
 void update_pair(const at::Tensor& teacher, const at::Tensor& student, int64_t first_column,
                  const int64_t* targets, PairState* rows);
 
-}  // namespace hla::cpu
+}  // namespace hla::HLA_CPU_NAMESPACE
