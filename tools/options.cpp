@@ -2,9 +2,11 @@
 
 #include <ATen/Parallel.h>
 
+#include <charconv>
 #include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "hla/core/error.h"
 #include "hla/io/atomic_file.h"
@@ -12,6 +14,40 @@
 #include "hla/model/device.h"
 
 namespace hla::tools {
+namespace {
+
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  std::istringstream stream(text + ",");
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  return parts;
+}
+
+}  // namespace
+
+CLI::Option* add_list_option(CLI::App& command, const std::string& name,
+                             std::vector<std::string>& target, const std::string& description) {
+  return command.add_option_function<std::string>(
+      name, [&target](const std::string& text) { target = split(text); }, description);
+}
+
+CLI::Option* add_list_option(CLI::App& command, const std::string& name,
+                             std::vector<int64_t>& target, const std::string& description) {
+  return command.add_option_function<std::string>(
+      name,
+      [&target, name](const std::string& text) {
+        target.clear();
+        for (const std::string& part : split(text)) {
+          int64_t number = 0;
+          const auto parsed = std::from_chars(part.data(), part.data() + part.size(), number);
+          if (parsed.ec != std::errc() || parsed.ptr != part.data() + part.size()) {
+            throw CLI::ValidationError(name, "expected integers like 0,73,147, got " + text);
+          }
+          target.push_back(number);
+        }
+      },
+      description);
+}
 
 void add_device_options(CLI::App& command, DeviceOptions& options) {
   command.add_option("--device", options.device, "auto, cpu, cuda or cuda:N")

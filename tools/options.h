@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <vector>
 
 #include "hla/model/load.h"
 
@@ -20,6 +21,13 @@ void add_device_options(CLI::App& command, DeviceOptions& options);
 
 // Applies --threads and resolves device and dtype.
 LoadOptions resolve(const DeviceOptions& options);
+
+// An option that takes a list in one argument, "a,b". (CLI11's own lists go on to take the
+// positional that comes after them.)
+CLI::Option* add_list_option(CLI::App& command, const std::string& name,
+                             std::vector<std::string>& target, const std::string& description);
+CLI::Option* add_list_option(CLI::App& command, const std::string& name,
+                             std::vector<int64_t>& target, const std::string& description);
 
 // Writes a result for machines: to stdout for "-", else to a file, which --force may replace.
 // An existing file is refused before the work begins by check_output_target.

@@ -152,11 +152,8 @@ void add_ppl(CLI::App& app) {
       ->group("Text");
 
   CLI::Option* protocol =
-      command
-          ->add_option("--protocol", arguments->protocols,
-                       "gptq, lm-eval, hf-stride, llama.cpp; several: gptq,lm-eval")
-          ->delimiter(',')
-          ->capture_default_str()
+      add_list_option(*command, "--protocol", arguments->protocols,
+                      "gptq (default), lm-eval, hf-stride, llama.cpp; several: gptq,lm-eval")
           ->group("Protocol");
   command->add_flag("--all-protocols", arguments->all_protocols, "All four, in one pass")
       ->excludes(protocol)
@@ -172,8 +169,7 @@ void add_ppl(CLI::App& app) {
   command
       ->add_option("--limit", arguments->windows.limit, "Only the first N windows (lm-eval: pages)")
       ->group("Protocol");
-  command->add_option("--windows", arguments->windows.windows, "Only these windows: 0,73,147")
-      ->delimiter(',')
+  add_list_option(*command, "--windows", arguments->windows.windows, "Only these windows: 0,73,147")
       ->group("Protocol");
 
   command

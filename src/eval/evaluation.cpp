@@ -282,8 +282,8 @@ std::string describe(const Divergence& d) {
                      fixed(kl_percentile(d, 99.9), digits) + ", max " + fixed(d.kl_max, digits));
   text += line("same top-1", fixed(100 * d.same_top1, 3) + " ± " +
                                  fixed(100 * d.same_top1_standard_error, 3) + " %");
-  text += line("Δp of target",
-               "mean " + with_error({100 * d.delta_p.value, 100 * d.delta_p.standard_error}, 3) +
+  text += line("target prob.",
+               "Δp mean " + with_error({100 * d.delta_p.value, 100 * d.delta_p.standard_error}, 3) +
                    " %, RMS " +
                    with_error({100 * d.delta_p_rms.value, 100 * d.delta_p_rms.standard_error}, 3) +
                    " %");

@@ -269,6 +269,23 @@ TEST(PerplexityTest, NonFiniteNumbersAreAnErrorThatSaysWhere) {
   EXPECT_EQ(error_of([&] { score_one(*head, without); }).code(), ExitCode::kNonFinite);
 }
 
+TEST(PerplexityTest, SameOnCuda) {
+  if (cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  const LoadOptions on_cuda = {.device = at::Device(at::kCUDA, 0), .dtype = at::kFloat};
+  const auto cpu = stories_model();
+  const auto cuda = stories_model(on_cuda);
+  const auto student = noisy_stories_model(0.1);
+  const auto student_on_cuda = noisy_stories_model(0.1);
+  student_on_cuda->to(on_cuda.device);
+  const WindowPlan plan = disjoint_plan(random_ids(200), 50);
+  const PerplexityResult a = score_one(*student, plan, cpu.get(), 4);
+  const PerplexityResult b = score_one(*cuda, plan);
+  EXPECT_NEAR(b.nll, score_one(*cpu, plan).nll, 1e-4);
+  const PerplexityResult c = score_one(*student_on_cuda, plan, cuda.get(), 4);
+  EXPECT_NEAR(c.nll, a.nll, 1e-4);
+  EXPECT_NEAR(c.divergence->kl.value, a.divergence->kl.value, 1e-4);
+}
+
 // Of several windows that run together, the one that is bad is named. Any NaN will do.
 TEST(PerplexityTest, NonFiniteNumbersNameTheirWindow) {
   const auto model = load_model(Checkpoint::open(source_path("tests/data/models/untied").string()));

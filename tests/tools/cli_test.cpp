@@ -82,6 +82,8 @@ TEST(CliTest, PplWritesJson) {
   const TempDir folder;
   const std::string file = (folder / "out.json").string();
   const std::string command = "ppl " + stories() + " --ctx 128 --windows 0,2 --json ";
+  // Options with lists leave the model alone that comes after them.
+  EXPECT_EQ(run_hla("ppl --windows 0,2 --protocol gptq " + stories() + " --ctx 128").code, 0);
   const CommandResult first = run_hla(command + file);
   EXPECT_EQ(first.code, 0) << first.err;
   EXPECT_NE(first.out.find("perplexity"), std::string::npos);
@@ -183,8 +185,8 @@ TEST(CliTest, PplRefusesWhatCannotBeCompared) {
   // Options that would do nothing, or contradict each other.
   for (const char* options :
        {"--stride 7", "--protocol gptq,gptq", "--protocol gptq --all-protocols", "--documents 3",
-        "--text x --split train", "--windows 1,2,1", "--json - --csv -", "--plot -",
-        "--json /no/such/folder/out.json", "--csv /tmp"}) {
+        "--text x --split train", "--windows 1,2,1", "--windows 1,x", "--windows ''",
+        "--json - --csv -", "--plot -", "--json /no/such/folder/out.json", "--csv /tmp"}) {
     const CommandResult result = run_hla("ppl " + stories() + " --ctx 64 --limit 1 " + options);
     EXPECT_EQ(result.code, 2) << options << result.err;
     EXPECT_EQ(result.out, "") << options;
