@@ -173,10 +173,8 @@ void add_ppl(CLI::App& app) {
       ->group("Protocol");
 
   command
-      ->add_option("--by-position", arguments->evaluation.scoring.position_buckets,
-                   "Break down by position in the window, in N parts (16)")
-      ->expected(0, 1)
-      ->default_str("16")
+      ->add_flag("--by-position{16}", arguments->evaluation.scoring.position_buckets,
+                 "Break down by position in the window, in 16 parts; --by-position=N: in N parts")
       ->check(CLI::Range(1, 4096))
       ->group("Report");
   command

@@ -83,7 +83,9 @@ TEST(CliTest, PplWritesJson) {
   const std::string file = (folder / "out.json").string();
   const std::string command = "ppl " + stories() + " --ctx 128 --windows 0,2 --json ";
   // Options with lists leave the model alone that comes after them.
-  EXPECT_EQ(run_hla("ppl --windows 0,2 --protocol gptq " + stories() + " --ctx 128").code, 0);
+  EXPECT_EQ(
+      run_hla("ppl --windows 0,2 --by-position --protocol gptq " + stories() + " --ctx 128").code,
+      0);
   const CommandResult first = run_hla(command + file);
   EXPECT_EQ(first.code, 0) << first.err;
   EXPECT_NE(first.out.find("perplexity"), std::string::npos);
@@ -113,7 +115,7 @@ TEST(CliTest, PplComparesModelsAndProtocols) {
   const std::string plot = (folder / "out.svg").string();
   const CommandResult result =
       run_hla("ppl " + stories() + " " + student + " --reference " + stories() +
-              " --all-protocols --ctx 64 --limit 2 --by-position 4 --json - --csv " + csv +
+              " --all-protocols --ctx 64 --limit 2 --by-position=4 --json - --csv " + csv +
               " --plot " + plot);
   ASSERT_EQ(result.code, 0) << result.err;
   const auto results = nlohmann::json::parse(result.out)["results"];
