@@ -79,7 +79,7 @@ bool is_out_of_memory(const c10::Error& error) {
 int main(int argc, char** argv) {
   hla::install_interrupt_handlers();
   // A forward pass frees and allocates large tensors all the time: kept in the heap, their pages
-  // need not be given back and zeroed by the kernel again (some 5 % of the time).
+  // need not be given back and zeroed by the kernel again.
   mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most that glibc takes
   mallopt(M_TRIM_THRESHOLD, 512 << 20);
   std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit then shows as a write error

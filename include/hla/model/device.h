@@ -10,8 +10,9 @@
 
 namespace hla {
 
-// Usable CUDA devices. The first call loads LibTorch's CUDA half where there is an NVIDIA driver; the
-// program is not linked against it, because every start would take 400 MB more (docs/design.md).
+// Usable CUDA devices. The first call loads LibTorch's CUDA half where there is an NVIDIA driver;
+// the program is not linked against it, because every start would take 400 MB more
+// (docs/design.md).
 int cuda_device_count();
 // Whether this LibTorch has a CUDA half at all.
 bool has_cuda_library();

@@ -22,7 +22,8 @@ class Linear : public torch::nn::Module {
   at::Tensor bias;  // undefined when there is none
 };
 
-// y = x / √(mean(x²) + eps) · weight, in fp32 or more whatever the dtype (as transformers' LlamaRMSNorm).
+// y = x / √(mean(x²) + eps) · weight, in fp32 or more whatever the dtype (as transformers'
+// LlamaRMSNorm).
 class RmsNorm : public torch::nn::Module {
  public:
   RmsNorm(ParameterSource& source, const std::string& prefix, int64_t size, double eps);
