@@ -17,8 +17,12 @@
 #if defined(HLA_CPU_TARGET)
 #define HLA_MULTIVERSION __attribute__((target(HLA_CPU_TARGET)))
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(HLA_CPU_PORTABLE)
+#if __GNUC__ >= 12
 #define HLA_MULTIVERSION \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else  // older ones may not know those names
+#define HLA_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define HLA_MULTIVERSION
 #endif
@@ -31,7 +35,7 @@ constexpr int64_t kGrain = 16384;
 
 // Sixteen floats in the compiler's own vectors: one register, two or four, by instruction set.
 using Floats = float __attribute__((vector_size(64), aligned(4)));
-using Ints = int32_t __attribute__((vector_size(64)));
+using Bits = uint32_t __attribute__((vector_size(64)));
 constexpr int64_t kLanes = 16;
 #define HLA_INLINE __attribute__((always_inline)) inline
 
@@ -72,7 +76,7 @@ HLA_INLINE Floats exp_fp32(Floats argument) {
   const Floats e = p * (r * r) + r + 1.0F;
   // · 2^n by adding n to the exponent. That makes a number of some NaNs, so they are put back.
   const Floats result =
-      reinterpret_cast<Floats>(reinterpret_cast<Ints>(e) + (reinterpret_cast<Ints>(shifted) << 23));
+      reinterpret_cast<Floats>(reinterpret_cast<Bits>(e) + (reinterpret_cast<Bits>(shifted) << 23));
   return argument == argument ? result : argument;
 }
 
