@@ -28,6 +28,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench_ppl import joined_rows
+from make_wikitext_goldens import pages as wikitext_pages
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that wait busily make a shared machine many times slower.
@@ -153,29 +156,6 @@ def prepare_texts(work):
     return texts
 
 
-def joined_rows(path):
-    """The text as `"\\n\\n".join(dataset["text"])` gives it for the HF wikitext dataset."""
-    lines = path.read_bytes().decode("utf-8").split("\n")
-    rows = [line + "\n" if line.strip() else "" for line in lines[:-1]]
-    if lines[-1].strip():
-        rows.append(lines[-1])
-    return "\n\n".join(rows)
-
-
-def wikitext_pages(path):
-    """The pages of EleutherAI/wikitext_document_level, made from the raw file."""
-    pages, page = [], []
-    for line in path.read_bytes().decode("utf-8").split("\n"):
-        heading = line.replace("= = =", "===").replace("= =", "==").strip()
-        if heading.startswith("= ") and heading.endswith(" ="):
-            if "\n".join(page).strip():
-                pages.append("\n".join(page))
-            page = []
-        page.append(line)
-    pages.append("\n".join(page))
-    return pages
-
-
 # --- transformers --------------------------------------------------------------------------------
 
 
@@ -278,7 +258,7 @@ def run_lm_eval(model, path, case):
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    pages = wikitext_pages(path)
+    pages = wikitext_pages(path.read_bytes().decode("utf-8"))
     task, detokenize = lm_eval_task(pages)
     lm = HFLM(pretrained=str(model.folder), dtype=torch.float32, device="cpu", batch_size=1, max_length=case.context)
     results = lm_eval.simple_evaluate(model=lm, tasks=[task], limit=case.limit, bootstrap_iters=0, log_samples=False)

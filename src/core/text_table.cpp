@@ -1,8 +1,9 @@
 #include "hla/core/text_table.h"
 
 #include <algorithm>
+#include <array>
+#include <charconv>
 #include <cmath>
-#include <cstdio>
 
 namespace hla {
 namespace {
@@ -46,19 +47,22 @@ std::string TextTable::render() const {
   return text;
 }
 
-std::string with_thousands(long long number) {
-  std::string digits = std::to_string(number);
-  for (auto i = static_cast<std::ptrdiff_t>(digits.size()) - 3; i > (number < 0 ? 1 : 0); i -= 3) {
-    digits.insert(static_cast<size_t>(i), ",");
-  }
-  return digits;
+std::string with_thousands(std::string number) {
+  const size_t first = number.starts_with('-') ? 1 : 0;
+  const size_t point = std::min(number.find('.'), number.size());
+  for (size_t i = point; i > first + 3; i -= 3) number.insert(i - 3, ",");
+  return number;
 }
 
+std::string with_thousands(long long number) { return with_thousands(std::to_string(number)); }
+
 std::string fixed(double value, int decimals) {
-  char text[64];
+  std::array<char, 400> text;
   const bool readable = !(std::abs(value) >= 1e15);
-  std::snprintf(text, sizeof text, readable ? "%.*f" : "%.*g", readable ? decimals : 8, value);
-  return text;
+  const auto end = std::to_chars(text.data(), text.data() + text.size(), value,
+                                 readable ? std::chars_format::fixed : std::chars_format::general,
+                                 readable ? decimals : 8);
+  return {text.data(), end.ptr};
 }
 
 }  // namespace hla

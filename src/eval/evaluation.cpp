@@ -125,12 +125,7 @@ class Evaluator {
     Prepared prepared{name, checkpoint, config, tokenizer->kind(), {}};
     ModelConfig limits = config;
     if (partner) {
-      if (partner->vocab_size != config.vocab_size) {
-        throw_bad_input("[--reference] " + *options_.reference + " and " + name +
-                        ": expected the same vocabulary, got " +
-                        std::to_string(partner->vocab_size) + " and " +
-                        std::to_string(config.vocab_size) + " ids");
-      }
+      check_same_vocabulary(config, *partner, *options_.reference + " and " + name);
       limits.max_position_embeddings =
           std::min(config.max_position_embeddings, partner->max_position_embeddings);
     }
@@ -210,7 +205,7 @@ std::string with_error(const Estimate& estimate, int decimals) {
   return fixed(estimate.value, decimals) + " ± " + fixed(estimate.standard_error, decimals);
 }
 
-// Six significant digits at least, for values of any size.
+// Small values need more of them.
 int decimals_for(double value) { return std::abs(value) < 0.01 ? 6 : 4; }
 
 std::string percent(double share, int decimals = 2) { return fixed(100 * share, decimals) + " %"; }

@@ -144,23 +144,27 @@ bool all_finite(const std::vector<double>& values, size_t begin, size_t end) {
                      [](double x) { return std::isfinite(x); });
 }
 
-// The scores [begin, end) of a unit, of which `window` is a part.
+// The scores [begin, end) are those of unit `u`.
 void check_finite(const TokenScores& scores, size_t begin, size_t end,
                   const LlamaForCausalLM& model, const LlamaForCausalLM* teacher,
-                  const at::Tensor& ids, const WindowPlan& plan, const Window& window) {
+                  const std::vector<Unit>& units, size_t u, const std::vector<WindowPlan>& plans) {
   const bool student_fine = all_finite(scores.nll, begin, end);
   const bool teacher_fine = teacher == nullptr || all_finite(scores.teacher_nll, begin, end);
   if (student_fine && teacher_fine && (teacher == nullptr || all_finite(scores.kl, begin, end))) {
     return;
   }
+  const Use& use = units[u].uses.front();
+  const WindowPlan& plan = plans[use.plan];
   const bool blame_teacher = student_fine && !teacher_fine;
   const std::string where =
       student_fine && teacher_fine
           ? "in the divergence: both models' losses are finite"
-          : "first seen after " + first_non_finite(blame_teacher ? *teacher : model, ids);
+          : "first seen after " +
+                first_non_finite(blame_teacher ? *teacher : model, input_ids(units, u, u + 1));
   throw Error(ExitCode::kNonFinite, std::string(blame_teacher ? "teacher" : "model") + ", " +
                                         to_string(plan.protocol) + " window " +
-                                        std::to_string(window.index) + ": NaN or Inf, " + where +
+                                        std::to_string(plan.windows[use.window].index) +
+                                        ": NaN or Inf, " + where +
                                         "\n  hint: the weights may be damaged, or --dtype fp32 "
                                         "may be needed");
 }
@@ -322,11 +326,15 @@ class PlanSum {
   int64_t tokens_ = 0;
 };
 
-// `extra`: bytes beside what scoring needs.
-void preflight(const LlamaForCausalLM& model, const LlamaForCausalLM* teacher,
-               const std::vector<Unit>& units, uint64_t extra = 0) {
+int64_t longest_input(const std::vector<Unit>& units) {
   int64_t longest = 0;
   for (const Unit& unit : units) longest = std::max(longest, unit.input_length());
+  return longest;
+}
+
+// `extra`: bytes beside what scoring needs.
+void preflight(const LlamaForCausalLM& model, const LlamaForCausalLM* teacher, int64_t longest,
+               uint64_t extra = 0) {
   uint64_t needed = 0;
   for (const LlamaForCausalLM* m : {&model, teacher}) {
     if (m == nullptr || !m->device().is_cpu()) continue;
@@ -336,15 +344,6 @@ void preflight(const LlamaForCausalLM& model, const LlamaForCausalLM* teacher,
   }
   if (needed + extra > 0) {
     preflight_memory(needed + extra, "scoring windows of " + std::to_string(longest) + " tokens");
-  }
-}
-
-void check_same_vocabulary(const LlamaForCausalLM& student, const LlamaForCausalLM& teacher) {
-  const int64_t a = student.config().vocab_size;
-  const int64_t b = teacher.config().vocab_size;
-  if (a != b) {
-    throw_bad_input("[--reference] teacher and student: expected the same vocabulary, got " +
-                    std::to_string(b) + " and " + std::to_string(a) + " ids");
   }
 }
 
@@ -408,9 +407,9 @@ std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
                                     const ScoreOptions& options, const LlamaForCausalLM* teacher) {
   const c10::InferenceMode no_gradients;
   const auto start = std::chrono::steady_clock::now();
-  if (teacher != nullptr) check_same_vocabulary(model, *teacher);
+  if (teacher != nullptr) check_same_vocabulary(model.config(), teacher->config());
   const std::vector<Unit> units = make_units(plans);
-  preflight(model, teacher, units);
+  preflight(model, teacher, longest_input(units));
   std::vector<PlanSum> sums;
   for (const WindowPlan& plan : plans) sums.emplace_back(plan, options, teacher != nullptr);
 
@@ -431,9 +430,7 @@ std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
     size_t offset = 0;
     for (size_t u = begin; u < end; ++u) {
       const size_t next = offset + static_cast<size_t>(units[u].scored());
-      const Use& first = units[u].uses.front();
-      check_finite(scores, offset, next, model, teacher, input_ids(units, u, u + 1),
-                   plans[first.plan], plans[first.plan].windows[first.window]);
+      check_finite(scores, offset, next, model, teacher, units, u, plans);
       for (const Use& use : units[u].uses) sums[use.plan].add(use.window, units[u], scores, offset);
       offset = next;
     }
@@ -451,7 +448,7 @@ std::vector<LayerAblation> ablate_layers(const LlamaForCausalLM& student,
                                          const LlamaForCausalLM& teacher, const WindowPlan& plan,
                                          bool show_progress) {
   const c10::InferenceMode no_gradients;
-  check_same_vocabulary(student, teacher);
+  check_same_vocabulary(student.config(), teacher.config());
   const size_t layers = teacher.layers().size();
   if (student.layers().size() != layers ||
       student.config().hidden_size != teacher.config().hidden_size) {
@@ -462,10 +459,9 @@ std::vector<LayerAblation> ablate_layers(const LlamaForCausalLM& student,
         std::to_string(student.config().hidden_size));
   }
   const std::vector<Unit> units = make_units({plan});
-  int64_t longest = 0;
-  for (const Unit& unit : units) longest = std::max(longest, unit.input_length());
+  const int64_t longest = longest_input(units);
   // The teacher's hidden states before every layer are kept.
-  preflight(student, &teacher, units,
+  preflight(student, &teacher, longest,
             static_cast<uint64_t>(longest * teacher.config().hidden_size) * (layers + 1) *
                 c10::elementSize(teacher.dtype()));
   std::vector<DivergenceSum> sums(layers);
@@ -477,7 +473,8 @@ std::vector<LayerAblation> ablate_layers(const LlamaForCausalLM& student,
       const TokenScores& of_layer = (*scores)[layer];
       if (!all_finite(of_layer.kl, 0, of_layer.kl.size())) {
         throw Error(ExitCode::kNonFinite,
-                    to_string(plan.protocol) + " window " + std::to_string(plan.windows[u].index) +
+                    to_string(plan.protocol) + " window " +
+                        std::to_string(plan.windows[units[u].uses.front().window].index) +
                         ": NaN or Inf with layer " + std::to_string(layer) + " of the student");
       }
       sums[layer].add(of_layer, 0, of_layer.kl.size());

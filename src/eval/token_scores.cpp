@@ -128,12 +128,8 @@ TokenScores score_tokens(const LlamaForCausalLM& model, const at::Tensor& hidden
 TokenScores compare_tokens(const LlamaForCausalLM& student, const at::Tensor& student_hidden,
                            const LlamaForCausalLM& teacher, const at::Tensor& teacher_hidden,
                            const at::Tensor& targets, bool naive) {
+  check_same_vocabulary(student.config(), teacher.config());
   const int64_t vocab = student.config().vocab_size;
-  if (vocab != teacher.config().vocab_size) {
-    throw_bad_input("teacher and student: expected the same vocabulary, got " +
-                    std::to_string(teacher.config().vocab_size) + " and " + std::to_string(vocab) +
-                    " ids");
-  }
   if (!naive && blocks_apply(student, student_hidden) && blocks_apply(teacher, teacher_hidden)) {
     return compare_blocks(student, student_hidden, teacher, teacher_hidden, targets);
   }
@@ -151,6 +147,14 @@ TokenScores compare_tokens(const LlamaForCausalLM& student, const at::Tensor& st
     scores.same_top1.insert(scores.same_top1.end(), data, data + same.numel());
   });
   return scores;
+}
+
+void check_same_vocabulary(const ModelConfig& student, const ModelConfig& teacher,
+                           const std::string& subject) {
+  if (student.vocab_size == teacher.vocab_size) return;
+  throw_bad_input("[--reference] " + subject + ": expected the same vocabulary, got " +
+                  std::to_string(teacher.vocab_size) + " and " +
+                  std::to_string(student.vocab_size) + " ids");
 }
 
 uint64_t token_score_bytes(const ModelConfig& config, int64_t rows, bool with_teacher) {

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "hla/core/printable.h"
 #include "hla/io/atomic_file.h"
 #include "hla/io/mapped_file.h"
 
@@ -139,24 +140,6 @@ class StrictHandler : public nlohmann::json_sax<json> {
   std::optional<Failure> failure_;
 };
 
-// Parser messages quote the input, which may be long or not UTF-8.
-std::string printable(const std::string& text) {
-  constexpr size_t kMax = 200;
-  std::string result;
-  for (const char c : text.substr(0, kMax)) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (byte >= 0x20 && byte < 0x7f) {
-      result += c;
-    } else {
-      char escaped[8];
-      std::snprintf(escaped, sizeof escaped, "\\x%02X", byte);
-      result += escaped;
-    }
-  }
-  if (text.size() > kMax) result += "...";
-  return result;
-}
-
 [[noreturn]] void fail_at(std::string_view text, const std::string& subject,
                           const JsonOrigin& origin, size_t position, const std::string& reason) {
   position = std::min(position, text.size());
@@ -237,7 +220,7 @@ json parse_json(std::string_view text, const std::string& subject, const JsonLim
     const auto& failure = handler.failure();
     const auto here = static_cast<size_t>(last - text.data());
     fail_at(text, subject, origin, failure ? failure->position.value_or(here) : here,
-            failure ? printable(failure->reason) : "not JSON");
+            failure ? printable(failure->reason, 200) : "not JSON");
   }
   return handler.take();
 }

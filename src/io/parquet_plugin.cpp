@@ -19,27 +19,11 @@
 #include <string>
 #include <vector>
 
+#include "hla/core/printable.h"
+
 namespace {
 
 constexpr int64_t kBatch = 1024;  // values
-
-// Names and reasons that come out of a file, which may be damaged.
-std::string printable(const std::string& text) {
-  constexpr size_t kMax = 300;
-  std::string result;
-  for (const char c : text.substr(0, kMax)) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (byte >= 0x20 && byte < 0x7f) {
-      result += c;
-    } else {
-      char escaped[8];
-      std::snprintf(escaped, sizeof escaped, "\\x%02X", byte);
-      result += escaped;
-    }
-  }
-  if (text.size() > kMax) result += "...";
-  return result;
-}
 
 // A problem in our own words; anything else that is thrown is Arrow's.
 struct Problem : std::runtime_error {
@@ -160,6 +144,6 @@ extern "C" __attribute__((visibility("default"))) int hla_parquet_read(
   } catch (...) {
     message = "not readable as Parquet";
   }
-  callbacks->fail(callbacks->context, printable(message).c_str());
+  callbacks->fail(callbacks->context, hla::printable(message, 300).c_str());
   return kHlaParquetFailed;
 }

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "hla/core/error.h"
+#include "hla/core/text_table.h"
 #include "hla/io/atomic_file.h"
 
 namespace hla {
@@ -149,14 +150,6 @@ std::vector<Line> wrapped(std::string_view text, double size, double room, size_
 
 // ---- numbers ----
 
-// Independent of the locale.
-std::string fixed(double value, int decimals) {
-  std::array<char, 400> buffer;
-  const auto end = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value,
-                                 std::chars_format::fixed, decimals);
-  return {buffer.data(), end.ptr};
-}
-
 // A coordinate: two decimals, no trailing zeros.
 std::string px(double value) {
   std::string text = fixed(value, 2);
@@ -173,12 +166,8 @@ std::string general(double value) {
 }
 
 // "-12345.60" -> "−12,345.60".
-std::string with_separators(std::string text) {
-  const bool negative = text.starts_with('-');
-  if (negative) text.erase(0, 1);
-  const size_t point = std::min(text.find('.'), text.size());
-  for (size_t i = point; i > 3; i -= 3) text.insert(i - 3, ",");
-  return (negative ? "−" : "") + text;
+std::string with_separators(const std::string& text) {
+  return text.starts_with('-') ? "−" + with_thousands(text.substr(1)) : with_thousands(text);
 }
 
 // floor(log10(value)) where a value just below a power of ten counts as that power.

@@ -25,6 +25,7 @@ TEST(TextTableTest, Numbers) {
   EXPECT_EQ(with_thousands(1000), "1,000");
   EXPECT_EQ(with_thousands(-304978), "-304,978");
   EXPECT_EQ(with_thousands(-999), "-999");
+  EXPECT_EQ(with_thousands(std::string("-1234567.50")), "-1,234,567.50");
   EXPECT_EQ(fixed(1.23456, 2), "1.23");
   EXPECT_EQ(fixed(123456789012345.0, 1), "123456789012345.0");
   EXPECT_EQ(fixed(1.5e80, 4), "1.5e+80");

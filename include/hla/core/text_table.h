@@ -20,10 +20,11 @@ class TextTable {
   std::vector<std::vector<std::string>> rows_;
 };
 
-// 304978 -> "304,978".
+// 304978 -> "304,978"; "-1234.50" -> "-1,234.50".
 std::string with_thousands(long long number);
+std::string with_thousands(std::string number);
 
-// printf's %.*f; from 1e15 on with an exponent.
+// printf's %.*f, whatever the locale; from 1e15 on with an exponent.
 std::string fixed(double value, int decimals);
 
 }  // namespace hla

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "hla/model/llama.h"
@@ -32,6 +33,10 @@ TokenScores score_tokens(const LlamaForCausalLM& model, const at::Tensor& hidden
 TokenScores compare_tokens(const LlamaForCausalLM& student, const at::Tensor& student_hidden,
                            const LlamaForCausalLM& teacher, const at::Tensor& teacher_hidden,
                            const at::Tensor& targets, bool naive = false);
+
+// Throws kBadInput, with `subject` naming the two, when their vocabularies differ in size.
+void check_same_vocabulary(const ModelConfig& student, const ModelConfig& teacher,
+                           const std::string& subject = "teacher and student");
 
 // Upper estimate of what scoring `rows` tokens holds at once, bytes.
 uint64_t token_score_bytes(const ModelConfig& config, int64_t rows, bool with_teacher);
