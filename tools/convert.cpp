@@ -132,6 +132,12 @@ void add_convert(CLI::App& app) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->add_option("--json", arguments->json, "Write the report to FILE as JSON; - for stdout");
+  command
+      ->add_option("--max-shard-size", options.max_shard_bytes,
+                   "Size of one file of weights, like 500MB or 2GB")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->check(CLI::PositiveNumber)
+      ->default_str("5GB");
   command->add_flag("--force", options.force, "Replace an existing OUT (or --json file)");
   add_device_options(*command, arguments->device);
   command->footer(

@@ -58,22 +58,22 @@ AttentionSums attention_sums(const at::Tensor& q, const at::Tensor& k, const at:
 
 }  // namespace
 
-LayerStatistics collect_statistics(const LlamaForCausalLM& model, int64_t layer,
+LayerStatistics collect_statistics(const ModelConfig& config, int64_t number,
+                                   const DecoderLayer& layer, const RopeTables& rope,
                                    const std::vector<at::Tensor>& hidden) {
-  const DecoderLayer& decoder = *model.layers()[static_cast<size_t>(layer)];
-  const int64_t size = model.config().hidden_size;
-  const auto wide = at::TensorOptions().dtype(at::kDouble).device(model.device());
+  const int64_t size = config.hidden_size;
+  const auto wide = at::TensorOptions().dtype(at::kDouble).device(rope.cos.device());
   LayerStatistics sums;
   sums.input_covariance = at::zeros({size, size}, wide);
   sums.fisher_covariance = at::zeros({size, size}, wide);
   sums.averaged_covariance = at::zeros({size, size}, wide);
-  const int64_t m = model.config().frequencies();
-  sums.query_energy = at::zeros({model.config().num_attention_heads, m}, wide);
-  sums.key_energy = at::zeros({model.config().num_key_value_heads, m}, wide);
+  const int64_t m = config.frequencies();
+  sums.query_energy = at::zeros({config.num_attention_heads, m}, wide);
+  sums.key_energy = at::zeros({config.num_key_value_heads, m}, wide);
   int64_t tokens = 0;
   for (const at::Tensor& sequence : hidden) {
-    const at::Tensor normed = decoder.input_layernorm().forward(sequence);  // (1, T, D)
-    const Qkv qkv = decoder.self_attn().project(normed, model.rope(sequence.size(1)));
+    const at::Tensor normed = layer.input_layernorm().forward(sequence);  // (1, T, D)
+    const Qkv qkv = layer.self_attn().project(normed, rope);
     // Products in at least fp32 per sequence, sums over sequences in fp64.
     const auto at_least_fp32 = [](const at::Tensor& t) {
       return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat);
@@ -93,13 +93,13 @@ LayerStatistics collect_statistics(const LlamaForCausalLM& model, int64_t layer,
   const auto finish = [&](at::Tensor& t, double divisor) { t = (t / divisor).to(at::kCPU); };
   finish(sums.input_covariance, count);
   finish(sums.fisher_covariance, count);
-  finish(sums.averaged_covariance, count * static_cast<double>(model.config().num_attention_heads));
+  finish(sums.averaged_covariance, count * static_cast<double>(config.num_attention_heads));
   finish(sums.query_energy, count);
   finish(sums.key_energy, count);
   for (const at::Tensor* t : {&sums.input_covariance, &sums.fisher_covariance,
                               &sums.averaged_covariance, &sums.query_energy}) {
     if (!t->isfinite().all().item<bool>()) {
-      throw Error(ExitCode::kNonFinite, "calibration: layer " + std::to_string(layer) +
+      throw Error(ExitCode::kNonFinite, "calibration: layer " + std::to_string(number) +
                                             " has NaN or Inf in its attention statistics");
     }
   }

@@ -117,10 +117,13 @@ void remove_leftovers(const fs::path& target) {
 void sync_path(const fs::path& path, bool folder) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | (folder ? O_DIRECTORY : 0));
   if (fd < 0) fail(path, "cannot open to sync", errno);
-  // EINVAL: a file system that has nothing to sync for this kind of file.
-  const int error = ::fsync(fd) == 0 || errno == EINVAL || errno == EROFS ? 0 : errno;
+  try {
+    detail::sync_fd(fd, path);
+  } catch (...) {
+    ::close(fd);
+    throw;
+  }
   ::close(fd);
-  if (error != 0) fail(path, "cannot sync to disk", error);
 }
 
 void sync_tree(const fs::path& root) {
@@ -206,6 +209,13 @@ void write_all(int fd, const void* data, size_t bytes, const fs::path& path) {
     if (written == 0) fail(path, "cannot write", EIO);
     at += written;
     bytes -= static_cast<size_t>(written);
+  }
+}
+
+void sync_fd(int fd, const fs::path& path) {
+  // EINVAL and EROFS: pipes, devices and some file systems have nothing to sync.
+  if (::fsync(fd) != 0 && errno != EINVAL && errno != EROFS) {
+    fail(path, "cannot sync to disk", errno);
   }
 }
 
@@ -313,10 +323,7 @@ void AtomicFile::write(const void* data, size_t bytes) {
 
 void AtomicFile::commit() {
   if (fd_ < 0) throw_runtime(shown_.string() + ": cannot finish the file twice");
-  // EINVAL and EROFS: pipes and devices have nothing to sync.
-  if (::fsync(fd_) != 0 && errno != EINVAL && errno != EROFS) {
-    fail(shown_, "cannot sync to disk", errno);
-  }
+  detail::sync_fd(fd_, shown_);
   detail::close_checked(std::exchange(fd_, -1), shown_);
   if (!temporary_.empty()) {
     if (force_) {

@@ -30,6 +30,7 @@ struct Opened {
   json config;
   std::vector<TensorInfo> tensors;
   std::unordered_map<std::string, std::function<TensorView()>> views;
+  std::vector<std::function<void()>> release_pages;  // of every file
   std::optional<fs::path> tokenizer;
   std::vector<fs::path> side_files;
 };
@@ -240,6 +241,7 @@ Opened open_folder(const fs::path& folder) {
   problems.throw_if_any();
 
   for (const auto& [name, reader] : shards) {
+    opened.release_pages.push_back([reader = reader] { reader.release_pages(); });
     for (const TensorInfo& info : reader.tensors()) {
       if (is_legacy_buffer(info.name)) continue;
       opened.views.emplace(info.name,
@@ -427,6 +429,7 @@ Opened open_llama2c(const fs::path& path) {
   opened.path = path;
   opened.kind = "llama2.c";
   opened.config = llama2c_config(header);
+  opened.release_pages.push_back([file] { file->release_pages(); });
   const std::byte* at = file->data() + kLlama2cHeaderBytes;
   for (const Segment& segment : llama2c_layout(header)) {
     for (int64_t i = 0; i < segment.count; ++i) {
@@ -500,6 +503,10 @@ TensorView Checkpoint::tensor(const std::string& name) const {
     throw_bad_input(content_->path.string() + ": no tensor " + json_excerpt(name));
   }
   return found->second();
+}
+
+void Checkpoint::release_pages() const {
+  for (const auto& release : content_->release_pages) release();
 }
 
 std::optional<fs::path> Checkpoint::tokenizer_path() const { return content_->tokenizer; }

@@ -53,6 +53,11 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(data_, size_);
 }
 
+void MappedFile::release_pages() const {
+  // A hint that may be ignored: failing it costs memory, nothing else.
+  if (data_ != nullptr) (void)::madvise(data_, size_, MADV_DONTNEED);
+}
+
 std::string_view MappedFile::text() const {
   return {reinterpret_cast<const char*>(data_), static_cast<size_t>(size_)};
 }

@@ -1,6 +1,7 @@
 #include "hla/io/safetensors.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -162,6 +163,51 @@ void check_coverage(const std::vector<Located>& located, uint64_t data_bytes, Pr
   }
 }
 
+// Length and header of a file as they stand before the data.
+struct FileHeader {
+  std::string text;
+  uint64_t data_bytes = 0;
+};
+
+FileHeader make_header(const std::filesystem::path& path,
+                       const std::vector<SafetensorsWriter::Entry>& entries,
+                       const std::map<std::string, std::string>& metadata) {
+  std::string header = "{";
+  uint64_t offset = 0;
+  try {
+    if (!metadata.empty()) header += "\"__metadata__\":" + json(metadata).dump();
+    std::set<std::string> names;
+    for (const SafetensorsWriter::Entry& entry : entries) {
+      const std::string subject = path.string() + ": cannot write tensor " + quoted(entry.name);
+      if (entry.name == kMetadataKey || !names.insert(entry.name).second) {
+        throw_runtime(subject + ": the name is taken");
+      }
+      const std::optional<uint64_t> bytes = checked_bytes(entry.shape, entry.dtype);
+      uint64_t end = 0;
+      if (!bytes || __builtin_add_overflow(offset, *bytes, &end)) {
+        throw_runtime(subject + ": shape " + json_excerpt(entry.shape) + " is not possible");
+      }
+      // By hand, so that the tensors stand in the order of their data.
+      if (header.size() > 1) header += ',';
+      header += json(entry.name).dump() + ":{\"dtype\":\"" + std::string(dtype_name(entry.dtype)) +
+                "\",\"shape\":" + json(entry.shape).dump() +
+                ",\"data_offsets\":" + json{offset, end}.dump() + "}";
+      offset = end;
+    }
+  } catch (const json::exception&) {
+    throw_runtime(path.string() + ": cannot write: a name in the header is not valid UTF-8");
+  }
+  header += '}';
+  // The data then starts at a multiple of 8, as in every file of the reference implementation.
+  header.append((8 - header.size() % 8) % 8, ' ');
+  if (header.size() > kMaxHeaderBytes) {
+    throw_runtime(path.string() + ": cannot write: the header is too large for the format");
+  }
+  const uint64_t length = header.size();
+  header.insert(0, reinterpret_cast<const char*>(&length), sizeof length);
+  return {std::move(header), offset};
+}
+
 }  // namespace
 
 int64_t TensorInfo::numel() const {
@@ -277,6 +323,8 @@ bool SafetensorsReader::has(const std::string& name) const {
   return content_->index.contains(name);
 }
 
+void SafetensorsReader::release_pages() const { content_->file->release_pages(); }
+
 TensorView SafetensorsReader::view(const std::string& name) const {
   const auto found = content_->index.find(name);
   if (found == content_->index.end()) {
@@ -299,51 +347,45 @@ TensorView SafetensorsReader::view(const std::string& name) const {
 }
 
 SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<Entry> entries,
-                                     const std::map<std::string, std::string>& metadata)
+                                     const std::map<std::string, std::string>& metadata,
+                                     size_t written)
     : path_(path), entries_(std::move(entries)) {
-  std::string header = "{";
-  uint64_t offset = 0;
+  const std::string header = make_header(path_, entries_, metadata).text;
+  const int flags = written > 0 ? O_RDWR : O_WRONLY | O_CREAT | O_EXCL;
+  fd_ = ::open(path_.c_str(), flags | O_CLOEXEC, 0666);
+  if (fd_ < 0) {
+    throw_runtime(path_.string() + ": cannot " + (written > 0 ? "open" : "create") + ": " +
+                  std::strerror(errno));
+  }
   try {
-    if (!metadata.empty()) header += "\"__metadata__\":" + json(metadata).dump();
-    std::set<std::string> names;
-    for (const Entry& entry : entries_) {
-      const std::string subject = path.string() + ": cannot write tensor " + quoted(entry.name);
-      if (entry.name == kMetadataKey || !names.insert(entry.name).second) {
-        throw_runtime(subject + ": the name is taken");
-      }
-      const std::optional<uint64_t> bytes = checked_bytes(entry.shape, entry.dtype);
-      uint64_t end = 0;
-      if (!bytes || __builtin_add_overflow(offset, *bytes, &end)) {
-        throw_runtime(subject + ": shape " + json_excerpt(entry.shape) + " is not possible");
-      }
-      // By hand, so that the tensors stand in the order of their data.
-      if (header.size() > 1) header += ',';
-      header += json(entry.name).dump() + ":{\"dtype\":\"" + std::string(dtype_name(entry.dtype)) +
-                "\",\"shape\":" + json(entry.shape).dump() +
-                ",\"data_offsets\":" + json{offset, end}.dump() + "}";
-      offset = end;
+    if (written > 0) {
+      take_up(header, written);
+    } else {
+      detail::write_all(fd_, header.data(), header.size(), path_);
     }
-  } catch (const json::exception&) {
-    throw_runtime(path.string() + ": cannot write: a name in the header is not valid UTF-8");
-  }
-  header += '}';
-  // The data then starts at a multiple of 8, as in every file of the reference implementation.
-  header.append((8 - header.size() % 8) % 8, ' ');
-  if (header.size() > kMaxHeaderBytes) {
-    throw_runtime(path.string() + ": cannot write: the header is too large for the format");
-  }
-  file_bytes_ = kLengthBytes + header.size() + offset;
-
-  fd_ = ::open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-  if (fd_ < 0) throw_runtime(path_.string() + ": cannot create: " + std::strerror(errno));
-  try {
-    const uint64_t length = header.size();
-    detail::write_all(fd_, &length, sizeof length, path_);
-    detail::write_all(fd_, header.data(), header.size(), path_);
   } catch (...) {
     ::close(fd_);  // the destructor does not run
     throw;
   }
+}
+
+void SafetensorsWriter::take_up(const std::string& header, size_t written) {
+  uint64_t end = header.size();
+  for (size_t i = 0; i < written; ++i) {
+    end += *checked_bytes(entries_.at(i).shape, entries_[i].dtype);
+  }
+  std::string found(header.size(), '\0');
+  struct stat info = {};
+  const bool as_begun =
+      ::pread(fd_, found.data(), found.size(), 0) == static_cast<ssize_t>(found.size()) &&
+      found == header && ::fstat(fd_, &info) == 0 && static_cast<uint64_t>(info.st_size) >= end;
+  if (!as_begun) {
+    throw_runtime(path_.string() + ": is not the file that was begun here; start over");
+  }
+  if (::ftruncate(fd_, static_cast<off_t>(end)) != 0 || ::lseek(fd_, 0, SEEK_END) < 0) {
+    throw_runtime(path_.string() + ": cannot write: " + std::strerror(errno));
+  }
+  next_ = written;
 }
 
 SafetensorsWriter::~SafetensorsWriter() {
@@ -351,6 +393,15 @@ SafetensorsWriter::~SafetensorsWriter() {
 }
 
 void SafetensorsWriter::write(const std::string& name, const void* data, uint64_t bytes) {
+  const size_t before = next_;
+  write_part(name, data, bytes);
+  if (next_ == before) {
+    throw_runtime(path_.string() + ": tensor " + quoted(name) + ": got only " +
+                  std::to_string(bytes) + " bytes");
+  }
+}
+
+void SafetensorsWriter::write_part(const std::string& name, const void* data, uint64_t bytes) {
   if (fd_ < 0 || next_ >= entries_.size()) {
     throw_runtime(path_.string() + ": cannot write tensor " + quoted(name) + " after the last one");
   }
@@ -360,12 +411,24 @@ void SafetensorsWriter::write(const std::string& name, const void* data, uint64_
                   quoted(name));
   }
   const uint64_t expected = *checked_bytes(entry.shape, entry.dtype);
-  if (bytes != expected) {
+  if (bytes > expected - part_) {
     throw_runtime(path_.string() + ": tensor " + quoted(name) + ": expected " +
-                  std::to_string(expected) + " bytes, got " + std::to_string(bytes));
+                  std::to_string(expected) + " bytes, got " + std::to_string(part_ + bytes));
   }
   detail::write_all(fd_, data, bytes, path_);
-  ++next_;
+  part_ += bytes;
+  if (part_ == expected) {
+    part_ = 0;
+    ++next_;
+  }
+}
+
+void SafetensorsWriter::sync() { detail::sync_fd(fd_, path_); }
+
+uint64_t SafetensorsWriter::file_bytes(const std::vector<Entry>& entries,
+                                       const std::map<std::string, std::string>& metadata) {
+  const FileHeader header = make_header("", entries, metadata);
+  return header.text.size() + header.data_bytes;
 }
 
 void SafetensorsWriter::finish() {

@@ -33,9 +33,16 @@ DecoderLayer::DecoderLayer(ParameterSource& source, const std::string& prefix,
 }
 
 at::Tensor DecoderLayer::forward(const at::Tensor& hidden, const RopeTables& rope) const {
+  return finish(hidden, attention_output(hidden, rope));
+}
+
+at::Tensor DecoderLayer::attention_output(const at::Tensor& hidden, const RopeTables& rope) const {
+  return self_attn_->forward(input_layernorm_->forward(hidden), rope);
+}
+
+at::Tensor DecoderLayer::finish(const at::Tensor& hidden, at::Tensor attention_output) const {
   // Each sum is written over the product that it adds to, which nothing else reads.
-  const at::Tensor attended =
-      self_attn_->forward(input_layernorm_->forward(hidden), rope).add_(hidden);
+  const at::Tensor attended = attention_output.add_(hidden);
   return mlp_->forward(post_attention_layernorm_->forward(attended)).add_(attended);
 }
 

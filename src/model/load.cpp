@@ -26,21 +26,6 @@ bool is_floating(DType dtype) {
          dtype == DType::kF64;
 }
 
-class CheckpointSource : public ParameterSource {
- public:
-  CheckpointSource(const Checkpoint& checkpoint, at::Device device, at::ScalarType dtype)
-      : checkpoint_(checkpoint), device_(device), dtype_(dtype) {}
-
-  at::Tensor get(const std::string& name, at::IntArrayRef) override {
-    return checkpoint_tensor(checkpoint_, name).to(device_, dtype_);
-  }
-
- private:
-  const Checkpoint& checkpoint_;
-  at::Device device_;
-  at::ScalarType dtype_;
-};
-
 }  // namespace
 
 void check_tensors(const ModelConfig& config, const Checkpoint& checkpoint, Problems& problems) {
@@ -97,6 +82,10 @@ at::Tensor checkpoint_tensor(const Checkpoint& checkpoint, const std::string& na
   // The deleter holds the mapping alive for as long as the tensor.
   return at::from_blob(
       data, view.shape, [owner = view.owner](void*) {}, options);
+}
+
+at::Tensor CheckpointSource::get(const std::string& name, at::IntArrayRef) {
+  return checkpoint_tensor(checkpoint_, name).to(device_, dtype_);
 }
 
 std::shared_ptr<LlamaForCausalLM> load_model(const Checkpoint& checkpoint,

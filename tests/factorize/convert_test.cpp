@@ -3,7 +3,10 @@
 
 #include <c10/core/InferenceMode.h>
 
+#include <cstring>
+
 #include "hla/core/data_dir.h"
+#include "hla/factorize/statistics.h"
 #include "hla/io/json_file.h"
 #include "hla/model/load.h"
 #include "hla/text/tokenizer.h"
@@ -194,6 +197,25 @@ TEST(ConvertTest, DtypeIsThatOfTheWholeFolder) {
   EXPECT_TRUE(logits_of(made, ids).isfinite().all().item<bool>());
 }
 
+// The same tensors, whether they lie in one file or in many.
+TEST(ConvertTest, ShardsHoldTheSameTensors) {
+  const TempDir folder;
+  ConvertOptions options = quiet();
+  convert(stories(), folder / "one", options);
+  options.max_shard_bytes = 150'000;
+  convert(stories(), folder / "many", options);
+  EXPECT_TRUE(std::filesystem::exists(folder.path() / "many" / "model-00001-of-00009.safetensors"));
+  const Checkpoint one = Checkpoint::open((folder / "one").string());
+  const Checkpoint many = Checkpoint::open((folder / "many").string());
+  ASSERT_EQ(many.tensors().size(), one.tensors().size());
+  for (const TensorInfo& info : one.tensors()) {
+    const TensorView a = one.tensor(info.name);
+    const TensorView b = many.tensor(info.name);
+    ASSERT_EQ(a.nbytes, b.nbytes) << info.name;
+    EXPECT_EQ(std::memcmp(a.data, b.data, a.nbytes), 0) << info.name;
+  }
+}
+
 TEST(ConvertTest, RanksOutOfRange) {
   const TempDir folder;
   const auto message = [&](const std::function<void(ConvertOptions&)>& change) {
@@ -258,7 +280,8 @@ TEST(StatisticsTest, EqualTheDefinitions) {
   const c10::InferenceMode guard;
   const auto model = load_model(stories(), {.dtype = at::kDouble});
   const at::Tensor hidden = model->embed(ids_of(512, 300));  // more than one block of queries
-  const LayerStatistics statistics = collect_statistics(*model, 0, {hidden});
+  const LayerStatistics statistics =
+      collect_statistics(model->config(), 0, *model->layers()[0], model->rope(300), {hidden});
   const at::Tensor x = model->layers()[0]->input_layernorm().forward(hidden);
   const Qkv qkv = model->layers()[0]->self_attn().project(x, model->rope(300));
   const at::Tensor rows = x.squeeze(0);

@@ -140,6 +140,7 @@ TEST(SafetensorsTest, WriterRefusesWrongOrderAndSize) {
                            {{"a", DType::kF32, {}}, {"b", DType::kF32, {}}});
   EXPECT_THROW(writer.write("b", &value, 4), Error);
   EXPECT_THROW(writer.write("a", &value, 3), Error);
+  EXPECT_THROW(writer.write("a", &value, 5), Error);
   EXPECT_THROW(writer.finish(), Error);
 }
 

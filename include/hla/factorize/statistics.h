@@ -21,9 +21,11 @@ struct LayerStatistics {
   at::Tensor key_energy;           // E|k_{g,f}|² (K, d/2)
 };
 
-// Gathers the statistics of `layer` of a plain Llama from the hidden states (1, T, D) that enter
-// it. One forward of attention per sequence, in blocks of queries: memory O(block · T · H).
-LayerStatistics collect_statistics(const LlamaForCausalLM& model, int64_t layer,
+// Gathers the statistics of `layer`, number `number` of a plain Llama of this config, from the
+// hidden states (1, T, D) that enter it; `rope` is for their T positions. One forward of attention
+// per sequence, in blocks of queries: memory O(block · T · H).
+LayerStatistics collect_statistics(const ModelConfig& config, int64_t number,
+                                   const DecoderLayer& layer, const RopeTables& rope,
                                    const std::vector<at::Tensor>& hidden);
 
 // Without calibration text: x is taken as white noise, so that covariances are the identity and

@@ -80,6 +80,9 @@ namespace detail {
 // write(2) until all is written. Throws kRuntime naming `path` and the reason.
 void write_all(int fd, const void* data, size_t bytes, const std::filesystem::path& path);
 
+// fsync(2) of an open file. A file system that has nothing to sync is no error.
+void sync_fd(int fd, const std::filesystem::path& path);
+
 // close(2); some file systems report a full disk only here.
 void close_checked(int fd, const std::filesystem::path& path);
 

@@ -41,6 +41,10 @@ class Checkpoint {
   // Throws kBadInput for an unknown name. A view into the mapped file, except q and k of a llama2.c
   // file, which each call copies.
   TensorView tensor(const std::string& name) const;
+  // Takes the pages of all views out of this process's memory, so that walking through a model does
+  // not gather it there. They are read again when they are touched; what was written through a view
+  // is lost.
+  void release_pages() const;
   // Where the tokenizer is: the folder, or for llama2.c the *.model file beside the checkpoint.
   // nullopt if there is none.
   std::optional<std::filesystem::path> tokenizer_path() const;

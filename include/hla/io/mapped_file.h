@@ -28,6 +28,9 @@ class MappedFile {
   // Bytes.
   uint64_t size() const { return size_; }
   const std::filesystem::path& path() const { return path_; }
+  // Takes the pages read so far out of this process's memory; they are read again when they are
+  // touched. What was written through data() is lost.
+  void release_pages() const;
   // The content as text.
   std::string_view text() const;
 

@@ -55,6 +55,8 @@ class SafetensorsReader {
   // Throws kBadInput for an unknown name. A view into the mapping; a copy if the file does not
   // align the tensor to its element size.
   TensorView view(const std::string& name) const;
+  // MappedFile::release_pages of the file.
+  void release_pages() const;
 
  private:
   struct Content;
@@ -72,26 +74,38 @@ class SafetensorsWriter {
     std::vector<int64_t> shape;
   };
 
-  // Creates the file, which must not exist, and writes the header. Throws kRuntime for failed I/O
-  // and for entries that the format does not allow.
+  // Creates the file, which must not exist, and writes the header. With `written` above 0 goes on
+  // with the file that an earlier writer of the same arguments left: its first `written` tensors
+  // stay, what follows them is cut off. Throws kRuntime for failed I/O, for entries that the format
+  // does not allow and for a file that does not begin as this writer would have begun it.
   SafetensorsWriter(const std::filesystem::path& path, std::vector<Entry> entries,
-                    const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
+                    const std::map<std::string, std::string>& metadata = {{"format", "pt"}},
+                    size_t written = 0);
   ~SafetensorsWriter();
   SafetensorsWriter(const SafetensorsWriter&) = delete;
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
 
   // Exactly one call per entry, in the order of the entries; `bytes` must be the entry's size.
   void write(const std::string& name, const void* data, uint64_t bytes);
+  // The same in pieces: calls with one name, until its bytes are complete.
+  void write_part(const std::string& name, const void* data, uint64_t bytes);
+  // Makes what was written so far durable.
+  void sync();
+  bool complete() const { return next_ == entries_.size(); }
   // Must be called after the last tensor.
   void finish();
   // The size that the finished file has.
-  uint64_t file_bytes() const { return file_bytes_; }
+  static uint64_t file_bytes(const std::vector<Entry>& entries,
+                             const std::map<std::string, std::string>& metadata = {
+                                 {"format", "pt"}});
 
  private:
+  void take_up(const std::string& header, size_t written);
+
   std::filesystem::path path_;
   std::vector<Entry> entries_;
   size_t next_ = 0;
-  uint64_t file_bytes_ = 0;
+  uint64_t part_ = 0;  // bytes of entry `next_` that are written
   int fd_ = -1;
 };
 

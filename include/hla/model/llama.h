@@ -21,6 +21,10 @@ class DecoderLayer : public torch::nn::Module {
                int64_t layer);
   at::Tensor forward(const at::Tensor& hidden, const RopeTables& rope) const;  // (B, T, D)
 
+  // The two halves of forward(). finish() gives up `attention_output`, which it writes over.
+  at::Tensor attention_output(const at::Tensor& hidden, const RopeTables& rope) const;
+  at::Tensor finish(const at::Tensor& hidden, at::Tensor attention_output) const;
+
   const RmsNorm& input_layernorm() const { return *input_layernorm_; }
   const Attention& self_attn() const { return *self_attn_; }
 

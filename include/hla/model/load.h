@@ -23,6 +23,20 @@ void check_tensors(const ModelConfig& config, const Checkpoint& checkpoint, Prob
 // The floating-point type that holds most of the checkpoint's elements.
 at::ScalarType stored_dtype(const Checkpoint& checkpoint);
 
+// A checkpoint's tensors on a device in a dtype: views of the mapped file where nothing has to
+// change. Expects checked tensors (check_tensors). The checkpoint must outlive it.
+class CheckpointSource : public ParameterSource {
+ public:
+  CheckpointSource(const Checkpoint& checkpoint, at::Device device, at::ScalarType dtype)
+      : checkpoint_(checkpoint), device_(device), dtype_(dtype) {}
+  at::Tensor get(const std::string& name, at::IntArrayRef shape) override;
+
+ private:
+  const Checkpoint& checkpoint_;
+  at::Device device_;
+  at::ScalarType dtype_;
+};
+
 // The model of an opened checkpoint, plain Llama or HLA. CPU tensors of the wanted dtype stay views
 // of the mapped file (private: writing to them never reaches the file). Throws kBadInput with all
 // problems at once, kOutOfMemory before allocating more than there is.

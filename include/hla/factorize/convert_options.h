@@ -1,0 +1,49 @@
+// What a user can ask of `hla convert`.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+
+#include "hla/factorize/factors.h"
+#include "hla/model/config.h"
+
+namespace hla {
+
+struct ConvertOptions {
+  HlaRope rope = HlaRope::kOriginal;
+
+  // Sizes. Either the ratio of cached floats to the base's 2·K·d (K and V share one basis), or
+  // ranks in floats per token and layer (K and V have a basis each; an absent one stays whole).
+  std::optional<double> kv_ratio;  // 0 < ratio <= 1; default 0.5 when no rank is given
+  std::optional<int64_t> k_rank;
+  std::optional<int64_t> v_rank;
+  std::optional<int64_t> q_rank;  // absent: W_q stays whole (paper: half its rows)
+
+  // With kv_ratio: how many of the fastest frequencies keep a k latent of their own, and its
+  // floats. Default: none for `original`; for `latent` those that turn by 0.1 rad or more per
+  // token, with their share kv_ratio of the floats.
+  std::optional<int64_t> fast_frequencies;
+  std::optional<int64_t> fast_floats;
+
+  double rotary_fraction = 1.0;  // paper: share of the latent pairs that turn
+
+  FactorOptions factors;
+
+  // Calibration text; absent: weights only (--no-calib). `paper` never looks at it.
+  std::optional<std::filesystem::path> calib;
+  int64_t calib_tokens = 16384;
+  int64_t calib_length = 1024;  // tokens per sequence
+
+  at::Device device = at::Device(at::kCPU);  // of the calibration forward
+  std::optional<at::ScalarType> dtype;       // of all weights written; absent: the base's own
+  uint64_t max_shard_bytes = 5'000'000'000;  // tensor data of one file of weights
+  bool force = false;
+  bool progress = true;
+
+  bool calibrated() const { return calib && rope != HlaRope::kPaper; }
+};
+
+}  // namespace hla

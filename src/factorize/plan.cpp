@@ -1,0 +1,228 @@
+#include "hla/factorize/plan.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "hla/core/error.h"
+#include "hla/io/json_file.h"
+#include "hla/model/rope.h"
+
+namespace hla {
+namespace {
+
+// Frequencies that turn by this much per token or more cannot share a latent with those that stand
+// nearly still over a block of keys. For theta 1e5 and d 64 these are 6 of 32
+// (docs/experiments.md).
+constexpr double kFastRadiansPerToken = 0.1;
+
+int64_t default_fast_frequencies(const ModelConfig& base) {
+  const at::Tensor inv_freq =
+      rope_frequencies(base.rope, base.head_dim, base.max_position_embeddings, /*seq_len=*/0)
+          .inv_freq;
+  return std::clamp<int64_t>((inv_freq >= kFastRadiansPerToken).sum().item<int64_t>(), 1,
+                             base.frequencies());
+}
+
+int64_t share(double ratio, int64_t whole) {
+  return std::llround(ratio * static_cast<double>(whole));
+}
+
+// `value` when it lies in [min, max]; otherwise a problem.
+int64_t in_range(const char* option, int64_t value, int64_t min, int64_t max, Problems& problems) {
+  if (value < min || value > max) {
+    problems.add(std::string(option) + ": expected " + std::to_string(min) + "…" +
+                 std::to_string(max) + ", got " + std::to_string(value));
+  }
+  return value;
+}
+
+// The sizes of every layer alike.
+LayerPlan plan_layer(const ModelConfig& base, const ConvertOptions& options) {
+  Problems problems("[convert] options");
+  LayerPlan plan;
+  const int64_t kv = base.kv_size();
+  const int64_t m = base.frequencies();
+  const int64_t kv_heads = base.num_key_value_heads;
+  const int64_t max_single = std::min(kv, base.hidden_size);
+  const bool latent = options.rope == HlaRope::kLatent;
+  const bool paper = options.rope == HlaRope::kPaper;
+  const bool by_rank = options.k_rank || options.v_rank;
+  const double ratio = options.kv_ratio.value_or(0.5);
+
+  if (!(ratio > 0 && ratio <= 1)) {
+    problems.add("--kv-ratio: expected a number above 0 and at most 1, got " +
+                 std::to_string(ratio));
+  }
+  if (options.kv_ratio && by_rank) {
+    problems.add("--kv-ratio: cannot be combined with --k-rank or --v-rank");
+  }
+  if ((options.fast_frequencies || options.fast_floats) && (by_rank || paper)) {
+    problems.add(
+        "--fast-frequencies, --fast-floats: only with --kv-ratio and --rope original or "
+        "latent");
+  }
+  if (options.q_rank) {
+    in_range("--q-rank", *options.q_rank, paper ? 2 : 1, std::min(base.q_size(), base.hidden_size),
+             problems);
+  }
+  if (options.k_rank) {
+    // A latent rank is a complex number, two floats; the paper turns floats in pairs.
+    in_range("--k-rank", *options.k_rank, latent || paper ? 2 : 1, latent ? kv : max_single,
+             problems);
+    if (latent && *options.k_rank % 2 != 0) {
+      problems.add("--k-rank: expected an even number of floats for --rope latent, got " +
+                   std::to_string(*options.k_rank));
+    }
+  }
+  if (options.v_rank) in_range("--v-rank", *options.v_rank, 1, max_single, problems);
+  if (!(options.rotary_fraction >= 0 && options.rotary_fraction <= 1)) {
+    problems.add("--rotary-fraction: expected a number from 0 to 1");
+  }
+  problems.throw_if_any();
+
+  plan.q_rank = options.q_rank.value_or(0);
+  if (paper) {
+    plan.fast_frequencies = m;
+    plan.k_rank = options.k_rank.value_or(std::max<int64_t>(2, share(ratio, max_single)));
+    plan.kv_rank = options.v_rank.value_or(std::max<int64_t>(1, share(ratio, max_single)));
+    plan.q_rank = options.q_rank.value_or(std::min(base.q_size(), base.hidden_size) / 2);
+    return plan;
+  }
+  if (by_rank) {
+    plan.fast_frequencies = m;
+    const int64_t floats = options.k_rank.value_or(latent ? kv : max_single);
+    (latent ? plan.complex_rank : plan.k_rank) = latent ? floats / 2 : floats;
+    plan.kv_rank = options.v_rank.value_or(max_single);
+    return plan;
+  }
+  const int64_t budget = std::max<int64_t>(1, share(ratio, base.base_cache_floats()));
+  plan.fast_frequencies =
+      options.fast_frequencies.value_or(latent ? default_fast_frequencies(base) : 0);
+  in_range("--fast-frequencies", plan.fast_frequencies, latent ? 1 : 0, m, problems);
+  problems.throw_if_any();
+  const int64_t fast_rows = 2 * kv_heads * plan.fast_frequencies;
+  const int64_t fast_max = latent ? fast_rows : std::min(fast_rows, base.hidden_size);
+  const int64_t step = latent ? 2 : 1;
+  const int64_t fast_default =
+      fast_rows == 0 ? 0 : std::max(step, share(ratio, fast_max / step) * step);
+  const int64_t fast_floats = options.fast_floats.value_or(fast_default);
+  in_range("--fast-floats", fast_floats, fast_rows == 0 ? 0 : step, fast_max, problems);
+  if (fast_floats % step != 0) problems.add("--fast-floats: expected an even number");
+  if (fast_floats >= budget) {
+    problems.add("--kv-ratio: " + std::to_string(budget) +
+                 " floats per token and layer leave none for the values beside " +
+                 std::to_string(fast_floats) + " for the fast frequencies");
+  }
+  problems.throw_if_any();
+  (latent ? plan.complex_rank : plan.k_rank) = fast_floats / step;
+  const int64_t shared_rows = base.base_cache_floats() - fast_rows;
+  plan.kv_rank = std::min({budget - fast_floats, shared_rows, base.hidden_size});
+  return plan;
+}
+
+// Complex ranks over the frequencies, as evenly as they go.
+std::vector<int64_t> even_ranks(int64_t total, int64_t frequencies) {
+  std::vector<int64_t> ranks(static_cast<size_t>(frequencies));
+  for (int64_t f = 0; f < frequencies; ++f) {
+    ranks[static_cast<size_t>(f)] = total / frequencies + (f < total % frequencies ? 1 : 0);
+  }
+  return ranks;
+}
+
+HlaLayerConfig planned_layer(const LayerPlan& plan, HlaRope rope) {
+  HlaLayerConfig layer = {.fast_frequencies = plan.fast_frequencies,
+                          .k_rank = plan.k_rank,
+                          .k_ranks = {},
+                          .kv_rank = plan.kv_rank,
+                          .q_rank = plan.q_rank};
+  if (rope == HlaRope::kLatent) {
+    layer.k_ranks = even_ranks(plan.complex_rank, plan.fast_frequencies);
+  }
+  return layer;
+}
+
+}  // namespace
+
+ConversionPlan plan_conversion(const ModelConfig& base, const ConvertOptions& options) {
+  const LayerPlan layer = plan_layer(base, options);
+  return {options.rope, options.rotary_fraction,
+          std::vector<LayerPlan>(static_cast<size_t>(base.num_hidden_layers), layer)};
+}
+
+ModelConfig planned_config(const ModelConfig& base, const ConversionPlan& plan) {
+  ModelConfig config = base;
+  config.hla = HlaConfig{plan.rope, plan.rotary_fraction, {}};
+  for (const LayerPlan& layer : plan.layers) {
+    config.hla->layers.push_back(planned_layer(layer, plan.rope));
+  }
+  // The reader of config.json knows what a layer may be.
+  parse_model_config(hla_config_json(config), "plan");
+  return config;
+}
+
+nlohmann::json to_json(const ConversionPlan& plan) {
+  nlohmann::json layers = nlohmann::json::array();
+  for (const LayerPlan& layer : plan.layers) {
+    layers.push_back({{"fast_frequencies", layer.fast_frequencies},
+                      {"k_rank", layer.k_rank},
+                      {"complex_rank", layer.complex_rank},
+                      {"kv_rank", layer.kv_rank},
+                      {"q_rank", layer.q_rank}});
+  }
+  return {{"rope", to_string(plan.rope)},
+          {"rotary_fraction", plan.rotary_fraction},
+          {"layers", std::move(layers)}};
+}
+
+ConversionPlan conversion_plan_from_json(const nlohmann::json& json, const ModelConfig& base,
+                                         const std::string& source) {
+  Problems problems(source);
+  if (!json.is_object()) {
+    throw_bad_input(source + ": expected an object, got " + json_excerpt(json));
+  }
+  ConversionPlan plan;
+  const std::string rope = get_string(json, "rope", "", problems);
+  const auto parsed = hla_rope_from_string(rope);
+  if (!parsed) problems.add("rope: expected original, latent or paper, got \"" + rope + "\"");
+  plan.rope = parsed.value_or(HlaRope::kOriginal);
+  plan.rotary_fraction = get_double(json, "rotary_fraction", 1.0, problems, 0, 1);
+  const nlohmann::json layers = json.value("layers", nlohmann::json());
+  if (!layers.is_array() || static_cast<int64_t>(layers.size()) != base.num_hidden_layers) {
+    problems.add("layers: expected an array of " + std::to_string(base.num_hidden_layers) +
+                 " layers, got " +
+                 (layers.is_array() ? std::to_string(layers.size()) : json_excerpt(layers)));
+    problems.throw_if_any();
+  }
+  const int64_t kv = base.kv_size();
+  const int64_t kv_heads = base.num_key_value_heads;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const std::string where = "layers[" + std::to_string(i) + "]";
+    if (!layers[i].is_object()) {
+      problems.add(where + ": expected an object, got " + json_excerpt(layers[i]));
+      continue;
+    }
+    const auto number = [&](const char* key, int64_t max) {
+      Problems own(where);
+      const int64_t value = get_int(layers[i], key, 0, own, 0, max);
+      for (const std::string& problem : own.list()) problems.add(where + "." + problem);
+      return value;
+    };
+    const bool latent = plan.rope == HlaRope::kLatent;
+    LayerPlan layer;
+    layer.fast_frequencies = number("fast_frequencies", base.frequencies());
+    const int64_t fast_rows = 2 * kv_heads * layer.fast_frequencies;
+    layer.k_rank = number("k_rank", latent ? 0 : std::min(fast_rows, base.hidden_size));
+    layer.complex_rank = number("complex_rank", latent ? fast_rows / 2 : 0);
+    layer.kv_rank = number("kv_rank", std::min(2 * kv - fast_rows, base.hidden_size));
+    layer.q_rank = number("q_rank", std::min(base.q_size(), base.hidden_size));
+    plan.layers.push_back(layer);
+  }
+  problems.throw_if_any();
+  planned_config(base, plan);  // what only config.json knows
+  return plan;
+}
+
+}  // namespace hla
