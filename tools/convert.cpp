@@ -7,7 +7,8 @@
 #include "commands.h"
 #include "hla/core/data_dir.h"
 #include "hla/core/error.h"
-#include "hla/core/log.h"
+#include "hla/core/memory.h"
+#include "hla/factorize/estimate.h"
 #include "hla/model/device.h"
 #include "options.h"
 
@@ -22,19 +23,32 @@ struct ConvertArguments {
   bool no_calib = false;
   std::string key_weighting = to_string(FactorOptions{}.key_weighting);
   std::string value_weighting = to_string(FactorOptions{}.value_weighting);
+  std::string plan;
   std::string json;
+  std::string plot;
+  bool dry_run = false;
+  bool verbose = false;
   ConvertOptions options;
   DeviceOptions device;
 };
 
+// A longer table is left to the report, unless --verbose asks for it.
+constexpr size_t kShownLayers = 40;
+
 void print(const ConvertArguments& arguments, const ConvertReport& report) {
   const int64_t base = report.base.base_cache_bytes_per_token(report.element_size);
   const int64_t made = report.hla.cache_bytes_per_token(report.element_size);
+  const auto layers = static_cast<double>(report.layers.size());
   double key_error = 0;
   double value_error = 0;
+  double attention_error = 0;
   for (const LayerReport& layer : report.layers) {
-    key_error += layer.key_error / static_cast<double>(report.layers.size());
-    value_error += layer.value_error / static_cast<double>(report.layers.size());
+    key_error += layer.key_error / layers;
+    value_error += layer.value_error / layers;
+    attention_error += layer.attention_output_error.value_or(0) / layers;
+  }
+  if (arguments.verbose || report.layers.size() <= kShownLayers) {
+    std::printf("%s\n", report.layer_table().c_str());
   }
   std::printf("converted      %s -> %s\n", arguments.model.c_str(), arguments.out.c_str());
   std::printf("rope           %s\n", arguments.rope.c_str());
@@ -45,9 +59,25 @@ void print(const ConvertArguments& arguments, const ConvertReport& report) {
               100.0 * static_cast<double>(made) / static_cast<double>(base));
   std::printf("parameters     %lld, base %lld\n", static_cast<long long>(report.hla_parameters),
               static_cast<long long>(report.base_parameters));
-  std::printf("mean error     keys %.1f %%, values %.1f %% (by layer: %s/hla_report.json)\n",
-              100 * key_error, 100 * value_error, arguments.out.c_str());
+  std::printf("mean error     keys %.1f %%, values %.1f %%", 100 * key_error, 100 * value_error);
+  if (report.calib_tokens > 0) std::printf(", attention output %.1f %%", 100 * attention_error);
+  std::printf(" (by layer: %s/hla_report.json)\n", arguments.out.c_str());
+  if (report.base_perplexity) {
+    std::printf("perplexity     %.3f, base %.3f, on %lld tokens of calibration\n",
+                report.layers.back().calibration_perplexity.value_or(0), *report.base_perplexity,
+                static_cast<long long>(report.perplexity_tokens));
+  }
+  std::printf("memory         %s at the peak\n", format_bytes(report.peak_rss_bytes).c_str());
   std::printf("time           %.1f s\n", report.seconds);
+}
+
+void run_dry(const ConvertArguments& arguments, const Checkpoint& checkpoint) {
+  const ConversionEstimate estimate =
+      estimate_conversion(checkpoint, arguments.out, arguments.options);
+  if (arguments.json != "-") std::fputs(estimate.to_text().c_str(), stdout);
+  if (!arguments.json.empty()) {
+    write_json_result(arguments.json, estimate.to_json(), arguments.options.force);
+  }
 }
 
 void run_convert(ConvertArguments& arguments) {
@@ -68,16 +98,27 @@ void run_convert(ConvertArguments& arguments) {
     options.calib = arguments.calib.empty() ? data_file("wikitext-2/wiki.valid.txt")
                                             : std::filesystem::path(arguments.calib);
   }
+  if (!arguments.plan.empty()) options.plan = arguments.plan;
   check_output_target("--json", arguments.json, options.force);
+  check_output_target("--plot", arguments.plot, options.force);
+  if (arguments.plot == "-") throw_usage("[--plot] expected a file, got -");
+  if (arguments.dry_run && !arguments.plot.empty()) {
+    throw_usage("--plot and --dry-run exclude each other: nothing is converted");
+  }
+  if (options.report_perplexity && !options.calibrated()) {
+    throw_usage("--report-perplexity needs calibration");
+  }
   const LoadOptions load = resolve(arguments.device);
   options.device = load.device;
   options.dtype = load.dtype;
   const Checkpoint checkpoint = Checkpoint::open(arguments.model);
+  if (arguments.dry_run) return run_dry(arguments, checkpoint);
   const ConvertReport report = convert(checkpoint, arguments.out, options);
   if (arguments.json != "-") print(arguments, report);
   if (!arguments.json.empty()) {
-    write_json_result(arguments.json, report.to_json(options), options.force);
+    write_json_result(arguments.json, report.to_json(options, /*measured=*/true), options.force);
   }
+  if (!arguments.plot.empty()) write_svg_panels(arguments.plot, report.to_plot(), options.force);
 }
 
 }  // namespace
@@ -131,23 +172,42 @@ void add_convert(CLI::App& app) {
                    "Weight of the values against the keys in a joint basis")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  command->add_option(
+      "--plan", arguments->plan,
+      "Sizes of every layer, as --dry-run --json writes them, instead of the above");
+  command->add_flag("--dry-run", arguments->dry_run,
+                    "Only say what would be made: plan, cache, disk, memory and time");
   command->add_option("--json", arguments->json, "Write the report to FILE as JSON; - for stdout");
+  command->add_option("--plot", arguments->plot,
+                      "Write error by layer and rank by frequency to FILE as SVG");
+  command->add_flag("--report-perplexity", options.report_perplexity,
+                    "Also report the perplexity of 4 calibration sequences after each layer; every "
+                    "layer costs a forward of all that follow it");
   command
       ->add_option("--max-shard-size", options.max_shard_bytes,
                    "Size of one file of weights, like 500MB or 2GB")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
       ->check(CLI::PositiveNumber)
       ->default_str("5GB");
-  command->add_flag("--force", options.force, "Replace an existing OUT (or --json file)");
+  command->add_flag("--restart", options.restart,
+                    "Start over where an unfinished conversion to OUT lies, instead of going on");
+  command->add_flag("--force", options.force, "Replace an existing OUT (or --json or --plot file)");
   add_device_options(*command, arguments->device);
   command->footer(
       "--dtype is the type of the written weights (auto: the checkpoint's own); the factorisation\n"
       "itself is always done in fp64.\n\n"
+      "A conversion that was killed or interrupted goes on with the first unfinished layer when "
+      "the\n"
+      "same command is given again; until it is complete it lies in .OUT.hla-partial.\n\n"
       "Examples:\n"
       "  hla convert models/SmolLM2-135M-Instruct models/SmolLM2-HLA-50 --kv-ratio 0.5\n"
       "  hla convert models/SmolLM2-135M-Instruct models/latent --rope latent --kv-ratio 0.5\n"
+      "  hla convert models/SmolLM2-135M-Instruct models/out --dry-run\n"
       "  hla convert org/name out --k-rank 96 --v-rank 128 --calib my.txt --calib-tokens 32768");
-  command->callback([arguments] { run_convert(*arguments); });
+  command->callback([arguments, &app] {
+    arguments->verbose = app.count("--verbose") > 0;
+    run_convert(*arguments);
+  });
 }
 
 }  // namespace hla::tools

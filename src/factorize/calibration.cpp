@@ -1,20 +1,63 @@
 #include "hla/factorize/calibration.h"
 
-#include <ATen/ops/arange.h>
-#include <ATen/ops/embedding.h>
+#include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
+#include "hla/core/memory.h"
 #include "hla/core/sha256.h"
 #include "hla/factorize/statistics.h"
+#include "hla/io/atomic_file.h"
 #include "hla/io/mapped_file.h"
 #include "hla/model/device.h"
+#include "hla/model/hla_attention.h"
 #include "hla/model/load.h"
 #include "hla/text/tokenizer.h"
 
 namespace hla {
+namespace {
+
+constexpr int64_t kVocabularyBlock = 8192;  // logits held at once, per token
+
+std::string layer_prefix(int64_t layer) { return "model.layers." + std::to_string(layer); }
+
+// The tensors of a converted layer as the written file will give them.
+class FactorSource : public ParameterSource {
+ public:
+  FactorSource(const std::map<std::string, at::Tensor>& factors, at::ScalarType written,
+               at::Device device, at::ScalarType dtype)
+      : factors_(factors), written_(written), device_(device), dtype_(dtype) {}
+  at::Tensor get(const std::string& name, at::IntArrayRef) override {
+    return factors_.at(name).to(written_).to(device_, dtype_);
+  }
+
+ private:
+  const std::map<std::string, at::Tensor>& factors_;
+  at::ScalarType written_;
+  at::Device device_;
+  at::ScalarType dtype_;
+};
+
+double energy(const at::Tensor& x) { return x.to(at::kDouble).square().sum().item<double>(); }
+
+// The tensors of a state by the names that they have in a file.
+std::vector<std::pair<std::string, at::Tensor*>> named(CalibrationState& state) {
+  std::vector<std::pair<std::string, at::Tensor*>> result;
+  for (size_t i = 0; i < state.base_hidden.size(); ++i) {
+    result.emplace_back("base." + std::to_string(i), &state.base_hidden[i]);
+  }
+  for (size_t i = 0; i < state.hla_hidden.size(); ++i) {
+    result.emplace_back("hla." + std::to_string(i), &state.hla_hidden[i]);
+  }
+  return result;
+}
+
+}  // namespace
 
 Calibration::Calibration(const Checkpoint& base, const ModelConfig& config,
                          const ConvertOptions& options)
@@ -38,12 +81,25 @@ Calibration::Calibration(const Checkpoint& base, const ModelConfig& config,
   const int64_t length = std::min(options.calib_length, config.max_position_embeddings);
   const int64_t count = std::max<int64_t>(1, options.calib_tokens / length);
   ids_ = calibration_sequences(tokenizer->encode(text->text()), count, length);
+  release_free_memory();  // a tokenizer takes far more than it gives
+  if (options.report_perplexity) {
+    followed_ = std::min(static_cast<size_t>(kPerplexitySequences), ids_.size());
+  }
   const at::Tensor positions = at::arange(length, at::TensorOptions(at::kLong).device(device_));
   rope_ = rope_tables(config, positions, dtype_);
 }
 
 int64_t Calibration::tokens() const {
   return static_cast<int64_t>(ids_.size()) * ids_.front().size(1);
+}
+
+int64_t Calibration::followed_tokens() const {
+  return static_cast<int64_t>(followed_) * ids_.front().size(1);
+}
+
+uint64_t Calibration::state_bytes() const {
+  return static_cast<uint64_t>((tokens() + followed_tokens()) * config_.hidden_size) *
+         c10::elementSize(dtype_);
 }
 
 void Calibration::embed() {
@@ -53,19 +109,126 @@ void Calibration::embed() {
   for (const at::Tensor& ids : ids_) {
     state_.base_hidden.push_back(at::embedding(table, ids).to(device_, dtype_));
   }
+  base_.release_pages();
+  for (size_t i = 0; i < followed_; ++i) {
+    state_.hla_hidden.push_back(state_.base_hidden[i].clone());
+  }
+}
+
+void Calibration::save(const std::filesystem::path& path) const {
+  CalibrationState state = state_;
+  std::vector<SafetensorsWriter::Entry> entries;
+  for (const auto& [name, tensor] : named(state)) {
+    entries.push_back({name, to_dtype(tensor->scalar_type()), tensor->sizes().vec()});
+  }
+  std::filesystem::path part = path;
+  part += ".part";
+  std::filesystem::remove(part);
+  SafetensorsWriter writer(part, entries);
+  for (const auto& [name, tensor] : named(state)) {
+    const at::Tensor host = tensor->cpu().contiguous();
+    writer.write(name, host.const_data_ptr(), host.nbytes());
+  }
+  writer.sync();
+  writer.finish();
+  std::filesystem::rename(part, path);
+  detail::sync_folder(path.parent_path());
+}
+
+void Calibration::load(const std::filesystem::path& path) {
+  const auto reader = SafetensorsReader::open(path);
+  state_.base_hidden.resize(ids_.size());
+  state_.hla_hidden.resize(followed_);
+  for (const auto& [name, tensor] : named(state_)) {
+    const TensorView view = reader.view(name);
+    const std::vector<int64_t> expected = {1, ids_.front().size(1), config_.hidden_size};
+    if (view.shape != expected || view.dtype != to_dtype(dtype_)) {
+      throw_runtime(path.string() + ": " + name + " is not of this conversion; use --restart");
+    }
+    // Into memory of LibTorch's own: how its kernels add up may depend on the alignment.
+    const at::Tensor host = at::empty(view.shape, at::TensorOptions(dtype_));
+    std::memcpy(host.mutable_data_ptr(), view.data, view.nbytes);
+    *tensor = host.to(device_);
+  }
 }
 
 std::shared_ptr<DecoderLayer> Calibration::load_layer(int64_t layer) const {
   CheckpointSource source(base_, device_, dtype_);
-  return std::make_shared<DecoderLayer>(source, "model.layers." + std::to_string(layer), config_,
-                                        layer);
+  return std::make_shared<DecoderLayer>(source, layer_prefix(layer), config_, layer);
 }
 
-void Calibration::advance(const DecoderLayer& layer) {
-  for (at::Tensor& hidden : state_.base_hidden) {
+std::shared_ptr<Attention> Calibration::load_converted(
+    int64_t layer, const ModelConfig& hla, const std::map<std::string, at::Tensor>& factors,
+    at::ScalarType written) const {
+  FactorSource source(factors, written, device_, dtype_);
+  return std::make_shared<HlaAttention>(source, layer_prefix(layer) + ".self_attn", hla, layer);
+}
+
+double Calibration::advance(const DecoderLayer& layer, const Attention& converted) {
+  double error = 0;
+  double total = 0;
+  for (size_t i = 0; i < state_.base_hidden.size(); ++i) {
     throw_if_interrupted();
-    hidden = layer.forward(hidden, rope_);
+    // New states take the memory of the old ones: as tensors of their own, between what a layer
+    // allocates and frees, they would leave the heap full of holes.
+    at::Tensor& base = state_.base_hidden[i];
+    const at::Tensor x = layer.input_layernorm().forward(base);
+    at::Tensor output = layer.self_attn().forward(x, rope_);
+    total += energy(output);
+    error += energy(converted.forward(x, rope_) - output);
+    base.copy_(layer.finish(base, std::move(output)));
+    if (i < followed_) {
+      at::Tensor& hla = state_.hla_hidden[i];
+      hla.copy_(layer.finish(hla, converted.forward(layer.input_layernorm().forward(hla), rope_)));
+    }
   }
+  return total > 0 ? std::sqrt(error / total) : 0;
+}
+
+double Calibration::perplexity(int64_t layer) const {
+  std::vector<at::Tensor> states = state_.hla_hidden;
+  for (; layer < config_.num_hidden_layers; ++layer) {
+    const auto decoder = load_layer(layer);
+    for (at::Tensor& hidden : states) {  // of their own from the first layer on
+      throw_if_interrupted();
+      hidden = decoder->forward(hidden, rope_);
+    }
+    base_.release_pages();
+  }
+  CheckpointSource source(base_, device_, dtype_);
+  const RmsNorm norm(source, "model.norm", config_.hidden_size, config_.rms_norm_eps);
+  double nll = 0;
+  int64_t count = 0;
+  for (size_t i = 0; i < states.size(); ++i) {
+    throw_if_interrupted();
+    const at::Tensor targets = ids_[i].squeeze(0).slice(0, 1);
+    nll += sum_nll(norm.forward(states[i]).squeeze(0).slice(0, 0, targets.size(0)),
+                   targets.to(device_));
+    count += targets.size(0);
+  }
+  return std::exp(nll / static_cast<double>(count));
+}
+
+// Σ -ln q(target), for rows (R, D) after the final norm and targets (R). The output matrix is taken
+// in blocks, so that it need not be in memory in the precision of the calibration.
+double Calibration::sum_nll(const at::Tensor& rows, const at::Tensor& targets) const {
+  const at::Tensor table = checkpoint_tensor(
+      base_, config_.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight");
+  const auto wide = at::TensorOptions(at::kDouble).device(device_);
+  at::Tensor log_sum = at::full({rows.size(0)}, -std::numeric_limits<double>::infinity(), wide);
+  at::Tensor target = at::zeros({rows.size(0)}, wide);
+  for (int64_t begin = 0; begin < table.size(0); begin += kVocabularyBlock) {
+    const at::Tensor block = table.slice(0, begin, begin + kVocabularyBlock).to(device_, dtype_);
+    const at::Tensor logits = at::linear(rows, block).to(at::kFloat);
+    log_sum = at::logaddexp(log_sum, logits.logsumexp(-1).to(at::kDouble));
+    const at::Tensor column = targets - begin;
+    const at::Tensor inside = (column >= 0).logical_and(column < block.size(0));
+    const at::Tensor picked =
+        logits.gather(1, column.clamp(0, block.size(0) - 1).unsqueeze(1)).squeeze(1);
+    target = at::where(inside, picked.to(at::kDouble), target);
+  }
+  base_.release_pages();
+  return (log_sum - target).sum().item<double>();
 }
 
 }  // namespace hla

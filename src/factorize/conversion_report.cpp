@@ -1,53 +1,223 @@
 #include "hla/factorize/conversion_report.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "hla/core/text_table.h"
 #include "hla/core/version.h"
 
 namespace hla {
+namespace {
 
-nlohmann::json ConvertReport::to_json(const ConvertOptions& options) const {
-  nlohmann::json per_layer = nlohmann::json::array();
+using nlohmann::json;
+
+constexpr size_t kShownRanks = 12;  // by frequency, in a cell of the table
+
+json or_null(const std::optional<double>& value) { return value ? json(*value) : json(); }
+
+std::optional<double> optional_number(const json& object, const char* key) {
+  const json value = object.value(key, json());
+  return value.is_null() ? std::nullopt : std::optional(value.get<double>());
+}
+
+std::string percent(const std::optional<double>& share) {
+  return share ? fixed(100 * *share, 2) + " %" : "";
+}
+
+std::string positive(int64_t number) { return number > 0 ? std::to_string(number) : ""; }
+
+std::string rank_list(const std::vector<int64_t>& ranks) {
+  if (ranks.empty() || ranks.size() > kShownRanks) return "";
+  std::string text;
+  for (const int64_t rank : ranks) text += (text.empty() ? "" : " ") + std::to_string(rank);
+  return text;
+}
+
+// A value of every layer that has one.
+template <typename Get>
+PlotSeries by_layer(const std::string& label, const std::vector<LayerReport>& layers,
+                    const Get& get) {
+  PlotSeries series;
+  series.label = label;
   for (size_t i = 0; i < layers.size(); ++i) {
-    const LayerReport& layer = layers[i];
-    nlohmann::json entry = {{"layer", i},
-                            {"fast_frequencies", layer.config.fast_frequencies},
-                            {"k_floats", layer.config.k_floats()},
-                            {"kv_rank", layer.config.kv_rank},
-                            {"q_rank", layer.config.q_rank},
-                            {"cache_floats", layer.config.cache_floats()},
-                            {"key_error", layer.key_error},
-                            {"value_error", layer.value_error},
-                            {"query_error", layer.query_error},
-                            {"seconds", layer.seconds}};
-    if (!layer.config.k_ranks.empty()) entry["k_ranks"] = layer.config.k_ranks;
+    const std::optional<double> value = get(layers[i]);
+    if (!value) continue;
+    series.x.push_back(static_cast<double>(i));
+    series.y.push_back(*value);
+  }
+  return series;
+}
+
+void add_if_any(PlotSpec& plot, PlotSeries series) {
+  if (std::any_of(series.y.begin(), series.y.end(), [](double y) { return y != 0; })) {
+    plot.series.push_back(std::move(series));
+  }
+}
+
+PlotSpec plot_errors(const std::vector<LayerReport>& layers) {
+  PlotSpec plot;
+  plot.title = "Error by layer";
+  plot.subtitle = "relative; keys, values and queries in the norm that was minimised";
+  plot.x_label = "layer";
+  plot.y_label = "relative error, %";
+  const auto error = [&](const char* label, auto member) {
+    add_if_any(plot, by_layer(label, layers, [&](const LayerReport& layer) {
+                 const std::optional<double> value = layer.*member;
+                 return value ? std::optional(100 * *value) : value;
+               }));
+  };
+  error("keys", &LayerReport::key_error);
+  error("values", &LayerReport::value_error);
+  error("queries", &LayerReport::query_error);
+  error("attention output", &LayerReport::attention_output_error);
+  return plot;
+}
+
+// Complex ranks by frequency: the mean over the layers, and the range that they lie in.
+PlotSpec plot_frequencies(const std::vector<LayerReport>& layers) {
+  PlotSpec plot;
+  plot.title = "Rank by frequency";
+  plot.subtitle = "complex ranks of the fast frequencies, 0 the fastest; over all layers";
+  plot.x_label = "frequency";
+  plot.y_label = "complex rank";
+  PlotSeries mean = {.label = "mean"};
+  PlotSeries least = {.label = "least of a layer", .markers = false};
+  PlotSeries most = {.label = "most of a layer", .markers = false};
+  size_t frequencies = 0;
+  for (const LayerReport& layer : layers) {
+    frequencies = std::max(frequencies, layer.config.k_ranks.size());
+  }
+  for (size_t f = 0; f < frequencies; ++f) {
+    std::vector<double> ranks;
+    for (const LayerReport& layer : layers) {
+      const auto& own = layer.config.k_ranks;
+      ranks.push_back(f < own.size() ? static_cast<double>(own[f]) : 0.0);
+    }
+    double sum = 0;
+    for (const double rank : ranks) sum += rank;
+    const auto add = [&](PlotSeries& series, double y) {
+      series.x.push_back(static_cast<double>(f));
+      series.y.push_back(y);
+    };
+    add(mean, sum / static_cast<double>(ranks.size()));
+    add(least, *std::min_element(ranks.begin(), ranks.end()));
+    add(most, *std::max_element(ranks.begin(), ranks.end()));
+  }
+  plot.series = {std::move(most), std::move(mean), std::move(least)};
+  return plot;
+}
+
+PlotSpec plot_ranks(const std::vector<LayerReport>& layers) {
+  PlotSpec plot;
+  plot.title = "Rank by layer";
+  plot.x_label = "layer";
+  plot.y_label = "cached floats per token";
+  add_if_any(plot, by_layer("k latent", layers, [](const LayerReport& layer) {
+               return std::optional(static_cast<double>(layer.config.k_floats()));
+             }));
+  add_if_any(plot, by_layer("kv latent", layers, [](const LayerReport& layer) {
+               return std::optional(static_cast<double>(layer.config.kv_rank));
+             }));
+  return plot;
+}
+
+}  // namespace
+
+json to_json(const LayerReport& layer) {
+  json entry = {{"fast_frequencies", layer.config.fast_frequencies},
+                {"k_floats", layer.config.k_floats()},
+                {"kv_rank", layer.config.kv_rank},
+                {"q_rank", layer.config.q_rank},
+                {"cache_floats", layer.config.cache_floats()},
+                {"key_error", layer.key_error},
+                {"value_error", layer.value_error},
+                {"query_error", layer.query_error},
+                {"attention_output_error", or_null(layer.attention_output_error)},
+                {"calibration_perplexity", or_null(layer.calibration_perplexity)},
+                {"seconds", layer.seconds}};
+  if (!layer.config.k_ranks.empty()) entry["k_ranks"] = layer.config.k_ranks;
+  return entry;
+}
+
+LayerReport layer_report_from_json(const json& entry) {
+  LayerReport layer;
+  layer.config.fast_frequencies = entry.at("fast_frequencies").get<int64_t>();
+  if (entry.contains("k_ranks")) {
+    layer.config.k_ranks = entry["k_ranks"].get<std::vector<int64_t>>();
+  } else {
+    layer.config.k_rank = entry.at("k_floats").get<int64_t>();
+  }
+  layer.config.kv_rank = entry.at("kv_rank").get<int64_t>();
+  layer.config.q_rank = entry.at("q_rank").get<int64_t>();
+  layer.key_error = entry.at("key_error").get<double>();
+  layer.value_error = entry.at("value_error").get<double>();
+  layer.query_error = entry.at("query_error").get<double>();
+  layer.attention_output_error = optional_number(entry, "attention_output_error");
+  layer.calibration_perplexity = optional_number(entry, "calibration_perplexity");
+  layer.seconds = entry.at("seconds").get<double>();
+  return layer;
+}
+
+json ConvertReport::to_json(const ConvertOptions& options, bool measured) const {
+  json per_layer = json::array();
+  for (size_t i = 0; i < layers.size(); ++i) {
+    json entry = hla::to_json(layers[i]);
+    entry["layer"] = i;
+    if (!measured) entry.erase("seconds");
     per_layer.push_back(std::move(entry));
   }
   const int64_t base_bytes = base.base_cache_bytes_per_token(element_size);
   const int64_t hla_bytes = hla.cache_bytes_per_token(element_size);
-  nlohmann::json base_name =
-      base.raw.contains("_name_or_path") && base.raw["_name_or_path"].is_string()
-          ? base.raw["_name_or_path"]
-          : nlohmann::json();
-  return {{"hla_version", version()},
-          {"hla_commit", version_commit()},
-          {"base_name_or_path", base_name},
-          {"rope", to_string(options.rope)},
-          {"key_weighting", to_string(options.factors.key_weighting)},
-          {"value_weighting", to_string(options.factors.value_weighting)},
-          {"value_weight", options.factors.value_weight},
-          {"calibration",
-           {{"text", calib_text},
-            {"sha256", calib_sha256.empty() ? nlohmann::json() : nlohmann::json(calib_sha256)},
-            {"tokens", calib_tokens}}},
-          {"cache_bytes_per_token", hla_bytes},
-          {"base_cache_bytes_per_token", base_bytes},
-          {"cache_ratio", static_cast<double>(hla_bytes) / static_cast<double>(base_bytes)},
-          {"cache_element_bytes", element_size},
-          {"parameters", hla_parameters},
-          {"base_parameters", base_parameters},
-          {"seconds", seconds},
-          {"layers", std::move(per_layer)}};
+  json base_name = base.raw.contains("_name_or_path") && base.raw["_name_or_path"].is_string()
+                       ? base.raw["_name_or_path"]
+                       : json();
+  json report = {{"hla_version", version()},
+                 {"hla_commit", version_commit()},
+                 {"base_name_or_path", base_name},
+                 {"rope", to_string(options.rope)},
+                 {"key_weighting", to_string(options.factors.key_weighting)},
+                 {"value_weighting", to_string(options.factors.value_weighting)},
+                 {"value_weight", options.factors.value_weight},
+                 {"calibration",
+                  {{"text", calib_text},
+                   {"sha256", calib_sha256.empty() ? json() : json(calib_sha256)},
+                   {"tokens", calib_tokens},
+                   {"perplexity_tokens", perplexity_tokens},
+                   {"base_perplexity", or_null(base_perplexity)}}},
+                 {"cache_bytes_per_token", hla_bytes},
+                 {"base_cache_bytes_per_token", base_bytes},
+                 {"cache_ratio", static_cast<double>(hla_bytes) / static_cast<double>(base_bytes)},
+                 {"cache_element_bytes", element_size},
+                 {"parameters", hla_parameters},
+                 {"base_parameters", base_parameters},
+                 {"layers", std::move(per_layer)}};
+  if (measured) {
+    report["seconds"] = seconds;
+    report["peak_rss_bytes"] = peak_rss_bytes;
+  }
+  return report;
+}
+
+std::string ConvertReport::layer_table() const {
+  TextTable table({"layer", "cached", "k floats", "k ranks", "kv rank", "q rank", "keys", "values",
+                   "queries", "attention", "perplexity", "s"});
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const LayerReport& layer = layers[i];
+    const std::optional<double>& perplexity = layer.calibration_perplexity;
+    table.add({std::to_string(i), std::to_string(layer.config.cache_floats()),
+               positive(layer.config.k_floats()), rank_list(layer.config.k_ranks),
+               positive(layer.config.kv_rank), positive(layer.config.q_rank),
+               percent(layer.key_error), percent(layer.value_error),
+               layer.config.q_rank > 0 ? percent(layer.query_error) : "",
+               percent(layer.attention_output_error), perplexity ? fixed(*perplexity, 3) : "",
+               fixed(layer.seconds, 1)});
+  }
+  return table.render();
+}
+
+std::vector<PlotSpec> ConvertReport::to_plot() const {
+  const bool latent = hla.hla->rope == HlaRope::kLatent;
+  return {plot_errors(layers), latent ? plot_frequencies(layers) : plot_ranks(layers)};
 }
 
 }  // namespace hla

@@ -3,20 +3,23 @@
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 
+#include <algorithm>
 #include <chrono>
 #include <map>
 
 #include "hla/core/interrupt.h"
-#include "hla/core/log.h"
 #include "hla/core/memory.h"
 #include "hla/core/progress.h"
 #include "hla/factorize/calibration.h"
 #include "hla/factorize/conversion_writer.h"
+#include "hla/factorize/fingerprint.h"
 #include "hla/factorize/model_card.h"
 #include "hla/factorize/plan.h"
 #include "hla/factorize/statistics.h"
 #include "hla/io/atomic_file.h"
 #include "hla/io/json_file.h"
+#include "hla/io/work_dir.h"
+#include "hla/model/attention.h"
 #include "hla/model/llama.h"
 #include "hla/model/load.h"
 
@@ -84,146 +87,243 @@ void copy_side_files(const Checkpoint& base, const std::filesystem::path& folder
   }
 }
 
-int64_t count_parameters(const ModelConfig& config) {
-  int64_t total = 0;
-  for (const ParameterSpec& spec : parameter_specs(config)) {
-    total += c10::multiply_integers(spec.shape);
+uint64_t folder_bytes(const std::filesystem::path& folder) {
+  uint64_t bytes = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    if (entry.is_regular_file()) bytes += entry.file_size();
   }
-  return total;
+  return bytes;
 }
 
-void preflight_disk(const std::filesystem::path& out,
-                    const std::vector<SafetensorsWriter::Entry>& entries, uint64_t max_shard) {
-  uint64_t needed = 8u << 20;  // the small files
-  for (const Shard& shard : plan_shards(entries, max_shard)) {
-    needed += SafetensorsWriter::file_bytes(shard.entries, output_metadata());
-  }
-  const uint64_t free = free_space(out);
-  if (free < needed) {
-    throw_runtime(out.string() + ": needs about " + format_bytes(needed) + " of disk, " +
-                  format_bytes(free) + " are free");
-  }
-}
+std::string layer_step(int64_t layer) { return "layer " + std::to_string(layer); }
+constexpr const char* kFirstStep = "before the layers";
+constexpr const char* kLastStep = "after the layers";
+constexpr const char* kBasePerplexityStep = "base perplexity";
 
-ModelConfig checked_base_config(const Checkpoint& base) {
-  ModelConfig config = parse_model_config(base.config(), base.path().string());
-  if (config.hla) {
-    throw_bad_input(base.path().string() +
-                    ": is an HLA model already\n  hint: convert from its base model");
-  }
-  Problems problems(base.path().string());
-  check_tensors(config, base, problems);
-  problems.throw_if_any();
-  return config;
-}
-
-// One conversion, step by step. One layer is in memory at a time.
+// One conversion as a sequence of steps, each of which leaves its results in the work folder. One
+// layer is in memory at a time.
 class Conversion {
  public:
   Conversion(const Checkpoint& base, const std::filesystem::path& out,
              const ConvertOptions& options)
-      : base_(base), options_(options), config_(checked_base_config(base)) {
-    plan_ = plan_conversion(config_, options);
-    folder_.emplace(out, options.force);  // refuses an existing folder before any work is done
-    dtype_ = options.dtype.value_or(stored_dtype(base));
+      : base_(base),
+        options_(options),
+        config_(convertible_config(base)),
+        plan_(plan_conversion(config_, options)),
+        dtype_(options.dtype.value_or(stored_dtype(base))),
+        work_(out, options.force) {
     report_.base = config_;
     report_.hla = planned_config(config_, plan_);
     sections_ = output_sections(base, report_.hla, options.dtype, dtype_);
-    preflight_disk(out, sections_.all(), options.max_shard_bytes);
+    read_calibration();
+    work_.begin(conversion_fingerprint(base, options, plan_, report_.calib_sha256),
+                options.restart);
+    preflight_disk(out);
   }
 
   ConvertReport run() {
-    prepare_calibration();
-    writer_.emplace(base_, sections_.all(), folder_->path(), options_.max_shard_bytes);
-    writer_->write(sections_.before);
-    Progress progress("converting layers", config_.num_hidden_layers, options_.progress);
-    for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
-      throw_if_interrupted();
-      convert_layer(layer);
-      progress.advance(1);
+    try {
+      run_steps();
+    } catch (const Error& error) {
+      // What is wrong with the input would be wrong in the next run, too.
+      if (error.code() == ExitCode::kBadInput || error.code() == ExitCode::kNonFinite) {
+        work_.discard();
+      }
+      throw;
     }
-    progress.finish();
-    calibration_.reset();
-    writer_->write(sections_.after);
-    writer_->finish();
-    write_side_files();
-    throw_if_interrupted();
-    folder_->commit();
     return report_;
   }
 
  private:
-  void prepare_calibration() {
+  void run_steps() {
+    writer_.emplace(base_, sections_.all(), work_.output(), options_.max_shard_bytes,
+                    tensors_written());
+    write_step(kFirstStep, sections_.before);
+    if (calibration_ && options_.report_perplexity) {
+      const nlohmann::json perplexity = work_.step(kBasePerplexityStep, [this] {
+        calibration_->embed();
+        return calibration_->perplexity(0);
+      });
+      report_.base_perplexity = perplexity.get<double>();
+    }
+    Progress progress("converting layers", config_.num_hidden_layers, options_.progress);
+    for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
+      throw_if_interrupted();
+      const nlohmann::json result =
+          work_.step(layer_step(layer), [&] { return to_json(convert_layer(layer)); });
+      std::filesystem::remove(activations(layer));  // those of the next layer are there
+      report_.layers.push_back(layer_report_from_json(result));
+      report_.hla.hla->layers[static_cast<size_t>(layer)] = report_.layers.back().config;
+      progress.advance(1);
+    }
+    progress.finish();
+    calibration_.reset();
+    write_step(kLastStep, sections_.after);
+    remove_small_files();
+    writer_->finish();
+    write_small_files();
+    throw_if_interrupted();
+    work_.commit();
+    finish_report();
+  }
+
+  // ---- before the first step ----
+
+  void read_calibration() {
     report_.calib_text = "none (weights only)";
     if (!options_.calibrated()) return;
     calibration_.emplace(base_, config_, options_);
-    calibration_->embed();
     report_.calib_text = options_.calib->string();
     report_.calib_sha256 = calibration_->sha256();
     report_.calib_tokens = calibration_->tokens();
+    report_.perplexity_tokens = calibration_->followed_tokens();
   }
 
-  void convert_layer(int64_t layer) {
+  void preflight_disk(const std::filesystem::path& out) const {
+    uint64_t needed = 8u << 20;  // the small files
+    for (const Shard& shard : plan_shards(sections_.all(), options_.max_shard_bytes)) {
+      needed += SafetensorsWriter::file_bytes(shard.entries, output_metadata());
+    }
+    if (calibration_) needed += 2 * calibration_->state_bytes();  // of two layers at a time
+    const uint64_t present = folder_bytes(work_.output());
+    needed -= std::min(needed, present);
+    const uint64_t free = free_space(out);
+    if (free < needed) {
+      throw_runtime(out.string() + ": needs about " + format_bytes(needed) + " of disk, " +
+                    format_bytes(free) + " are free");
+    }
+  }
+
+  // Tensors that complete steps have written.
+  size_t tensors_written() const {
+    if (work_.result(kFirstStep) == nullptr) return 0;
+    if (work_.result(kLastStep) != nullptr) return sections_.all().size();
+    int64_t layer = 0;
+    while (work_.result(layer_step(layer)) != nullptr) ++layer;
+    return sections_.tensors_before_layer(layer);
+  }
+
+  // ---- the steps ----
+
+  void write_step(const char* name, const std::vector<SafetensorsWriter::Entry>& entries) {
+    work_.step(name, [&] {
+      writer_->write(entries);
+      writer_->sync();
+      return nlohmann::json();
+    });
+  }
+
+  // Where the calibration's states before a layer are kept.
+  std::filesystem::path activations(int64_t layer) const {
+    return work_.scratch() / ("before_layer_" + std::to_string(layer) + ".safetensors");
+  }
+
+  void prepare_calibration(int64_t layer) {
+    if (calibration_at_ == layer) return;
+    if (layer == 0) {
+      calibration_->embed();
+    } else {
+      calibration_->load(activations(layer));
+    }
+  }
+
+  LayerReport convert_layer(int64_t layer) {
     const auto start = Clock::now();
-    const auto index = static_cast<size_t>(layer);
-    const LayerFactors made = factorize(layer);
+    LayerReport report;
+    const std::map<std::string, at::Tensor> factors = factorize(layer, report);
+    writer_->write(sections_.layers[static_cast<size_t>(layer)], factors);
+    writer_->sync();
+    if (calibration_ && layer + 1 < config_.num_hidden_layers) {
+      calibration_->save(activations(layer + 1));
+    }
+    release_free_memory();
+    report.seconds = seconds_since(start);
+    return report;
+  }
+
+  // The factors of a layer by their full names. Moves the calibration through it.
+  std::map<std::string, at::Tensor> factorize(int64_t layer, LayerReport& report) {
+    const AttentionWeights weights = attention_weights(base_, config_, layer);
+    std::shared_ptr<DecoderLayer> decoder;
+    LayerStatistics statistics;
+    if (calibration_) {
+      prepare_calibration(layer);
+      decoder = calibration_->load_layer(layer);
+      statistics = collect_statistics(config_, layer, *decoder, calibration_->rope(),
+                                      calibration_->state().base_hidden);
+    } else {
+      statistics = weight_only_statistics(config_, weights.q, weights.k);
+    }
+    const LayerFactors made =
+        factorize_layer(config_, weights, statistics, plan_.rope,
+                        plan_.layers[static_cast<size_t>(layer)], options_.factors);
+    report.config = made.config;
+    report.key_error = made.key_error;
+    report.value_error = made.value_error;
+    report.query_error = made.query_error;
     std::map<std::string, at::Tensor> factors;
     for (const auto& [name, tensor] : made.tensors) {
       factors["model.layers." + std::to_string(layer) + ".self_attn." + name] = tensor;
     }
-    report_.hla.hla->layers[index] = made.config;
-    writer_->write(sections_.layers[index], factors);
-    report_.layers.push_back(
-        {made.config, made.key_error, made.value_error, made.query_error, seconds_since(start)});
-    log_debug("layer " + std::to_string(layer) + ": key error " + std::to_string(made.key_error) +
-              ", value error " + std::to_string(made.value_error));
-    release_free_memory();
+    if (calibration_) advance_calibration(layer, *decoder, factors, report);
+    return factors;
   }
 
-  LayerFactors factorize(int64_t layer) {
-    const AttentionWeights weights = attention_weights(base_, config_, layer);
-    LayerStatistics statistics;
-    if (calibration_) {
-      const auto decoder = calibration_->load_layer(layer);
-      statistics = collect_statistics(config_, layer, *decoder, calibration_->rope(),
-                                      calibration_->state().base_hidden);
-      if (layer + 1 < config_.num_hidden_layers) calibration_->advance(*decoder);
-    } else {
-      statistics = weight_only_statistics(config_, weights.q, weights.k);
+  void advance_calibration(int64_t layer, const DecoderLayer& decoder,
+                           const std::map<std::string, at::Tensor>& factors, LayerReport& report) {
+    ModelConfig config = report_.hla;
+    config.hla->layers[static_cast<size_t>(layer)] = report.config;
+    const auto converted = calibration_->load_converted(layer, config, factors, dtype_);
+    report.attention_output_error = calibration_->advance(decoder, *converted);
+    calibration_at_ = layer + 1;
+    if (options_.report_perplexity) {
+      report.calibration_perplexity = calibration_->perplexity(layer + 1);
     }
-    return factorize_layer(config_, weights, statistics, options_.rope,
-                           plan_.layers[static_cast<size_t>(layer)], options_.factors);
   }
 
-  void write_side_files() {
-    report_.base_parameters = count_parameters(report_.base);
-    report_.hla_parameters = count_parameters(report_.hla);
+  // ---- after the last step ----
+
+  // An earlier run may have been killed while it wrote them.
+  void remove_small_files() const {
+    for (const auto& entry : std::filesystem::directory_iterator(work_.output())) {
+      if (entry.path().extension() != ".safetensors") std::filesystem::remove(entry.path());
+    }
+  }
+
+  void write_small_files() {
+    const std::filesystem::path& folder = work_.output();
+    report_.base_parameters = parameter_count(report_.base);
+    report_.hla_parameters = parameter_count(report_.hla);
     report_.element_size = static_cast<int64_t>(c10::elementSize(dtype_));
     if (options_.dtype) {
       for (const char* key : {"dtype", "torch_dtype"}) {
         if (report_.hla.raw.contains(key)) report_.hla.raw[key] = config_dtype_name(dtype_);
       }
     }
-    copy_side_files(base_, folder_->path());
-    write_json_file(folder_->path() / "config.json", hla_config_json(report_.hla),
-                    /*force=*/false);
-    report_.seconds = seconds_since(start_);
-    const nlohmann::json json = report_.to_json(options_);
-    write_json_file(folder_->path() / "hla_report.json", json, /*force=*/false);
-    AtomicFile card(folder_->path() / "README.md", /*force=*/false);
+    copy_side_files(base_, folder);
+    const nlohmann::json json = report_.to_json(options_, /*measured=*/false);
+    write_json_file(folder / "hla_report.json", json, /*force=*/false);
+    AtomicFile card(folder / "README.md", /*force=*/false);
     card.write(model_card(json));
     card.commit();
+    write_json_file(folder / "config.json", hla_config_json(report_.hla), /*force=*/false);
+  }
+
+  void finish_report() {
+    report_.seconds = seconds_since(start_);
+    report_.peak_rss_bytes = peak_rss_bytes();
   }
 
   const Clock::time_point start_ = Clock::now();
   const Checkpoint& base_;
   const ConvertOptions& options_;
   const ModelConfig config_;
-  ConversionPlan plan_;
-  std::optional<AtomicDir> folder_;
-  at::ScalarType dtype_;  // of the factors
+  const ConversionPlan plan_;
+  const at::ScalarType dtype_;  // of the factors
+  WorkDir work_;
   OutputSections sections_;
   std::optional<Calibration> calibration_;
+  int64_t calibration_at_ = -1;  // the layer that its states lie before
   std::optional<ConversionWriter> writer_;
   ConvertReport report_;
 };

@@ -8,6 +8,7 @@
 
 #include "hla/core/error.h"
 #include "hla/io/json_file.h"
+#include "hla/model/load.h"
 #include "hla/model/rope.h"
 
 namespace hla {
@@ -144,12 +145,42 @@ HlaLayerConfig planned_layer(const LayerPlan& plan, HlaRope rope) {
   return layer;
 }
 
+ConversionPlan plan_from_file(const ModelConfig& base, const ConvertOptions& options) {
+  if (options.kv_ratio || options.k_rank || options.v_rank || options.q_rank ||
+      options.fast_frequencies || options.fast_floats) {
+    throw_bad_input(
+        "[convert] options: --plan has the sizes of all layers; it cannot be combined with "
+        "--kv-ratio, --k-rank, --v-rank, --q-rank, --fast-frequencies or --fast-floats");
+  }
+  const std::string source = options.plan->string();
+  ConversionPlan plan = conversion_plan_from_json(read_json_file(*options.plan), base, source);
+  if (plan.rope != options.rope) {
+    throw_bad_input(source + ": a plan for --rope " + to_string(plan.rope) + ", but --rope is " +
+                    to_string(options.rope));
+  }
+  return plan;
+}
+
 }  // namespace
 
+ModelConfig convertible_config(const Checkpoint& base) {
+  ModelConfig config = parse_model_config(base.config(), base.path().string());
+  if (config.hla) {
+    throw_bad_input(base.path().string() +
+                    ": is an HLA model already\n  hint: convert from its base model");
+  }
+  Problems problems(base.path().string());
+  check_tensors(config, base, problems);
+  problems.throw_if_any();
+  return config;
+}
+
 ConversionPlan plan_conversion(const ModelConfig& base, const ConvertOptions& options) {
+  if (options.plan) return plan_from_file(base, options);
   const LayerPlan layer = plan_layer(base, options);
-  return {options.rope, options.rotary_fraction,
-          std::vector<LayerPlan>(static_cast<size_t>(base.num_hidden_layers), layer)};
+  return {.rope = options.rope,
+          .rotary_fraction = options.rotary_fraction,
+          .layers = std::vector<LayerPlan>(static_cast<size_t>(base.num_hidden_layers), layer)};
 }
 
 ModelConfig planned_config(const ModelConfig& base, const ConversionPlan& plan) {
@@ -177,9 +208,10 @@ nlohmann::json to_json(const ConversionPlan& plan) {
           {"layers", std::move(layers)}};
 }
 
-ConversionPlan conversion_plan_from_json(const nlohmann::json& json, const ModelConfig& base,
+ConversionPlan conversion_plan_from_json(const nlohmann::json& root, const ModelConfig& base,
                                          const std::string& source) {
   Problems problems(source);
+  const nlohmann::json& json = root.is_object() && root.contains("plan") ? root["plan"] : root;
   if (!json.is_object()) {
     throw_bad_input(source + ": expected an object, got " + json_excerpt(json));
   }

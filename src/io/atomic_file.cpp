@@ -75,10 +75,6 @@ fs::path temporary_for(const fs::path& target) {
          ("." + target.filename().string() + std::string(kInfix) + std::to_string(::getpid()));
 }
 
-// Locks the open temporary; false if another writer holds it. File systems without locks count as
-// unlocked.
-bool try_lock(int fd) { return ::flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK; }
-
 // Whether a process of this number runs. A killed process that nobody has waited for (PID 1 of many
 // containers never does) is there still, but only as an entry.
 bool is_running(pid_t pid) {
@@ -109,7 +105,7 @@ void remove_leftovers(const fs::path& target) {
   for (const fs::path& path : dead) {
     const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
     if (fd < 0) continue;
-    if (try_lock(fd)) fs::remove_all(path, error);
+    if (detail::try_lock(fd)) fs::remove_all(path, error);
     ::close(fd);
   }
 }
@@ -144,42 +140,6 @@ std::optional<int> standard_stream(const fs::path& path) {
   if (path == "/dev/stdout" || path == "/dev/fd/1" || path == "/proc/self/fd/1") return 1;
   if (path == "/dev/stderr" || path == "/dev/fd/2" || path == "/proc/self/fd/2") return 2;
   return std::nullopt;
-}
-
-// Throws unless the existing `target` may be replaced by a folder of ours.
-void require_replaceable(const fs::path& target, const fs::path& shown, bool force) {
-  struct stat info = {};
-  if (::lstat(target.c_str(), &info) != 0) {
-    if (errno == ENOENT) return;
-    fail(shown, "cannot use", errno);
-  }
-  if (S_ISLNK(info.st_mode)) refuse(shown, "is a symlink; give the path of a folder");
-  if (!S_ISDIR(info.st_mode)) refuse(shown, "exists and is not a folder");
-  if (!force) refuse_existing(shown);
-
-  std::error_code error;
-  if (!fs::is_empty(target, error)) {
-    if (error) fail(shown, "cannot list", error.value());
-    if (!fs::is_regular_file(target / "config.json", error)) {
-      refuse(shown,
-             "holds files but no config.json, so it does not look like a model folder; it is not "
-             "replaced, even with --force");
-    }
-    if (fs::exists(fs::symlink_status(target / ".git", error))) {
-      refuse(shown, "is a git working tree; it is not replaced, even with --force");
-    }
-  }
-  struct stat parent = {};
-  if (::stat(target.parent_path().c_str(), &parent) == 0 && parent.st_dev != info.st_dev) {
-    refuse(shown, "is a mount point; give a folder inside it");
-  }
-  // A shell that stands in a replaced folder would be left in a deleted one.
-  for (fs::path here = fs::current_path(error); !error && here.has_relative_path();
-       here = here.parent_path()) {
-    if (fs::equivalent(here, target, error)) {
-      refuse(shown, "is the current folder or one of its parents; it is not replaced");
-    }
-  }
 }
 
 }  // namespace
@@ -222,6 +182,52 @@ void sync_fd(int fd, const fs::path& path) {
 void close_checked(int fd, const fs::path& path) {
   // On Linux the descriptor is gone even after EINTR.
   if (::close(fd) != 0 && errno != EINTR) fail(path, "cannot write", errno);
+}
+
+bool try_lock(int fd) { return ::flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK; }
+
+void sync_folder(const fs::path& folder) { sync_path(folder, true); }
+
+fs::path folder_target(const fs::path& path) {
+  fs::path target = absolute_target(path);
+  if (!target.has_relative_path()) refuse(path, "is the root folder");
+  require_parent(target, path);
+  return target;
+}
+
+void require_replaceable(const fs::path& target, const fs::path& shown, bool force) {
+  struct stat info = {};
+  if (::lstat(target.c_str(), &info) != 0) {
+    if (errno == ENOENT) return;
+    fail(shown, "cannot use", errno);
+  }
+  if (S_ISLNK(info.st_mode)) refuse(shown, "is a symlink; give the path of a folder");
+  if (!S_ISDIR(info.st_mode)) refuse(shown, "exists and is not a folder");
+  if (!force) refuse_existing(shown);
+
+  std::error_code error;
+  if (!fs::is_empty(target, error)) {
+    if (error) fail(shown, "cannot list", error.value());
+    if (!fs::is_regular_file(target / "config.json", error)) {
+      refuse(shown,
+             "holds files but no config.json, so it does not look like a model folder; it is not "
+             "replaced, even with --force");
+    }
+    if (fs::exists(fs::symlink_status(target / ".git", error))) {
+      refuse(shown, "is a git working tree; it is not replaced, even with --force");
+    }
+  }
+  struct stat parent = {};
+  if (::stat(target.parent_path().c_str(), &parent) == 0 && parent.st_dev != info.st_dev) {
+    refuse(shown, "is a mount point; give a folder inside it");
+  }
+  // A shell that stands in a replaced folder would be left in a deleted one.
+  for (fs::path here = fs::current_path(error); !error && here.has_relative_path();
+       here = here.parent_path()) {
+    if (fs::equivalent(here, target, error)) {
+      refuse(shown, "is the current folder or one of its parents; it is not replaced");
+    }
+  }
 }
 
 void rename_new(const fs::path& temporary, const fs::path& target, bool may_renameat2) {
@@ -274,6 +280,19 @@ void replace_folder(const fs::path& staging, const fs::path& target, bool may_ex
   fs::remove_all(old, ignored);
 }
 
+void commit_folder(const fs::path& staging, const fs::path& target, const fs::path& shown,
+                   bool force) {
+  sync_tree(staging);
+  require_replaceable(target, shown, force);  // it may have appeared or changed meanwhile
+  struct stat info = {};
+  if (::lstat(target.c_str(), &info) == 0) {
+    replace_folder(staging, target, true);
+  } else {
+    rename_new(staging, target, true);
+  }
+  sync_folder(target.parent_path());
+}
+
 }  // namespace detail
 
 AtomicFile::AtomicFile(const fs::path& path, bool force) : shown_(path), force_(force) {
@@ -306,7 +325,7 @@ AtomicFile::AtomicFile(const fs::path& path, bool force) : shown_(path), force_(
     const int error = errno;
     fail(shown_, "cannot create " + temporary_.string() + " beside it", error);
   }
-  try_lock(fd_);
+  detail::try_lock(fd_);
   // A private file stays private when it is replaced.
   if (exists) (void)!::fchmod(fd_, info.st_mode & 0777);
 }
@@ -335,44 +354,6 @@ void AtomicFile::commit() {
     sync_path(target_.parent_path(), true);
   }
   committed_ = true;
-}
-
-AtomicDir::AtomicDir(const fs::path& path, bool force)
-    : shown_(path), target_(absolute_target(path)), force_(force) {
-  if (!target_.has_relative_path()) refuse(shown_, "is the root folder");
-  require_parent(target_, shown_);
-  require_replaceable(target_, shown_, force_);
-  remove_leftovers(target_);
-  const fs::path temporary = temporary_for(target_);
-  if (::mkdir(temporary.c_str(), 0777) != 0) {
-    const int error = errno;
-    fail(shown_, "cannot create " + temporary.string() + " beside it", error);
-  }
-  temporary_ = temporary;
-  lock_fd_ = ::open(temporary_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (lock_fd_ >= 0) try_lock(lock_fd_);
-}
-
-AtomicDir::~AtomicDir() {
-  if (!committed_) {
-    std::error_code ignored;
-    fs::remove_all(temporary_, ignored);
-  }
-  if (lock_fd_ >= 0) ::close(lock_fd_);
-}
-
-void AtomicDir::commit() {
-  if (committed_) throw_runtime(shown_.string() + ": cannot finish the folder twice");
-  sync_tree(temporary_);
-  require_replaceable(target_, shown_, force_);  // it may have appeared or changed meanwhile
-  struct stat info = {};
-  if (::lstat(target_.c_str(), &info) == 0) {
-    detail::replace_folder(temporary_, target_, true);
-  } else {
-    detail::rename_new(temporary_, target_, true);
-  }
-  committed_ = true;
-  sync_path(target_.parent_path(), true);
 }
 
 uint64_t free_space(const fs::path& path) {

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "hla/core/error.h"
+#include "hla/io/atomic_file.h"
 #include "hla/io/json_file.h"
 
 namespace hla {
@@ -58,6 +59,7 @@ void ShardedWriter::open_next(size_t written) {
 // The writer of the file that holds tensor `name`, which must be this one or the first of the next.
 SafetensorsWriter& ShardedWriter::current(const std::string& name) {
   if (writer_ && writer_->complete()) {
+    writer_->sync();
     writer_->finish();
     writer_.reset();
     if (next_shard_ < shards_.size()) open_next(0);
@@ -79,10 +81,14 @@ void ShardedWriter::write_part(const std::string& name, const void* data, uint64
 
 void ShardedWriter::sync() {
   if (writer_) writer_->sync();
+  detail::sync_folder(folder_);  // the names of new files
 }
 
 void ShardedWriter::finish() {
-  if (writer_) std::exchange(writer_, nullptr)->finish();
+  if (writer_) {
+    writer_->sync();
+    std::exchange(writer_, nullptr)->finish();
+  }
   if (next_shard_ != shards_.size()) {
     throw_runtime(folder_.string() + ": expected " + std::to_string(shards_.size()) +
                   " files of weights, got " + std::to_string(next_shard_));
@@ -99,7 +105,7 @@ void ShardedWriter::write_index() const {
   }
   write_json_file(folder_ / "model.safetensors.index.json",
                   {{"metadata", {{"total_size", total}}}, {"weight_map", std::move(weight_map)}},
-                  /*force=*/true);
+                  /*force=*/false);
 }
 
 }  // namespace hla

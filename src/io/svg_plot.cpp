@@ -566,7 +566,8 @@ class Chart {
  public:
   explicit Chart(const PlotSpec& spec) : spec_(spec), width_(spec.width), height_(spec.height) {}
 
-  std::string render() {
+  // The <svg> element, with its upper edge at `y` of one around it.
+  std::string render(double y = 0) {
     find_ranges();
     lay_out();
     for (size_t i = 0; i < spec_.series.size(); ++i) place(spec_.series[i]);
@@ -576,16 +577,18 @@ class Chart {
     draw_legend();
     const std::string w = px(width_);
     const std::string h = px(height_);
-    std::string svg =
-        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n"
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"" +
-        w + "\" height=\"" + h + "\" viewBox=\"0 0 " + w + " " + h +
-        "\" role=\"img\" font-family=\"'DejaVu Sans', Verdana, Helvetica, Arial, "
-        "sans-serif\" fill=\"#222\">\n";
+    std::string svg = "<svg xmlns=\"http://www.w3.org/2000/svg\"" +
+                      (y > 0 ? " y=\"" + px(y) + "\"" : "") + " width=\"" + w + "\" height=\"" + h +
+                      "\" viewBox=\"0 0 " + w + " " + h +
+                      "\" role=\"img\" font-family=\"'DejaVu Sans', Verdana, Helvetica, Arial, "
+                      "sans-serif\" fill=\"#222\">\n";
     if (!spec_.title.empty()) svg += "<title>" + xml_of(glyphs_of(spec_.title)) + "</title>\n";
     svg += "<rect width=\"" + w + "\" height=\"" + h + "\" fill=\"#fff\"/>\n";
     return svg + head_ + body_ + "</svg>\n";
   }
+
+  double width() const { return width_; }
+  double height() const { return height_; }  // known after render()
 
  private:
   void find_ranges() {
@@ -975,18 +978,44 @@ class Chart {
   std::string body_;
 };
 
+constexpr const char* kXmlDeclaration = "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n";
+
+void write_svg(const std::filesystem::path& path, const std::string& svg, bool force) {
+  AtomicFile file(path, force);
+  file.write(svg);
+  file.commit();
+}
+
 }  // namespace
 
 std::string render_svg(const PlotSpec& spec) {
   check(spec);
-  return Chart(spec).render();
+  return kXmlDeclaration + Chart(spec).render();
+}
+
+std::string render_svg_panels(const std::vector<PlotSpec>& panels) {
+  double width = 0;
+  double height = 0;
+  std::string body;
+  for (const PlotSpec& spec : panels) {
+    check(spec);
+    Chart chart(spec);
+    body += chart.render(height);
+    width = std::max(width, chart.width());
+    height += chart.height();
+  }
+  const std::string size = "width=\"" + px(width) + "\" height=\"" + px(height) + "\"";
+  return std::string(kXmlDeclaration) + "<svg xmlns=\"http://www.w3.org/2000/svg\" " + size +
+         ">\n" + body + "</svg>\n";
 }
 
 void write_svg_file(const std::filesystem::path& path, const PlotSpec& spec, bool force) {
-  const std::string svg = render_svg(spec);
-  AtomicFile file(path, force);
-  file.write(svg);
-  file.commit();
+  write_svg(path, render_svg(spec), force);
+}
+
+void write_svg_panels(const std::filesystem::path& path, const std::vector<PlotSpec>& panels,
+                      bool force) {
+  write_svg(path, render_svg_panels(panels), force);
 }
 
 }  // namespace hla

@@ -107,4 +107,12 @@ std::vector<ParameterSpec> parameter_specs(const ModelConfig& config) {
   return recorder.specs();
 }
 
+int64_t parameter_count(const ModelConfig& config) {
+  int64_t count = 0;
+  for (const ParameterSpec& spec : parameter_specs(config)) {
+    count += c10::multiply_integers(spec.shape);
+  }
+  return count;
+}
+
 }  // namespace hla

@@ -49,9 +49,7 @@ ModelSummary summarize(const Checkpoint& checkpoint) {
   Problems problems(summary.path);
   check_tensors(summary.config, checkpoint, problems);
   summary.problems = problems.list();
-  for (const ParameterSpec& spec : parameter_specs(summary.config)) {
-    summary.parameters += c10::multiply_integers(spec.shape);
-  }
+  summary.parameters = parameter_count(summary.config);
   for (const TensorInfo& info : checkpoint.tensors()) {
     summary.elements_by_dtype[std::string(dtype_name(info.dtype))] += info.numel();
   }

@@ -6,6 +6,8 @@
 #include <cstring>
 
 #include "hla/core/data_dir.h"
+#include "hla/factorize/estimate.h"
+#include "hla/factorize/plan.h"
 #include "hla/factorize/statistics.h"
 #include "hla/io/json_file.h"
 #include "hla/model/load.h"
@@ -204,7 +206,7 @@ TEST(ConvertTest, ShardsHoldTheSameTensors) {
   convert(stories(), folder / "one", options);
   options.max_shard_bytes = 150'000;
   convert(stories(), folder / "many", options);
-  EXPECT_TRUE(std::filesystem::exists(folder.path() / "many" / "model-00001-of-00009.safetensors"));
+  EXPECT_TRUE(std::filesystem::exists(folder.path() / "many" / "model-00001-of-00008.safetensors"));
   const Checkpoint one = Checkpoint::open((folder / "one").string());
   const Checkpoint many = Checkpoint::open((folder / "many").string());
   ASSERT_EQ(many.tensors().size(), one.tensors().size());
@@ -214,6 +216,166 @@ TEST(ConvertTest, ShardsHoldTheSameTensors) {
     ASSERT_EQ(a.nbytes, b.nbytes) << info.name;
     EXPECT_EQ(std::memcmp(a.data, b.data, a.nbytes), 0) << info.name;
   }
+}
+
+// The layers of a model may differ; the folder is loaded like any other.
+TEST(ConvertTest, RanksDifferByLayer) {
+  const TempDir folder;
+  const at::Tensor ids = ids_of(512, 60);
+  for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent}) {
+    ConvertOptions options = quiet();
+    options.rope = rope;
+    const ModelConfig base = convertible_config(stories());
+    ConversionPlan plan = plan_conversion(base, options);
+    for (size_t i = 0; i < plan.layers.size(); ++i) {
+      LayerPlan& layer = plan.layers[i];
+      layer = {};
+      layer.fast_frequencies = static_cast<int64_t>(i) % 4 + 1;
+      (rope == HlaRope::kLatent ? layer.complex_rank : layer.k_rank) =
+          3 * layer.fast_frequencies - 1;
+      layer.kv_rank = 20 + 3 * static_cast<int64_t>(i);
+      layer.q_rank = i == 2 ? 16 : 0;
+    }
+    const auto file = folder / (to_string(rope) + ".json");
+    write_json_file(file, {{"plan", to_json(plan)}}, false);
+    options.plan = file;
+    const auto out = folder / to_string(rope);
+    convert(stories(), out, options);
+    const Checkpoint made = Checkpoint::open(out.string());
+    const ModelConfig config = parse_model_config(made.config(), "made");
+    for (size_t i = 0; i < plan.layers.size(); ++i) {
+      const HlaLayerConfig& layer = config.hla->layers[i];
+      EXPECT_EQ(layer.kv_rank, plan.layers[i].kv_rank);
+      EXPECT_EQ(layer.q_rank, plan.layers[i].q_rank);
+      EXPECT_EQ(layer.k_rank, plan.layers[i].k_rank);
+      EXPECT_EQ(layer.complex_rank(), plan.layers[i].complex_rank);
+    }
+    EXPECT_TRUE(logits_of(made, ids).isfinite().all().item<bool>());
+  }
+}
+
+TEST(ConvertTest, ReportsTheAttentionOutput) {
+  const TempDir folder;
+  const ConvertOptions options = calibrated();
+  const ConvertReport report = convert(stories(), folder / "out", options);
+  // The first layer, by the definition.
+  const c10::InferenceMode guard;
+  const auto base = load_model(stories());
+  const auto made = load_model(Checkpoint::open((folder / "out").string()));
+  const auto tokenizer = load_tokenizer(source_path("data/stories260K/tok512.model"));
+  const auto text = testing::read_file(*options.calib);
+  double error = 0;
+  double energy = 0;
+  for (const at::Tensor& ids : calibration_sequences(tokenizer->encode(text), 4, 256)) {
+    const at::Tensor hidden = base->embed(ids);
+    const at::Tensor expected = base->layers()[0]->attention_output(hidden, base->rope(256));
+    const at::Tensor got = made->layers()[0]->attention_output(hidden, base->rope(256));
+    error += (got - expected).to(at::kDouble).square().sum().item<double>();
+    energy += expected.to(at::kDouble).square().sum().item<double>();
+  }
+  ASSERT_TRUE(report.layers[0].attention_output_error);
+  EXPECT_NEAR(*report.layers[0].attention_output_error, std::sqrt(error / energy), 1e-4);
+  EXPECT_GT(error, 0);
+
+  ConvertOptions whole = options;
+  whole.kv_ratio = 1.0;
+  for (const LayerReport& layer : convert(stories(), folder / "whole", whole).layers) {
+    EXPECT_LT(*layer.attention_output_error, 1e-4);
+  }
+  EXPECT_FALSE(convert(stories(), folder / "weights", quiet()).layers[0].attention_output_error);
+}
+
+// With the layers before it converted and those after it the base's.
+TEST(ConvertTest, ReportsThePerplexityAfterEachLayer) {
+  const TempDir folder;
+  ConvertOptions options = calibrated();
+  options.report_perplexity = true;
+  const ConvertReport report = convert(stories(), folder / "out", options);
+  EXPECT_EQ(report.perplexity_tokens, 1024);
+  const c10::InferenceMode guard;
+  const auto base = load_model(stories());
+  const auto made = load_model(Checkpoint::open((folder / "out").string()));
+  const auto tokenizer = load_tokenizer(source_path("data/stories260K/tok512.model"));
+  const auto text = testing::read_file(*options.calib);
+  const auto sequences = calibration_sequences(tokenizer->encode(text), 4, 256);
+  const auto perplexity = [&](size_t converted) {
+    double nll = 0;
+    for (const at::Tensor& ids : sequences) {
+      at::Tensor hidden = base->embed(ids);
+      for (size_t i = 0; i < 5; ++i) {
+        hidden = (i < converted ? made : base)->layers()[i]->forward(hidden, base->rope(256));
+      }
+      const at::Tensor logits = base->logits(base->final_norm(hidden)).squeeze(0);
+      nll += at::cross_entropy_loss(logits.slice(0, 0, 255), ids.squeeze(0).slice(0, 1))
+                 .item<double>() /
+             4;
+    }
+    return std::exp(nll);
+  };
+  EXPECT_NEAR(*report.base_perplexity, perplexity(0), 1e-4 * perplexity(0));
+  for (size_t i = 0; i < 5; ++i) {
+    const double expected = perplexity(i + 1);
+    EXPECT_NEAR(*report.layers[i].calibration_perplexity, expected, 1e-4 * expected) << i;
+  }
+  EXPECT_GT(std::abs(perplexity(1) - perplexity(0)), 1e-3 * perplexity(0));
+  const nlohmann::json json = read_json_file(folder.path() / "out" / "hla_report.json");
+  EXPECT_EQ(json["layers"][4]["calibration_perplexity"], *report.layers[4].calibration_perplexity);
+  EXPECT_EQ(json["calibration"]["base_perplexity"], *report.base_perplexity);
+}
+
+TEST(ConvertTest, FolderHasNoTimes) {
+  const TempDir folder;
+  const ConvertReport report = convert(stories(), folder / "out", quiet());
+  const std::string text = testing::read_file(folder.path() / "out" / "hla_report.json");
+  EXPECT_EQ(text.find("seconds"), std::string::npos) << text;
+  EXPECT_GT(report.to_json(quiet(), /*measured=*/true)["seconds"], 0);
+}
+
+// A dry run knows what will be made, and makes nothing.
+TEST(EstimateTest, IsWhatTheConversionMakes) {
+  const TempDir folder;
+  ConvertOptions options = calibrated();
+  options.rope = HlaRope::kLatent;
+  options.max_shard_bytes = 300'000;
+  options.dtype = at::kHalf;
+  const ConversionEstimate estimate = estimate_conversion(stories(), folder / "out", options);
+  EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
+  const ConvertReport report = convert(stories(), folder / "out", options);
+  EXPECT_EQ(estimate.hla.cache_bytes_per_token(2), report.hla.cache_bytes_per_token(2));
+  EXPECT_EQ(estimate.hla_parameters, report.hla_parameters);
+  EXPECT_EQ(estimate.calib_tokens, report.calib_tokens);
+  EXPECT_GT(estimate.files.size(), 1u);
+  for (const ConversionEstimate::File& file : estimate.files) {
+    EXPECT_EQ(file.bytes, std::filesystem::file_size(folder.path() / "out" / file.name));
+  }
+  EXPECT_GT(estimate.seconds, 0);
+  // What convert() refuses, it refuses.
+  EXPECT_EQ(error_of([&] { estimate_conversion(stories(), folder / "out", options); }).code(),
+            ExitCode::kUsage);
+  options.kv_ratio = 2;
+  EXPECT_EQ(error_of([&] { estimate_conversion(stories(), folder / "new", options); }).code(),
+            ExitCode::kBadInput);
+}
+
+TEST(EstimateTest, SaysThatRanksAreMeasuredLater) {
+  const TempDir folder;
+  ConversionEstimate estimate = estimate_conversion(stories(), folder / "out", quiet());
+  EXPECT_EQ(estimate.to_text().find("measures"), std::string::npos);
+  estimate.plan.measured_ranks = true;
+  EXPECT_NE(estimate.to_text().find("measures"), std::string::npos);
+}
+
+TEST(EstimateTest, GrowsWithWhatItIsOf) {
+  const ModelConfig base = convertible_config(stories());
+  const ConvertOptions options = calibrated();
+  const ModelConfig hla = planned_config(base, plan_conversion(base, options));
+  const auto memory = [&](int64_t tokens) {
+    return estimated_peak_memory(stories(), hla, options, tokens);
+  };
+  EXPECT_GT(memory(1'000'000), memory(0));
+  // Hidden states of 64 fp32 numbers.
+  EXPECT_EQ(memory(2'000'000) - memory(1'000'000), 1'000'000u * 64 * 4);
+  EXPECT_GT(estimated_work(hla, options, 2048), 1.5 * estimated_work(hla, options, 1024));
 }
 
 TEST(ConvertTest, RanksOutOfRange) {

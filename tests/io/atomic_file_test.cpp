@@ -66,44 +66,6 @@ TEST(AtomicFileTest, FullDisk) {
   EXPECT_NE(std::string(error.what()).find("/dev/full"), std::string::npos);
 }
 
-TEST(AtomicDirTest, AppearsWhole) {
-  const TempDir folder;
-  {
-    AtomicDir dir(folder / "out", false);
-    write_file(dir.path() / "config.json", "{}");
-    EXPECT_FALSE(fs::exists(folder / "out"));
-  }
-  EXPECT_EQ(entries(folder.path()), 0u);
-  AtomicDir dir(folder / "out", false);
-  write_file(dir.path() / "config.json", "{}");
-  dir.commit();
-  EXPECT_EQ(read_file(folder.path() / "out" / "config.json"), "{}");
-  EXPECT_EQ(entries(folder.path()), 1u);
-}
-
-TEST(AtomicDirTest, ForceReplacesOnlyModelFolders) {
-  const TempDir folder;
-  fs::create_directory(folder / "out");
-  write_file(folder.path() / "out" / "notes.txt", "mine");
-  EXPECT_EQ(error_of([&] { AtomicDir(folder / "out", false); }).code(), ExitCode::kUsage);
-  EXPECT_EQ(error_of([&] { AtomicDir(folder / "out", true); }).code(), ExitCode::kUsage);
-  write_file(folder.path() / "out" / "config.json", "old");
-  AtomicDir dir(folder / "out", true);
-  write_file(dir.path() / "config.json", "new");
-  EXPECT_EQ(read_file(folder.path() / "out" / "config.json"), "old");
-  dir.commit();
-  EXPECT_EQ(read_file(folder.path() / "out" / "config.json"), "new");
-  EXPECT_FALSE(fs::exists(folder.path() / "out" / "notes.txt"));
-  EXPECT_EQ(entries(folder.path()), 1u);
-}
-
-TEST(AtomicDirTest, RefusesFilesAndMissingParents) {
-  const TempDir folder;
-  write_file(folder / "file", "");
-  EXPECT_THROW(AtomicDir(folder / "file", true), Error);
-  EXPECT_THROW(AtomicDir(folder.path() / "no" / "out", false), Error);
-}
-
 TEST(JsonFileTest, StrictAndLocated) {
   const auto message = [](std::string_view text) {
     const Error error = error_of([&] { parse_json(text, "x.json"); });

@@ -221,6 +221,21 @@ TEST(SvgPlotTest, RefusesWhatDoesNotFit) {
   EXPECT_EQ(error_of([&] { render_svg(spec); }).code(), ExitCode::kUsage);
 }
 
+TEST(SvgPlotTest, PanelsStandOneBelowTheOther) {
+  PlotSpec second = simple();
+  second.width = simple().width + 50;
+  second.title = "The second";
+  const std::string svg = render_svg_panels({simple(), second});
+  expect_balanced(svg);
+  EXPECT_EQ(count(svg, "<?xml"), 1u);
+  EXPECT_EQ(count(svg, "<svg"), 3u);
+  EXPECT_EQ(count(svg, " y=\"" + std::to_string(simple().height) + "\" width"), 1u);
+  EXPECT_EQ(count(svg, "width=\"" + std::to_string(second.width) + "\" height=\"" +
+                           std::to_string(2 * simple().height) + "\">"),
+            1u);
+  EXPECT_NE(svg.find("The second"), std::string::npos);
+}
+
 TEST(SvgPlotTest, FilesAreReplacedOnlyByForce) {
   const TempDir folder;
   write_svg_file(folder / "p.svg", simple(), false);

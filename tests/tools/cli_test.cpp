@@ -1,9 +1,17 @@
 // The program as a user meets it: outputs, exit codes, and that nothing is lost.
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <thread>
 
+#include "hla/model/config.h"
+#include "hla/model/llama.h"
 #include "test_util.h"
 
 namespace hla {
@@ -289,6 +297,15 @@ TEST(CliTest, ExistingOutputIsNeverOverwritten) {
   EXPECT_EQ(read_file(folder.path() / "out" / "precious.txt"), "mine");
 }
 
+// Names of what lies in a folder.
+std::vector<std::string> names_in(const std::filesystem::path& folder) {
+  std::vector<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    names.push_back(entry.path().filename().string());
+  }
+  return names;
+}
+
 // Killed at any time, nothing half-written stands under the final name.
 TEST(CliTest, KilledMidwayLeavesNoOutput) {
   const TempDir folder;
@@ -296,26 +313,176 @@ TEST(CliTest, KilledMidwayLeavesNoOutput) {
   const std::string command = std::string(HLA_BINARY) + " convert " + stories() + " " +
                               out.string() + " --calib-tokens 200000 --calib-length 512";
   for (const char* signal : {"KILL", "TERM", "INT"}) {
-    const CommandResult result =
-        run_command("timeout -s " + std::string(signal) + " 1.5 " + command + "; echo code $?");
+    run_command("timeout -s " + std::string(signal) + " 1.5 " + command);
     EXPECT_FALSE(std::filesystem::exists(out)) << signal;
-    if (std::string(signal) != "KILL") {
-      // timeout reports its own 124; what matters is that the temporary was cleaned up.
-      for (const auto& entry : std::filesystem::directory_iterator(folder.path())) {
-        ADD_FAILURE() << "left behind: " << entry.path();
-      }
-    } else {
-      // SIGKILL leaves the temporary; the next run for the same target removes it.
-      EXPECT_EQ(run_hla("convert --no-calib " + stories() + " " + out.string()).code, 0);
-      int entries = 0;
-      for ([[maybe_unused]] const auto& entry :
-           std::filesystem::directory_iterator(folder.path())) {
-        ++entries;
-      }
-      EXPECT_EQ(entries, 1);
-      std::filesystem::remove_all(out);
-    }
+    // What there is of it stays for the same command; another one removes it.
+    for (const std::string& name : names_in(folder.path())) EXPECT_EQ(name, ".out.hla-partial");
+    EXPECT_EQ(run_hla("convert --no-calib " + stories() + " " + out.string()).code, 0);
+    EXPECT_EQ(names_in(folder.path()), std::vector<std::string>{"out"});
+    std::filesystem::remove_all(out);
   }
+}
+
+std::map<std::string, std::string> contents(const std::filesystem::path& folder) {
+  std::map<std::string, std::string> files;
+  for (const std::string& name : names_in(folder)) files[name] = read_file(folder / name);
+  return files;
+}
+
+size_t complete_steps(const std::filesystem::path& steps) {
+  const std::string text = read_file(steps);
+  return text.empty() ? 0 : nlohmann::json::parse(text)["steps"].size();
+}
+
+// SIGKILL at random instants: the same command then gives the bytes of a run that nobody disturbed.
+TEST(CliTest, KilledConversionGoesOnToTheSameBytes) {
+  const TempDir folder;
+  const std::string options =
+      " --rope latent --calib-tokens 4096 --calib-length 256 --max-shard-size 150KB --threads 2 "
+      "--report-perplexity";
+  const auto command = [&](const std::filesystem::path& out) {
+    return std::string(HLA_BINARY) + " convert " + stories() + " " + out.string() + options;
+  };
+  const auto start = std::chrono::steady_clock::now();
+  ASSERT_EQ(run_command(command(folder / "whole")).code, 0);
+  const auto whole_time = std::chrono::steady_clock::now() - start;
+  const auto whole = contents(folder / "whole");
+  ASSERT_TRUE(whole.contains("model.safetensors.index.json"));
+  ASSERT_EQ(run_hla("info " + (folder / "whole").string()).code, 0);
+
+  std::mt19937 random(20);
+  int resumed = 0;
+  for (int round = 0; round < 5; ++round) {
+    const auto out = folder / ("out" + std::to_string(round));
+    const auto steps = folder.path() / ("." + out.filename().string() + ".hla-partial/steps.json");
+    const size_t after_steps = random() % 7;  // of 8
+    const auto pause = whole_time / 8 * (random() % 100) / 100;
+    const pid_t child = fork();
+    if (child == 0) {
+      const std::string line = "exec " + command(out) + " >/dev/null 2>&1";
+      execl("/bin/sh", "sh", "-c", line.c_str(), nullptr);
+      _exit(127);
+    }
+    while (complete_steps(steps) < after_steps && !std::filesystem::exists(out)) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    std::this_thread::sleep_for(pause);
+    kill(child, SIGKILL);
+    waitpid(child, nullptr, 0);
+    if (!std::filesystem::exists(out)) {
+      const size_t complete = complete_steps(steps);
+      const CommandResult result = run_command(command(out));
+      ASSERT_EQ(result.code, 0) << result.err;
+      if (complete > 0) {
+        ++resumed;
+        EXPECT_NE(result.err.find("going on after " + std::to_string(complete)), std::string::npos)
+            << result.err;
+      }
+    }
+    EXPECT_TRUE(contents(out) == whole) << "round " << round << ", after step " << after_steps;
+  }
+  EXPECT_GT(resumed, 0);
+  for (const std::string& name : names_in(folder.path())) {
+    EXPECT_EQ(name.find("partial"), std::string::npos) << name;
+  }
+}
+
+TEST(CliTest, InterruptedConversionSaysHowToGoOn) {
+  const TempDir folder;
+  const std::string out = (folder / "out").string();
+  const auto steps = folder.path() / ".out.hla-partial" / "steps.json";
+  const std::string command = std::string(HLA_BINARY) + " convert " + stories() + " " + out +
+                              " --calib-tokens 100000 --calib-length 512";
+  // Interrupted as soon as a step is complete.
+  const CommandResult result =
+      run_command(command + " & pid=$!; while ! test -e " + steps.string() +
+                  "; do sleep 0.02; done; sleep 0.1; kill -TERM $pid; wait $pid");
+  EXPECT_EQ(result.code, 143) << result.err;
+  EXPECT_NE(result.err.find("the same command goes on there"), std::string::npos) << result.err;
+  EXPECT_EQ(names_in(folder.path()), std::vector<std::string>{".out.hla-partial"});
+}
+
+// One layer is in memory at a time: four times the layers take no more of it.
+TEST(CliTest, ConversionMemoryDoesNotGrowWithLayers) {
+  const TempDir folder;
+  constexpr int64_t kMlp = 16384;
+  constexpr int64_t kHidden = 256;
+  const auto peak = [&](int64_t layers) {
+    const auto model = folder / ("base" + std::to_string(layers));
+    std::filesystem::create_directory(model);
+    const nlohmann::json config = {{"model_type", "llama"},       {"hidden_size", kHidden},
+                                   {"intermediate_size", kMlp},   {"num_attention_heads", 4},
+                                   {"num_hidden_layers", layers}, {"vocab_size", 64},
+                                   {"tie_word_embeddings", true}, {"torch_dtype", "bfloat16"}};
+    write_file(model / "config.json", config.dump());
+    std::vector<SafetensorsWriter::Entry> entries;
+    for (const ParameterSpec& spec : parameter_specs(parse_model_config(config, "test"))) {
+      entries.push_back({spec.name, DType::kBF16, spec.shape});
+    }
+    SafetensorsWriter writer(model / "model.safetensors", entries);
+    const at::Tensor numbers = at::randn({kHidden * kMlp}).to(at::kBFloat16);
+    for (const auto& entry : entries) {
+      writer.write(entry.name, numbers.const_data_ptr(),
+                   2 * static_cast<uint64_t>(c10::multiply_integers(entry.shape)));
+    }
+    writer.finish();
+    const CommandResult result =
+        run_hla("convert --no-calib --threads 1 --json - " + model.string() + " " +
+                (folder / ("out" + std::to_string(layers))).string());
+    EXPECT_EQ(result.code, 0) << result.err;
+    return nlohmann::json::parse(result.out)["peak_rss_bytes"].get<double>();
+  };
+  const double layer_bytes = 3.0 * kMlp * kHidden * 2;
+  EXPECT_LT(peak(8), peak(2) + 2 * layer_bytes);
+}
+
+TEST(CliTest, DryRunWritesNothing) {
+  const TempDir folder;
+  const std::string command = "convert " + stories() + " " + (folder / "out").string() +
+                              " --rope latent --kv-ratio 0.25 --calib-tokens 1024 --dry-run";
+  const CommandResult text = run_hla(command);
+  EXPECT_EQ(text.code, 0) << text.err;
+  for (const char* part : {"0-4", "25.0 %", "at the peak", "GFLOP/s", "1024 tokens"}) {
+    EXPECT_NE(text.out.find(part), std::string::npos) << part << "\n" << text.out;
+  }
+  EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
+  // Its plan can be converted by.
+  const std::string plan = (folder / "plan.json").string();
+  ASSERT_EQ(run_hla(command + " --json " + plan).code, 0);
+  auto json = nlohmann::json::parse(read_file(plan));
+  json["plan"]["layers"][2]["kv_rank"] = 5;
+  write_file(plan, json.dump());
+  const CommandResult made = run_hla("convert --no-calib " + stories() + " " +
+                                     (folder / "out").string() + " --rope latent --plan " + plan);
+  EXPECT_EQ(made.code, 0) << made.err;
+  const auto config = nlohmann::json::parse(read_file(folder.path() / "out" / "config.json"));
+  EXPECT_EQ(config["hla"]["layers"][2]["kv_rank"], 5);
+  EXPECT_NE(config["hla"]["layers"][1]["kv_rank"], 5);
+}
+
+TEST(CliTest, ConvertShowsAndDrawsTheLayers) {
+  const TempDir folder;
+  const std::string plot = (folder / "plot.svg").string();
+  const std::string command = "convert " + stories() + " " + (folder / "out").string() +
+                              " --rope latent --plot " + plot +
+                              " --calib-tokens 1024 --calib-length 256 --report-perplexity";
+  const CommandResult result = run_hla(command);
+  ASSERT_EQ(result.code, 0) << result.err;
+  for (const char* part : {"attention", "k ranks", "perplexity"}) {
+    EXPECT_NE(result.out.find(part), std::string::npos) << part << "\n" << result.out;
+  }
+  const std::string svg = read_file(plot);
+  EXPECT_NE(svg.find("Error by layer"), std::string::npos);
+  EXPECT_NE(svg.find("Rank by frequency"), std::string::npos);
+  // What would do nothing, or write over something, is refused before the work.
+  std::filesystem::remove_all(folder / "out");
+  EXPECT_EQ(run_hla(command).code, 2);
+  EXPECT_EQ(run_hla(command + " --force --dry-run").code, 2);
+  EXPECT_EQ(run_hla("convert --no-calib --report-perplexity " + stories() + " " +
+                    (folder / "out").string())
+                .code,
+            2);
+  EXPECT_EQ(names_in(folder.path()), std::vector<std::string>{"plot.svg"});
 }
 
 TEST(CliTest, InterruptsHaveTheirExitCodes) {

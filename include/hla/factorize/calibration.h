@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -15,39 +16,63 @@
 
 namespace hla {
 
-// Hidden states between two layers, one (1, T, D) tensor per calibration sequence.
+// Sequences that calibration perplexities (ConvertOptions::report_perplexity) are taken on.
+constexpr int64_t kPerplexitySequences = 4;
+
+// Hidden states between two layers, one (1, T, D) tensor per calibration sequence. advance() writes
+// over them.
 struct CalibrationState {
   std::vector<at::Tensor> base_hidden;  // through the base's layers
-  std::vector<at::Tensor> hla_hidden;   // through the layers as converted; empty unless followed
+  std::vector<at::Tensor> hla_hidden;   // of the first sequences, through the converted layers
 };
 
 class Calibration {
  public:
-  // Reads and tokenises the text. Loads no weights; the checkpoint must outlive it. Throws
-  // kBadInput for a base without a tokenizer and for a text that is too short.
+  // Reads and tokenises the text. Loads no weights; the checkpoint and the config must outlive it.
+  // Throws kBadInput for a base without a tokenizer and for a text that is too short.
   Calibration(const Checkpoint& base, const ModelConfig& config, const ConvertOptions& options);
 
   const std::string& sha256() const { return sha256_; }  // of the text
   int64_t tokens() const;
+  // Of the sequences that are moved through the converted layers, too.
+  int64_t followed_tokens() const;
+  uint64_t state_bytes() const;                     // of all hidden states
   const RopeTables& rope() const { return rope_; }  // of one sequence
+  const CalibrationState& state() const { return state_; }
 
   // The states before the first layer.
   void embed();
-  const CalibrationState& state() const { return state_; }
+  // The states in a file, which is durable when save() returns.
+  void save(const std::filesystem::path& path) const;
+  void load(const std::filesystem::path& path);
 
-  // A layer of the base, by itself, as the calibration computes.
+  // A layer of the base, by itself, in the precision of the calibration.
   std::shared_ptr<DecoderLayer> load_layer(int64_t layer) const;
+  // The attention that a layer was converted to: `hla` has its config, `factors` its tensors by
+  // name, of which the written file has the type `written`.
+  std::shared_ptr<Attention> load_converted(int64_t layer, const ModelConfig& hla,
+                                            const std::map<std::string, at::Tensor>& factors,
+                                            at::ScalarType written) const;
 
-  // Moves the states through the base's `layer`.
-  void advance(const DecoderLayer& layer);
+  // Moves the states through a layer and its conversion (whose norms and MLP are the base's).
+  // Returns the relative error of the attention output on the base's states, ‖y - ŷ‖ / ‖y‖ over all
+  // tokens with y = W_o · attention + bias.
+  double advance(const DecoderLayer& layer, const Attention& converted);
+
+  // Perplexity of the followed sequences after the base's layers from `layer` on: the conversion's
+  // as it stands when the states lie before that layer. Reads all those layers.
+  double perplexity(int64_t layer) const;
 
  private:
+  double sum_nll(const at::Tensor& rows, const at::Tensor& targets) const;
+
   const Checkpoint& base_;
   const ModelConfig& config_;
   at::Device device_;
   at::ScalarType dtype_;  // of the computation
   std::string sha256_;
   std::vector<at::Tensor> ids_;  // (1, T) each
+  size_t followed_ = 0;
   RopeTables rope_;
   CalibrationState state_;
 };

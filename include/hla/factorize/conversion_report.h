@@ -3,21 +3,32 @@
 
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "hla/factorize/convert_options.h"
+#include "hla/io/svg_plot.h"
 #include "hla/model/config.h"
 
 namespace hla {
 
 struct LayerReport {
   HlaLayerConfig config;
-  double key_error = 0;    // relative, in the norm that was minimised
-  double value_error = 0;  // relative, in the norm that was minimised
+  // Relative, in the norm that was minimised.
+  double key_error = 0;
+  double value_error = 0;
   double query_error = 0;
+  // With calibration: ‖y - ŷ‖ / ‖y‖ of the attention output on the base's hidden states.
+  std::optional<double> attention_output_error;
+  // With report_perplexity: with this layer and those before it converted, the rest as in the base.
+  std::optional<double> calibration_perplexity;
   double seconds = 0;
 };
+
+nlohmann::json to_json(const LayerReport& layer);
+// Of to_json's own output only.
+LayerReport layer_report_from_json(const nlohmann::json& json);
 
 struct ConvertReport {
   ModelConfig base;
@@ -29,9 +40,18 @@ struct ConvertReport {
   int64_t calib_tokens = 0;
   std::string calib_text;  // path, or "none (weights only)"
   std::string calib_sha256;
-  double seconds = 0;
+  int64_t perplexity_tokens = 0;          // that calibration perplexities are of
+  std::optional<double> base_perplexity;  // on those tokens
+  double seconds = 0;                     // of this process
+  uint64_t peak_rss_bytes = 0;            // of this process
 
-  nlohmann::json to_json(const ConvertOptions& options) const;
+  // With `measured` also time and memory, which differ from run to run; the folder's own report
+  // leaves them out, so that its bytes depend on the conversion alone.
+  nlohmann::json to_json(const ConvertOptions& options, bool measured) const;
+  // A table of the layers, a line each.
+  std::string layer_table() const;
+  // Two panels: errors by layer; ranks by frequency, or by layer where keys share one basis.
+  std::vector<PlotSpec> to_plot() const;
 };
 
 }  // namespace hla

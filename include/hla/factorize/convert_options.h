@@ -28,6 +28,9 @@ struct ConvertOptions {
   std::optional<int64_t> fast_frequencies;
   std::optional<int64_t> fast_floats;
 
+  // A file with the sizes of every layer (to_json of ConversionPlan), instead of all of the above.
+  std::optional<std::filesystem::path> plan;
+
   double rotary_fraction = 1.0;  // paper: share of the latent pairs that turn
 
   FactorOptions factors;
@@ -40,6 +43,10 @@ struct ConvertOptions {
   at::Device device = at::Device(at::kCPU);  // of the calibration forward
   std::optional<at::ScalarType> dtype;       // of all weights written; absent: the base's own
   uint64_t max_shard_bytes = 5'000'000'000;  // tensor data of one file of weights
+  // Also report the perplexity of some calibration sequences after each layer. Every layer costs a
+  // forward of those that follow it.
+  bool report_perplexity = false;
+  bool restart = false;  // start over where an unfinished conversion to the same folder lies
   bool force = false;
   bool progress = true;
 

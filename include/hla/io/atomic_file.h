@@ -1,10 +1,10 @@
-// Outputs that appear under their final name only when they are complete.
+// One output file that appears under its final name only when it is complete. (Folders: WorkDir.)
 //
-// Both classes write to a temporary `.NAME.hla-tmp-PID` beside the target and rename it in
-// commit(). Without commit() the destructor removes the temporary, so a failed or interrupted
-// command leaves nothing behind. Temporaries that a killed process left for the same target are
-// removed on construction. The writer holds a lock (flock) on its temporary, so a live writer in
-// another PID namespace is not mistaken for a dead one.
+// It is written to a temporary `.NAME.hla-tmp-PID` beside the target and renamed in commit().
+// Without commit() the destructor removes the temporary, so a failed or interrupted command leaves
+// nothing behind. Temporaries that a killed process left for the same target are removed on
+// construction. The writer holds a lock (flock) on its temporary, so a live writer in another PID
+// namespace is not mistaken for a dead one.
 //
 // Errors: kUsage for a target that is refused, kRuntime for failed I/O with the system's reason.
 #pragma once
@@ -17,7 +17,7 @@
 
 namespace hla {
 
-// One output file. The process should ignore SIGXFSZ, so that a file-size limit shows as an error.
+// The process should ignore SIGXFSZ, so that a file-size limit shows as an error.
 class AtomicFile {
  public:
   // Refuses an existing file unless `force`, a folder, and a missing parent folder. A symlink is
@@ -43,34 +43,6 @@ class AtomicFile {
   int fd_ = -1;
 };
 
-// One output folder.
-class AtomicDir {
- public:
-  // Refuses an existing target unless `force`. Even with force refuses all but a folder that is
-  // empty or holds a config.json and no .git: a mistyped path must not delete somebody's files.
-  // Also refuses the current folder and its parents, mount points and a missing parent folder.
-  AtomicDir(const std::filesystem::path& path, bool force);
-  ~AtomicDir();
-  AtomicDir(const AtomicDir&) = delete;
-  AtomicDir& operator=(const AtomicDir&) = delete;
-
-  // The temporary folder to write into.
-  const std::filesystem::path& path() const { return temporary_; }
-  // The final name, absolute.
-  const std::filesystem::path& target() const { return target_; }
-  // Makes everything inside durable and renames the folder. With force an old folder is exchanged
-  // in one step: at every instant the name holds the complete old or the complete new folder.
-  void commit();
-
- private:
-  std::filesystem::path shown_;
-  std::filesystem::path target_;
-  std::filesystem::path temporary_;
-  bool force_;
-  bool committed_ = false;
-  int lock_fd_ = -1;
-};
-
 // Bytes that this user may still write on the file system of `path`; of its nearest existing parent
 // when it does not exist yet. Throws kRuntime if that cannot be found out.
 uint64_t free_space(const std::filesystem::path& path);
@@ -82,6 +54,23 @@ void write_all(int fd, const void* data, size_t bytes, const std::filesystem::pa
 
 // fsync(2) of an open file. A file system that has nothing to sync is no error.
 void sync_fd(int fd, const std::filesystem::path& path);
+
+// Locks an open file or folder (flock); false if another process holds it. File systems without
+// locks count as unlocked.
+bool try_lock(int fd);
+
+void sync_folder(const std::filesystem::path& folder);
+
+// The absolute path of an output folder that may not exist yet. Throws kUsage for the root and for
+// a missing parent.
+std::filesystem::path folder_target(const std::filesystem::path& path);
+// Throws kUsage unless the folder `target`, where it exists, may be replaced by one of ours;
+// `shown` names it in messages. See WorkDir.
+void require_replaceable(const std::filesystem::path& target, const std::filesystem::path& shown,
+                         bool force);
+// Makes the folder `staging` durable and gives it the name `target`.
+void commit_folder(const std::filesystem::path& staging, const std::filesystem::path& target,
+                   const std::filesystem::path& shown, bool force);
 
 // close(2); some file systems report a full disk only here.
 void close_checked(int fd, const std::filesystem::path& path);

@@ -65,7 +65,7 @@ class SafetensorsReader {
 };
 
 // Writes one file tensor by tensor, so that a model need never be in memory twice. The bytes depend
-// only on the arguments. The file is a plain one: write inside an AtomicDir.
+// only on the arguments. The file is a plain one: write inside an WorkDir.
 class SafetensorsWriter {
  public:
   struct Entry {

@@ -24,7 +24,7 @@ std::vector<Shard> plan_shards(const std::vector<SafetensorsWriter::Entry>& entr
                                uint64_t max_bytes);
 
 // Writes the files of a plan one after the other. The bytes depend only on the arguments. The files
-// are plain ones: write inside an AtomicDir.
+// are plain ones: write inside an WorkDir.
 class ShardedWriter {
  public:
   // `written` above 0 goes on with the files that an earlier writer of the same arguments left: the

@@ -31,8 +31,13 @@ struct PlotSpec {
 // height.
 std::string render_svg(const PlotSpec& spec);
 
-// render_svg into a file through an AtomicFile: kUsage where it exists and `force` is not set.
+// Charts one below the other, in one document.
+std::string render_svg_panels(const std::vector<PlotSpec>& panels);
+
+// Either into a file through an AtomicFile: kUsage where it exists and `force` is not set.
 void write_svg_file(const std::filesystem::path& path, const PlotSpec& spec, bool force);
+void write_svg_panels(const std::filesystem::path& path, const std::vector<PlotSpec>& panels,
+                      bool force);
 
 namespace detail {
 

@@ -66,5 +66,7 @@ class LlamaForCausalLM : public torch::nn::Module {
 
 // Every parameter of a model of this config, in the model's order, with HF names. No data.
 std::vector<ParameterSpec> parameter_specs(const ModelConfig& config);
+// Their elements.
+int64_t parameter_count(const ModelConfig& config);
 
 }  // namespace hla

@@ -1,0 +1,75 @@
+#include "hla/factorize/fingerprint.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "hla/core/sha256.h"
+#include "hla/core/version.h"
+#include "hla/model/device.h"
+
+namespace hla {
+namespace {
+
+using nlohmann::json;
+
+json file_state(const std::filesystem::path& path) {
+  return {{"name", path.filename().string()},
+          {"bytes", std::filesystem::file_size(path)},
+          {"changed", std::filesystem::last_write_time(path).time_since_epoch().count()}};
+}
+
+json base_state(const Checkpoint& base) {
+  std::set<std::filesystem::path> files;
+  std::string headers;
+  for (const TensorInfo& info : base.tensors()) {
+    files.insert(info.file);
+    headers +=
+        json{info.name, dtype_name(info.dtype), info.shape, info.file.filename().string()}.dump();
+  }
+  for (const std::filesystem::path& file : base.side_files()) files.insert(file);
+  json states = json::array();
+  for (const std::filesystem::path& file : files) states.push_back(file_state(file));
+  return {{"files", std::move(states)},
+          {"headers_sha256", sha256_hex(headers)},
+          {"config_sha256", sha256_hex(base.config().dump())}};
+}
+
+template <typename T>
+json or_null(const std::optional<T>& value) {
+  return value ? json(*value) : json();
+}
+
+}  // namespace
+
+json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& options,
+                            const ConversionPlan& plan, const std::string& calib_sha256) {
+  json chosen = {{"kv_ratio", or_null(options.kv_ratio)},
+                 {"k_rank", or_null(options.k_rank)},
+                 {"v_rank", or_null(options.v_rank)},
+                 {"q_rank", or_null(options.q_rank)},
+                 {"fast_frequencies", or_null(options.fast_frequencies)},
+                 {"fast_floats", or_null(options.fast_floats)},
+                 {"key_weighting", to_string(options.factors.key_weighting)},
+                 {"value_weighting", to_string(options.factors.value_weighting)},
+                 {"value_weight", options.factors.value_weight},
+                 {"dtype", options.dtype ? json(dtype_label(*options.dtype)) : json()},
+                 {"max_shard_bytes", options.max_shard_bytes}};
+  json calibration;
+  if (options.calibrated()) {
+    calibration = {{"text", options.calib->string()}, {"sha256", calib_sha256},
+                   {"tokens", options.calib_tokens},  {"length", options.calib_length},
+                   {"device", options.device.str()},  {"perplexity", options.report_perplexity}};
+  }
+  return {{"base", base_state(base)},
+          {"plan", to_json(plan)},
+          {"options", std::move(chosen)},
+          {"calibration", std::move(calibration)},
+          {"program", {{"version", version()}, {"commit", version_commit()}}},
+          {"machine", {{"threads", at::get_num_threads()}, {"cpu", at::get_cpu_capability()}}}};
+}
+
+}  // namespace hla

@@ -1,0 +1,162 @@
+#include "hla/io/work_dir.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <set>
+#include <system_error>
+#include <utility>
+
+#include "hla/core/error.h"
+#include "hla/core/log.h"
+#include "hla/io/atomic_file.h"
+#include "hla/io/json_file.h"
+
+namespace hla {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+constexpr const char* kStepsName = "steps.json";
+constexpr int kFormat = 1;
+
+// Where two fingerprints differ, as a message shows it: "options/kv_ratio, base/files".
+std::string differences(const json& before, const json& now) {
+  std::set<std::string> places;
+  for (const json& change : json::diff(before, now)) {
+    // Two levels say enough: deeper ones are numbers in lists.
+    std::string place = change["path"].get<std::string>().substr(1);
+    const size_t second = place.find('/');
+    if (second != std::string::npos) place = place.substr(0, place.find('/', second + 1));
+    places.insert(place);
+  }
+  std::string text;
+  for (const std::string& place : places) text += (text.empty() ? "" : ", ") + place;
+  return text;
+}
+
+}  // namespace
+
+void WorkDir::check_target(const fs::path& target, bool force) {
+  detail::require_replaceable(detail::folder_target(target), target, force);
+}
+
+WorkDir::WorkDir(const fs::path& target, bool force)
+    : shown_(target), target_(detail::folder_target(target)), force_(force) {
+  check_target(shown_, force_);
+  root_ = target_.parent_path() / ("." + target_.filename().string() + ".hla-partial");
+  output_ = root_ / "output";
+  scratch_ = root_ / "scratch";
+  lock();
+}
+
+// Makes the work folder where there is none, and locks it. The folder that was locked may have been
+// renamed or removed by the process that held it before: then again with the new one.
+void WorkDir::lock() {
+  for (;;) {
+    if (::mkdir(root_.c_str(), 0777) != 0 && errno != EEXIST) {
+      const int error = errno;
+      throw_runtime(shown_.string() + ": cannot create " + root_.string() +
+                    " beside it: " + std::strerror(error));
+    }
+    lock_fd_ = ::open(root_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    if (lock_fd_ < 0) {
+      if (errno == ENOENT) continue;
+      throw_runtime(root_.string() + ": cannot open: " + std::strerror(errno));
+    }
+    if (!detail::try_lock(lock_fd_)) {
+      ::close(lock_fd_);
+      throw_usage(shown_.string() + ": another process is making it (it holds the lock on " +
+                  root_.string() + ")");
+    }
+    struct stat locked = {};
+    struct stat named = {};
+    if (::fstat(lock_fd_, &locked) == 0 && ::stat(root_.c_str(), &named) == 0 &&
+        locked.st_ino == named.st_ino && locked.st_dev == named.st_dev) {
+      return;
+    }
+    ::close(lock_fd_);
+  }
+}
+
+WorkDir::~WorkDir() {
+  std::error_code ignored;
+  if (!keep_ || steps_.empty()) {
+    fs::remove_all(root_, ignored);
+  } else {
+    log_info("kept the " + std::to_string(steps_.size()) + " steps that are complete in " +
+             root_.string() + "; the same command goes on there");
+  }
+  ::close(lock_fd_);
+}
+
+void WorkDir::make_folders() const {
+  for (const fs::path& folder : {output_, scratch_}) {
+    std::error_code error;
+    fs::create_directory(folder, error);
+    if (error) throw_runtime(folder.string() + ": cannot create: " + error.message());
+  }
+}
+
+// Reads the steps of an earlier run. False, and a message, where they are of no use.
+bool WorkDir::take_up() {
+  std::error_code error;
+  if (fs::is_empty(root_, error)) return false;
+  const auto start_over = [&](const std::string& reason) {
+    log_info(root_.string() + ": " + reason + ": starting over");
+    return false;
+  };
+  if (!fs::exists(root_ / kStepsName, error)) return start_over("no step of it is complete");
+  json state;
+  try {
+    state = read_json_file(root_ / kStepsName);
+  } catch (const Error&) {
+    return start_over("cannot be read");
+  }
+  if (!state.is_object() || state.value("format", json()) != kFormat ||
+      !state.value("steps", json()).is_object() || !state.contains("fingerprint")) {
+    return start_over("is of another version of this program");
+  }
+  if (state["fingerprint"] != fingerprint_) {
+    return start_over("was begun with other settings (" +
+                      differences(state["fingerprint"], fingerprint_) + ")");
+  }
+  steps_ = state["steps"];
+  log_info(root_.string() + ": going on after " + std::to_string(steps_.size()) +
+           " complete steps");
+  return true;
+}
+
+void WorkDir::begin(json fingerprint, bool restart) {
+  fingerprint_ = std::move(fingerprint);
+  if (restart || !take_up()) {
+    std::error_code error;
+    for (const fs::path& old : {root_ / kStepsName, output_, scratch_}) fs::remove_all(old, error);
+  }
+  make_folders();
+}
+
+const json* WorkDir::result(const std::string& step) const {
+  const auto found = steps_.find(step);
+  return found == steps_.end() ? nullptr : &*found;
+}
+
+void WorkDir::complete(const std::string& step, json result) {
+  json steps = steps_;
+  steps[step] = std::move(result);
+  write_json_file(root_ / kStepsName,
+                  {{"format", kFormat}, {"fingerprint", fingerprint_}, {"steps", steps}},
+                  /*force=*/true);
+  steps_ = std::move(steps);
+}
+
+void WorkDir::commit() {
+  detail::commit_folder(output_, target_, shown_, force_);
+  keep_ = false;
+}
+
+}  // namespace hla

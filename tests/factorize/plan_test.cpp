@@ -1,0 +1,89 @@
+#include "hla/factorize/plan.h"
+
+#include <gmock/gmock.h>
+
+#include <functional>
+#include <nlohmann/json.hpp>
+
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+using nlohmann::json;
+using testing::error_of;
+using testing::source_path;
+
+ModelConfig stories() {
+  return convertible_config(
+      Checkpoint::open(source_path("data/stories260K/stories260K.bin").string()));
+}
+
+TEST(PlanTest, IsTheSameAfterJson) {
+  for (const char* rope : {"original", "latent", "paper"}) {
+    ConvertOptions options;
+    options.rope = *hla_rope_from_string(rope);
+    options.q_rank = 12;
+    const ConversionPlan plan = plan_conversion(stories(), options);
+    const json written = to_json(plan);
+    EXPECT_EQ(to_json(conversion_plan_from_json(written, stories(), "x")), written);
+    EXPECT_EQ(to_json(conversion_plan_from_json({{"plan", written}}, stories(), "x")), written);
+    EXPECT_EQ(written["layers"].size(), 5u);
+    EXPECT_EQ(written["layers"][3]["q_rank"], 12);
+  }
+}
+
+// Shapes follow from the plan, however the complex ranks are shared out.
+TEST(PlanTest, PlannedConfigHasTheFinalSizes) {
+  ConvertOptions options;
+  options.rope = HlaRope::kLatent;
+  options.k_rank = 22;
+  const ModelConfig config = planned_config(stories(), plan_conversion(stories(), options));
+  for (const HlaLayerConfig& layer : config.hla->layers) {
+    EXPECT_EQ(layer.k_ranks.size(), 4u);
+    EXPECT_EQ(layer.complex_rank(), 11);
+  }
+}
+
+TEST(PlanTest, RefusesWhatDoesNotFit) {
+  const json good = to_json(plan_conversion(stories(), {}));
+  const auto message = [&](const std::function<void(json&)>& change) {
+    json bad = good;
+    change(bad);
+    const Error error = error_of([&] { conversion_plan_from_json(bad, stories(), "plan.json"); });
+    EXPECT_EQ(error.code(), ExitCode::kBadInput);
+    return std::string(error.what());
+  };
+  using ::testing::HasSubstr;
+  EXPECT_THAT(message([](json& j) { j = json::array(); }),
+              HasSubstr("plan.json: expected an object"));
+  EXPECT_THAT(message([](json& j) { j["rope"] = "spiral"; }), HasSubstr("spiral"));
+  EXPECT_THAT(message([](json& j) { j["layers"].erase(0); }), HasSubstr("5 layers, got 4"));
+  EXPECT_THAT(message([](json& j) { j["layers"] = 3; }), HasSubstr("5 layers, got 3"));
+  EXPECT_THAT(message([](json& j) { j["layers"][2] = 3; }), HasSubstr("layers[2]"));
+  EXPECT_THAT(message([](json& j) { j["layers"][1]["kv_rank"] = 1000; }),
+              HasSubstr("layers[1].kv_rank"));
+  EXPECT_THAT(message([](json& j) { j["layers"][1]["k_rank"] = 1; }),
+              HasSubstr("layers[1].k_rank"));  // without fast frequencies
+  EXPECT_THAT(message([](json& j) { j["layers"][1]["complex_rank"] = 1; }),
+              HasSubstr("layers[1].complex_rank"));  // only latent
+  EXPECT_THAT(message([](json& j) { j["layers"][4]["kv_rank"] = 0; }),
+              HasSubstr("nothing is cached"));
+}
+
+TEST(PlanTest, FileGoesWithTheOptions) {
+  const testing::TempDir folder;
+  ConvertOptions options;
+  options.rope = HlaRope::kLatent;
+  testing::write_file(folder / "plan.json", to_json(plan_conversion(stories(), options)).dump());
+  options.plan = folder / "plan.json";
+  EXPECT_EQ(plan_conversion(stories(), options).layers.size(), 5u);
+  options.k_rank = 8;
+  EXPECT_EQ(error_of([&] { plan_conversion(stories(), options); }).code(), ExitCode::kBadInput);
+  options.k_rank.reset();
+  options.rope = HlaRope::kOriginal;
+  EXPECT_EQ(error_of([&] { plan_conversion(stories(), options); }).code(), ExitCode::kBadInput);
+}
+
+}  // namespace
+}  // namespace hla

@@ -1,0 +1,168 @@
+#include "hla/io/work_dir.h"
+
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using testing::error_of;
+using testing::read_file;
+using testing::TempDir;
+using testing::write_file;
+
+const json kFingerprint = {{"options", {{"rank", 3}}}, {"base", "a"}};
+
+size_t entries(const fs::path& folder) {
+  size_t count = 0;
+  for ([[maybe_unused]] const auto& entry : fs::directory_iterator(folder)) ++count;
+  return count;
+}
+
+TEST(WorkDirTest, AppearsWhole) {
+  const TempDir folder;
+  {
+    WorkDir dir(folder / "out", false);
+    dir.begin(kFingerprint, false);
+    write_file(dir.output() / "config.json", "{}");
+    EXPECT_FALSE(fs::exists(folder / "out"));
+  }
+  EXPECT_EQ(entries(folder.path()), 0u) << "no step was complete";
+  WorkDir dir(folder / "out", false);
+  dir.begin(kFingerprint, false);
+  write_file(dir.output() / "config.json", "{}");
+  write_file(dir.scratch() / "temporary", "");
+  dir.complete("only");
+  dir.commit();
+  EXPECT_EQ(read_file(folder.path() / "out" / "config.json"), "{}");
+  EXPECT_EQ(entries(folder.path() / "out"), 1u);
+}
+
+TEST(WorkDirTest, RemovesItsOwnFolderWhenDone) {
+  const TempDir folder;
+  {
+    WorkDir dir(folder / "out", false);
+    dir.begin(kFingerprint, false);
+    dir.complete("only");
+    dir.commit();
+  }
+  EXPECT_EQ(entries(folder.path()), 1u);
+}
+
+// Makes two steps of an output that is not finished.
+void leave_two_steps(const fs::path& target) {
+  WorkDir dir(target, false);
+  dir.begin(kFingerprint, false);
+  for (const char* step : {"one", "two"}) {
+    dir.step(step, [&] {
+      write_file(dir.output() / step, step);
+      return json{{"made", step}};
+    });
+  }
+}
+
+TEST(WorkDirTest, GoesOnWithCompleteSteps) {
+  const TempDir folder;
+  leave_two_steps(folder / "out");
+  EXPECT_TRUE(fs::exists(folder / ".out.hla-partial"));
+  WorkDir dir(folder / "out", false);
+  dir.begin(kFingerprint, false);
+  EXPECT_EQ(dir.step("two", []() -> json { throw_runtime("is complete"); })["made"], "two");
+  EXPECT_EQ(dir.result("three"), nullptr);
+  dir.complete("three");
+  dir.commit();
+  EXPECT_EQ(read_file(folder.path() / "out" / "one"), "one");
+}
+
+TEST(WorkDirTest, StartsOverWhereItCannotGoOn) {
+  json other = kFingerprint;
+  other["options"]["rank"] = 4;
+  const auto starts_over = [](const json& fingerprint, bool restart, auto damage) {
+    const TempDir folder;
+    leave_two_steps(folder / "out");
+    damage(folder / ".out.hla-partial");
+    WorkDir dir(folder / "out", false);
+    dir.begin(fingerprint, restart);
+    return dir.result("one") == nullptr && fs::is_empty(dir.output());
+  };
+  const auto nothing = [](const fs::path&) {};
+  EXPECT_FALSE(starts_over(kFingerprint, false, nothing));
+  EXPECT_TRUE(starts_over(kFingerprint, true, nothing));
+  EXPECT_TRUE(starts_over(other, false, nothing));
+  EXPECT_TRUE(starts_over(kFingerprint, false,
+                          [](const fs::path& root) { write_file(root / "steps.json", "{"); }));
+  EXPECT_TRUE(starts_over(kFingerprint, false,
+                          [](const fs::path& root) { write_file(root / "steps.json", "[]"); }));
+  EXPECT_TRUE(starts_over(kFingerprint, false,
+                          [](const fs::path& root) { fs::remove(root / "steps.json"); }));
+}
+
+TEST(WorkDirTest, SaysWhatIsOther) {
+  const TempDir folder;
+  leave_two_steps(folder / "out");
+  json other = kFingerprint;
+  other["options"]["rank"] = 4;
+  WorkDir dir(folder / "out", false);
+  ::testing::internal::CaptureStderr();
+  dir.begin(other, false);
+  const std::string said = ::testing::internal::GetCapturedStderr();
+  EXPECT_NE(said.find("(options/rank)"), std::string::npos) << said;
+}
+
+TEST(WorkDirTest, DiscardRemovesEverything) {
+  const TempDir folder;
+  {
+    WorkDir dir(folder / "out", false);
+    dir.begin(kFingerprint, false);
+    dir.complete("one");
+    dir.discard();
+  }
+  EXPECT_EQ(entries(folder.path()), 0u);
+}
+
+TEST(WorkDirTest, OneProcessAtATime) {
+  const TempDir folder;
+  WorkDir dir(folder / "out", false);
+  dir.begin(kFingerprint, false);
+  dir.complete("one");
+  // flock belongs to the open file, so another open in this process stands for another process.
+  const Error error = error_of([&] { WorkDir(folder / "out", false); });
+  EXPECT_EQ(error.code(), ExitCode::kUsage);
+  EXPECT_NE(std::string(error.what()).find("another process"), std::string::npos);
+  EXPECT_TRUE(fs::exists(dir.output()));
+}
+
+TEST(WorkDirTest, ForceReplacesOnlyModelFolders) {
+  const TempDir folder;
+  fs::create_directory(folder / "out");
+  write_file(folder.path() / "out" / "notes.txt", "mine");
+  EXPECT_EQ(error_of([&] { WorkDir(folder / "out", false); }).code(), ExitCode::kUsage);
+  EXPECT_EQ(error_of([&] { WorkDir(folder / "out", true); }).code(), ExitCode::kUsage);
+  write_file(folder.path() / "out" / "config.json", "old");
+  WorkDir dir(folder / "out", true);
+  dir.begin(kFingerprint, false);
+  write_file(dir.output() / "config.json", "new");
+  EXPECT_EQ(read_file(folder.path() / "out" / "config.json"), "old");
+  dir.commit();
+  EXPECT_EQ(read_file(folder.path() / "out" / "config.json"), "new");
+  EXPECT_FALSE(fs::exists(folder.path() / "out" / "notes.txt"));
+}
+
+TEST(WorkDirTest, RefusesFilesAndMissingParents) {
+  const TempDir folder;
+  write_file(folder / "file", "");
+  EXPECT_THROW(WorkDir(folder / "file", true), Error);
+  EXPECT_THROW(WorkDir(folder.path() / "no" / "out", false), Error);
+}
+
+TEST(WorkDirTest, AFolderThatAppearsMeanwhileIsKept) {
+  const TempDir folder;
+  WorkDir dir(folder / "out", false);
+  dir.begin(kFingerprint, false);
+  fs::create_directory(folder / "out");
+  EXPECT_EQ(error_of([&] { dir.commit(); }).code(), ExitCode::kUsage);
+}
+
+}  // namespace
+}  // namespace hla
