@@ -88,15 +88,19 @@ def main():
         size = write_checkpoint(base, config)
         command = [arguments.binary, "convert", "--no-calib", "--max-shard-size",
                    arguments.shard_size, "--json", "-", base, out, *arguments.options]
-        result = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
-        report = json.loads(result.stdout)
+
+        def run(*more):
+            result = subprocess.run([*map(str, command), *more], stdout=subprocess.PIPE, check=True)
+            return json.loads(result.stdout)
+
+        estimate, report = run("--dry-run"), run()
         largest = max(file.stat().st_size for file in out.glob("*.safetensors"))
         files = len(list(out.glob("*.safetensors")))
     peak, bound = report["peak_rss_bytes"], largest + ALLOWANCE
     print(f"checkpoint      {size / 1e6:8.0f} MB")
     print(f"largest of {files:2}   {largest / 1e6:8.0f} MB")
     print(f"bound           {bound / 1e6:8.0f} MB (the largest file + {ALLOWANCE / 1e6:.0f} MB)")
-    print(f"peak memory     {peak / 1e6:8.0f} MB")
+    print(f"peak memory     {peak / 1e6:8.0f} MB (--dry-run: {estimate['peak_memory_bytes'] / 1e6:.0f} MB)")
     print(f"time            {report['seconds']:8.1f} s")
     return 0 if peak <= bound else 1
 

@@ -187,7 +187,7 @@ void add_convert(CLI::App& app) {
       ->add_option("--max-shard-size", options.max_shard_bytes,
                    "Size of one file of weights, like 500MB or 2GB")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(uint64_t{1}, uint64_t{1} << 62))
       ->default_str("5GB");
   command->add_flag("--restart", options.restart,
                     "Start over where an unfinished conversion to OUT lies, instead of going on");

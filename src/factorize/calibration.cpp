@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
@@ -22,7 +23,7 @@
 namespace hla {
 namespace {
 
-constexpr int64_t kVocabularyBlock = 8192;  // logits held at once, per token
+constexpr int64_t kVocabularyBlock = 2048;  // logits held at once, per token
 
 std::string layer_prefix(int64_t layer) { return "model.layers." + std::to_string(layer); }
 
@@ -186,12 +187,13 @@ double Calibration::advance(const DecoderLayer& layer, const Attention& converte
 }
 
 double Calibration::perplexity(int64_t layer) const {
-  std::vector<at::Tensor> states = state_.hla_hidden;
+  std::vector<at::Tensor> states;
+  for (const at::Tensor& hidden : state_.hla_hidden) states.push_back(hidden.clone());
   for (; layer < config_.num_hidden_layers; ++layer) {
     const auto decoder = load_layer(layer);
-    for (at::Tensor& hidden : states) {  // of their own from the first layer on
+    for (at::Tensor& hidden : states) {
       throw_if_interrupted();
-      hidden = decoder->forward(hidden, rope_);
+      hidden.copy_(decoder->forward(hidden, rope_));
     }
     base_.release_pages();
   }
@@ -226,8 +228,8 @@ double Calibration::sum_nll(const at::Tensor& rows, const at::Tensor& targets) c
     const at::Tensor picked =
         logits.gather(1, column.clamp(0, block.size(0) - 1).unsqueeze(1)).squeeze(1);
     target = at::where(inside, picked.to(at::kDouble), target);
+    base_.release_pages();
   }
-  base_.release_pages();
   return (log_sum - target).sum().item<double>();
 }
 

@@ -5,6 +5,7 @@
 
 #include "hla/core/text_table.h"
 #include "hla/core/version.h"
+#include "hla/model/llama.h"
 
 namespace hla {
 namespace {
@@ -123,6 +124,17 @@ PlotSpec plot_ranks(const std::vector<LayerReport>& layers) {
 
 }  // namespace
 
+json sizes_json(const ModelConfig& base, const ModelConfig& hla, int64_t element_size) {
+  const int64_t base_bytes = base.base_cache_bytes_per_token(element_size);
+  const int64_t hla_bytes = hla.cache_bytes_per_token(element_size);
+  return {{"cache_bytes_per_token", hla_bytes},
+          {"base_cache_bytes_per_token", base_bytes},
+          {"cache_ratio", static_cast<double>(hla_bytes) / static_cast<double>(base_bytes)},
+          {"cache_element_bytes", element_size},
+          {"parameters", parameter_count(hla)},
+          {"base_parameters", parameter_count(base)}};
+}
+
 json to_json(const LayerReport& layer) {
   json entry = {{"fast_frequencies", layer.config.fast_frequencies},
                 {"k_floats", layer.config.k_floats()},
@@ -166,8 +178,6 @@ json ConvertReport::to_json(const ConvertOptions& options, bool measured) const 
     if (!measured) entry.erase("seconds");
     per_layer.push_back(std::move(entry));
   }
-  const int64_t base_bytes = base.base_cache_bytes_per_token(element_size);
-  const int64_t hla_bytes = hla.cache_bytes_per_token(element_size);
   json base_name = base.raw.contains("_name_or_path") && base.raw["_name_or_path"].is_string()
                        ? base.raw["_name_or_path"]
                        : json();
@@ -184,13 +194,8 @@ json ConvertReport::to_json(const ConvertOptions& options, bool measured) const 
                    {"tokens", calib_tokens},
                    {"perplexity_tokens", perplexity_tokens},
                    {"base_perplexity", or_null(base_perplexity)}}},
-                 {"cache_bytes_per_token", hla_bytes},
-                 {"base_cache_bytes_per_token", base_bytes},
-                 {"cache_ratio", static_cast<double>(hla_bytes) / static_cast<double>(base_bytes)},
-                 {"cache_element_bytes", element_size},
-                 {"parameters", hla_parameters},
-                 {"base_parameters", base_parameters},
                  {"layers", std::move(per_layer)}};
+  report.update(sizes_json(base, hla, element_size));
   if (measured) {
     report["seconds"] = seconds;
     report["peak_rss_bytes"] = peak_rss_bytes;
@@ -216,8 +221,14 @@ std::string ConvertReport::layer_table() const {
 }
 
 std::vector<PlotSpec> ConvertReport::to_plot() const {
-  const bool latent = hla.hla->rope == HlaRope::kLatent;
-  return {plot_errors(layers), latent ? plot_frequencies(layers) : plot_ranks(layers)};
+  std::vector<PlotSpec> panels = {plot_errors(layers)};
+  if (hla.hla->rope == HlaRope::kLatent) panels.push_back(plot_frequencies(layers));
+  const bool differ = std::any_of(layers.begin(), layers.end(), [this](const LayerReport& layer) {
+    return layer.config.k_floats() != layers[0].config.k_floats() ||
+           layer.config.kv_rank != layers[0].config.kv_rank;
+  });
+  if (differ || panels.size() == 1) panels.push_back(plot_ranks(layers));
+  return panels;
 }
 
 }  // namespace hla

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <chrono>
 #include <map>
+#include <memory>
+#include <optional>
 
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"

@@ -10,6 +10,7 @@
 #include "hla/core/memory.h"
 #include "hla/core/text_table.h"
 #include "hla/factorize/calibration.h"
+#include "hla/factorize/conversion_report.h"
 #include "hla/factorize/conversion_writer.h"
 #include "hla/io/work_dir.h"
 #include "hla/model/device.h"
@@ -28,14 +29,15 @@ constexpr double kProgramBytes = 135e6;
 constexpr double kCopyBytes = 64e6;
 // Queries at a time in collect_statistics, and copies of their attention there.
 constexpr double kStatisticsQueries = 256;
-constexpr double kStatisticsCopies = 6;
+constexpr double kStatisticsCopies = 8;
 // fp64 products run at half the rate of fp32 ones; eigenvectors take 9 n³ operations at a tenth of
 // the rate of products; one element of an attention matrix costs as much as so many operations.
 constexpr double kWideCost = 2;
 constexpr double kEigenCost = 9 * 10 * kWideCost;
 constexpr double kAttentionElementCost = 60;
-// Bytes per second that copying reads and writes, and what a byte costs at a rate of 1 FLOP/s.
-constexpr double kCopyRate = 1e9;
+// What real shapes reach of the rate of large square products.
+constexpr double kProductEfficiency = 0.75;
+constexpr double kCopyRate = 1e9;  // bytes per second that are read or written
 
 // Sizes of one layer, as numbers that products of many do not overflow.
 struct Sizes {
@@ -134,7 +136,8 @@ double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int
   const Sizes s = sizes_of(hla, options, tokens);
   double layer = factorization_work(s, options);
   if (tokens > 0) {
-    const double pairs = s.tokens * s.length / 2;  // of queries and keys, causal
+    // Of queries and keys: causal, but the statistics take whole blocks of queries.
+    const double pairs = s.tokens * (s.length + kStatisticsQueries) / 2;
     const double attention = 4 * pairs * s.query;
     const double forward = 2 * s.tokens * s.parameters + attention;
     const double converted = 2 * s.tokens * attention_weights(s) + attention;
@@ -151,7 +154,7 @@ double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int
     const double head = 2 * followed * static_cast<double>(hla.vocab_size) * s.hidden;
     work += layers * (layers / 2 * 2 * followed * s.parameters + head);
   }
-  return work;
+  return work / kProductEfficiency;
 }
 
 ConversionEstimate estimate_conversion(const Checkpoint& base, const std::filesystem::path& out,
@@ -194,25 +197,19 @@ uint64_t ConversionEstimate::disk_bytes() const {
 nlohmann::json ConversionEstimate::to_json() const {
   nlohmann::json listed = nlohmann::json::array();
   for (const File& file : files) listed.push_back({{"name", file.name}, {"bytes", file.bytes}});
-  const int64_t base_bytes = base.base_cache_bytes_per_token(element_size);
-  const int64_t hla_bytes = hla.cache_bytes_per_token(element_size);
-  return {{"dry_run", true},
-          {"plan", hla::to_json(plan)},
-          {"measured_ranks", plan.measured_ranks},
-          {"cache_bytes_per_token", hla_bytes},
-          {"base_cache_bytes_per_token", base_bytes},
-          {"cache_ratio", static_cast<double>(hla_bytes) / static_cast<double>(base_bytes)},
-          {"cache_element_bytes", element_size},
-          {"parameters", hla_parameters},
-          {"base_parameters", base_parameters},
-          {"calibration_tokens", calib_tokens},
-          {"files", std::move(listed)},
-          {"disk_bytes", disk_bytes()},
-          {"scratch_bytes", scratch_bytes},
-          {"peak_memory_bytes", peak_memory_bytes},
-          {"seconds", seconds},
-          {"gemm_flops_per_second", gemm_flops},
-          {"threads", threads}};
+  nlohmann::json json = {{"dry_run", true},
+                         {"plan", hla::to_json(plan)},
+                         {"measured_ranks", plan.measured_ranks},
+                         {"calibration_tokens", calib_tokens},
+                         {"files", std::move(listed)},
+                         {"disk_bytes", disk_bytes()},
+                         {"scratch_bytes", scratch_bytes},
+                         {"peak_memory_bytes", peak_memory_bytes},
+                         {"seconds", seconds},
+                         {"gemm_flops_per_second", gemm_flops},
+                         {"threads", threads}};
+  json.update(sizes_json(base, hla, element_size));
+  return json;
 }
 
 std::string ConversionEstimate::to_text() const {

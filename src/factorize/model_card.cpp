@@ -51,12 +51,17 @@ std::string model_card(const nlohmann::json& report) {
           report["key_weighting"].get<std::string>() + "`, values by `" +
           report["value_weighting"].get<std::string>() + "`.\n\n";
   card += "Measure it: `hla ppl <this folder>`. Look at it: `hla info <this folder>`.\n\n";
-  card += "## Layers\n\nErrors are relative, in the norm that was minimised.\n\n";
-  card += "| layer | cached floats | key error | value error |\n|---|---|---|---|\n";
+  card +=
+      "## Layers\n\nErrors are relative: of keys and values in the norm that was minimised, of the "
+      "attention output on the calibration text.\n\n";
+  card += "| layer | cached floats | key error | value error | attention output |\n";
+  card += "|---|---|---|---|---|\n";
   for (const auto& layer : report["layers"]) {
     card += "| " + layer["layer"].dump() + " | " + layer["cache_floats"].dump() + " | " +
             percent(layer["key_error"].get<double>()) + " | " +
-            percent(layer["value_error"].get<double>()) + " |\n";
+            percent(layer["value_error"].get<double>()) + " | ";
+    const auto& attention = layer["attention_output_error"];
+    card += (attention.is_null() ? "" : percent(attention.get<double>()) + " ") + "|\n";
   }
   return card;
 }

@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "test_util.h"
@@ -54,7 +55,7 @@ TEST(ConversionReportTest, TableHasALinePerLayer) {
 
 TEST(ConversionReportTest, PlotsErrorsAndRanks) {
   const std::vector<PlotSpec> latent = report().to_plot();
-  ASSERT_EQ(latent.size(), 2u);
+  ASSERT_EQ(latent.size(), 3u);            // the layers' ranks differ
   ASSERT_EQ(latent[0].series.size(), 3u);  // no queries: they are whole
   EXPECT_THAT(latent[0].series[1].y, ElementsAre(DoubleEq(20), DoubleEq(21), DoubleEq(22)));
   EXPECT_THAT(latent[0].series[2].y, ElementsAre(5, 5, 5));
@@ -62,6 +63,10 @@ TEST(ConversionReportTest, PlotsErrorsAndRanks) {
   EXPECT_THAT(latent[1].series[0].y, ElementsAre(4, 2));  // most, of two frequencies
   EXPECT_THAT(latent[1].series[1].y, ElementsAre(4, 1));
   EXPECT_THAT(latent[1].series[2].y, ElementsAre(4, 0));
+  EXPECT_EQ(latent[2].title, "Rank by layer");
+  ConvertReport alike = report();
+  for (LayerReport& layer : alike.layers) layer.config.k_ranks = {4, 1};
+  EXPECT_EQ(alike.to_plot().size(), 2u);
   ConvertReport original = report();
   original.hla.hla->rope = HlaRope::kOriginal;
   const PlotSpec ranks = original.to_plot()[1];

@@ -3,6 +3,7 @@
 
 #include <c10/core/InferenceMode.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "hla/core/data_dir.h"

@@ -61,7 +61,11 @@ TEST(PlanTest, RefusesWhatDoesNotFit) {
   EXPECT_THAT(message([](json& j) { j["layers"].erase(0); }), HasSubstr("5 layers, got 4"));
   EXPECT_THAT(message([](json& j) { j["layers"] = 3; }), HasSubstr("5 layers, got 3"));
   EXPECT_THAT(message([](json& j) { j["layers"][2] = 3; }), HasSubstr("layers[2]"));
-  EXPECT_THAT(message([](json& j) { j["layers"][1]["kv_rank"] = 1000; }),
+  // 64 rows of keys and values, of which 2 fast frequencies of 4 heads take 16.
+  EXPECT_THAT(message([](json& j) {
+                j["layers"][1]["fast_frequencies"] = 2;
+                j["layers"][1]["kv_rank"] = 49;
+              }),
               HasSubstr("layers[1].kv_rank"));
   EXPECT_THAT(message([](json& j) { j["layers"][1]["k_rank"] = 1; }),
               HasSubstr("layers[1].k_rank"));  // without fast frequencies

@@ -1,6 +1,7 @@
 #include "hla/io/sharded_writer.h"
 
 #include <cstring>
+#include <nlohmann/json.hpp>
 
 #include "hla/io/json_file.h"
 #include "test_util.h"

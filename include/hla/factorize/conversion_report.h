@@ -13,6 +13,9 @@
 
 namespace hla {
 
+// Cache bytes per token and parameters of a model and its conversion, by their keys in reports.
+nlohmann::json sizes_json(const ModelConfig& base, const ModelConfig& hla, int64_t element_size);
+
 struct LayerReport {
   HlaLayerConfig config;
   // Relative, in the norm that was minimised.
@@ -50,7 +53,8 @@ struct ConvertReport {
   nlohmann::json to_json(const ConvertOptions& options, bool measured) const;
   // A table of the layers, a line each.
   std::string layer_table() const;
-  // Two panels: errors by layer; ranks by frequency, or by layer where keys share one basis.
+  // Panels: errors by layer; for rope `latent` ranks by frequency; ranks by layer, where they
+  // differ or there are none by frequency.
   std::vector<PlotSpec> to_plot() const;
 };
 
