@@ -16,6 +16,7 @@
 #include "hla/core/version.h"
 #include "hla/factorize/model_card.h"
 #include "hla/factorize/statistics.h"
+#include "hla/factorize/transformers_files.h"
 #include "hla/io/atomic_file.h"
 #include "hla/io/json_file.h"
 #include "hla/io/mapped_file.h"
@@ -363,7 +364,9 @@ ConvertReport convert(const Checkpoint& base, const std::filesystem::path& out,
   }
   write_weights(base, report.hla, factors, options.dtype, dtype, folder.path());
   copy_side_files(base, folder.path());
-  write_json_file(folder.path() / "config.json", hla_config_json(report.hla), /*force=*/false);
+  nlohmann::json config = hla_config_json(report.hla);
+  write_transformers_files(folder.path(), config);
+  write_json_file(folder.path() / "config.json", config, /*force=*/false);
   report.seconds = seconds_since(start);
   const nlohmann::json json = report.to_json(options);
   write_json_file(folder.path() / "hla_report.json", json, /*force=*/false);
