@@ -32,5 +32,6 @@ class HlaConfig(LlamaConfig):
             kwargs["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
         elif rope_parameters:
             kwargs["rope_parameters"] = rope_parameters
+        kwargs.pop("sliding_window", None)  # only ever there unused, yet caches would be cut to it
         super().__init__(**kwargs)
         self.hla = hla

@@ -84,7 +84,7 @@ class HlaAttention(nn.Module):
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.fast = layer["fast_frequencies"]
+        self.fast = layer.get("fast_frequencies", 0)
         self.slow = self.head_dim // 2 - self.fast
         # Read by the attention functions of transformers.
         self.num_key_value_groups = self.heads // self.kv_heads
@@ -93,9 +93,9 @@ class HlaAttention(nn.Module):
 
         bias = config.attention_bias
         latent_bias = hla.get("latent_bias", bias)
-        hidden, q_rank, self.kv_rank = config.hidden_size, layer["q_rank"], layer["kv_rank"]
+        hidden, q_rank, self.kv_rank = config.hidden_size, layer.get("q_rank", 0), layer.get("kv_rank", 0)
         k_ranks = layer["k_ranks"] if self.rope == "latent" else None
-        self.k_floats = layer["k_rank"] if k_ranks is None else 2 * sum(k_ranks)
+        self.k_floats = layer.get("k_rank", 0) if k_ranks is None else 2 * sum(k_ranks)
         if q_rank:
             self.q_down = nn.Linear(hidden, q_rank, bias=False)
             self.q_up = nn.Linear(q_rank, self.heads * self.head_dim, bias=bias)
