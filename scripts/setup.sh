@@ -26,7 +26,7 @@ packages=(
   nlohmann-json3-dev libcli11-dev libspdlog-dev libpcre2-dev libsentencepiece-dev
   libgtest-dev libgmock-dev libssl-dev python3 python3-venv
 )
-# numpy 2.4 and pyarrow 26 need Python 3.11; torch 2.10 still works with 3.10.
+# numpy 2.4, pyarrow 26 and transformers 5.24 need Python 3.11; torch 2.10 still works with 3.10.
 requirements=(
   "torch==$torch_version"
   "numpy==2.4.6; python_version >= '3.11'"
@@ -34,6 +34,9 @@ requirements=(
   "gguf==0.19.0"
   "safetensors==0.8.0"
   "pyarrow==25.0.1"
+  # Runs converted folders, in the tests.
+  "transformers==5.24.0; python_version >= '3.11'"
+  "transformers==5.0.0; python_version < '3.11'"
 )
 
 # Settings from outside that would change what the Python steps do.
@@ -108,7 +111,7 @@ find_python() {
 # What a torn installation gets wrong: a package that does not import, or a dependency that is not there.
 check_venv() {
   "$venv/bin/python" -m pip check &&
-    "$venv/bin/python" -c "import gguf, numpy, pyarrow.parquet, safetensors, torch; assert torch.__version__.split('+')[0] == '${torch_version%%+*}', torch.__version__"
+    "$venv/bin/python" -c "import gguf, numpy, pyarrow.parquet, safetensors, torch, transformers; assert torch.__version__.split('+')[0] == '${torch_version%%+*}', torch.__version__"
 }
 
 install_python() {
@@ -131,7 +134,7 @@ install_python() {
     run venv "$python" -m venv --clear "$venv"
   fi
   rm -f -- "$stamp"
-  say "Python environment: installing torch $torch_version, numpy, gguf, safetensors, pyarrow (several GB where torch is missing)"
+  say "Python environment: installing torch $torch_version, numpy, gguf, safetensors, pyarrow, transformers (several GB where torch is missing)"
   run pip-install "$venv/bin/python" -m pip install --retries 5 "${requirements[@]}"
   if ! check_venv >"$logs/pip-check.log" 2>&1; then
     say "Python environment: damaged (build/logs/pip-check.log), installing it again"

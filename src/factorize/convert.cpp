@@ -18,6 +18,7 @@
 #include "hla/factorize/model_card.h"
 #include "hla/factorize/plan.h"
 #include "hla/factorize/statistics.h"
+#include "hla/factorize/transformers_files.h"
 #include "hla/io/atomic_file.h"
 #include "hla/io/json_file.h"
 #include "hla/io/work_dir.h"
@@ -308,7 +309,9 @@ class Conversion {
     AtomicFile card(folder / "README.md", /*force=*/false);
     card.write(model_card(json));
     card.commit();
-    write_json_file(folder / "config.json", hla_config_json(report_.hla), /*force=*/false);
+    nlohmann::json config = hla_config_json(report_.hla);
+    write_transformers_files(folder, config);
+    write_json_file(folder / "config.json", config, /*force=*/false);
   }
 
   void finish_report() {

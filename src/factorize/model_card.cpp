@@ -25,13 +25,34 @@ const char* rope_text(const std::string& rope) {
          "the pretrained RoPE and needs fine-tuning before it is of use.";
 }
 
+// How transformers runs the folder.
+constexpr const char* kUse = R"(## Use
+
+With transformers; `trust_remote_code` runs `modeling_hla.py` of this folder.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+With `hla`: `hla ppl <this folder>` measures it, `hla info <this folder>` describes it.
+
+)";
+
 }  // namespace
 
 std::string model_card(const nlohmann::json& report) {
   const auto rope = report["rope"].get<std::string>();
   const auto& calibration = report["calibration"];
   std::string card;
-  card += "---\nlibrary_name: hla\ntags:\n- llama\n- hla\n- low-rank\n- kv-cache\n---\n\n";
+  card +=
+      "---\nlibrary_name: transformers\ntags:\n- custom_code\n- llama\n- hla\n- low-rank\n- "
+      "kv-cache\n---\n\n";
   card += "# A Llama model converted to HLA (low-rank latent attention)\n\n";
   card += "Made by `hla convert` " + report["hla_version"].get<std::string>() + " (commit " +
           report["hla_commit"].get<std::string>() + ").";
@@ -50,7 +71,7 @@ std::string model_card(const nlohmann::json& report) {
           calibration["tokens"].dump() + " tokens. Keys weighted by `" +
           report["key_weighting"].get<std::string>() + "`, values by `" +
           report["value_weighting"].get<std::string>() + "`.\n\n";
-  card += "Measure it: `hla ppl <this folder>`. Look at it: `hla info <this folder>`.\n\n";
+  card += kUse;
   card +=
       "## Layers\n\nErrors are relative: of keys and values in the norm that was minimised, of the "
       "attention output on the calibration text.\n\n";

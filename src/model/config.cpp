@@ -141,6 +141,29 @@ RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t
   return rope;
 }
 
+// Features that change what the tensors mean or what attention sees.
+void refuse_unsupported(const json& root, Problems& problems) {
+  if (has_key(root, "quantization_config")) {
+    problems.add("quantization_config: quantised weights are not supported, got " +
+                 got(find(root, "quantization_config")));
+  }
+  // Some configs name a window and say that it is not used.
+  const bool window_used = get_bool(root, "use_sliding_window", true, problems);
+  for (const char* key : {"sliding_window", "attention_chunk_size"}) {
+    if (has_key(root, key) && window_used) {
+      problems.add(std::string(key) + ": only full attention is supported, got " +
+                   got(find(root, key)));
+    }
+  }
+  const json& layers = find(root, "layer_types");
+  for (const json& type : layers.is_array() ? layers : json::array()) {
+    if (type != "full_attention") {
+      problems.add("layer_types: only full_attention is supported, got " + got(type));
+      break;
+    }
+  }
+}
+
 Activation parse_activation(const json& root, Problems& problems) {
   const std::string name = get_string(root, "hidden_act", "silu", problems);
   if (name == "silu" || name == "swish") return Activation::kSilu;
@@ -219,6 +242,10 @@ HlaConfig parse_hla(const json& root, const ModelConfig& config, Problems& probl
   hla.rotary_fraction = get_double(object, "rotary_fraction", 1.0, problems);
   if (!(hla.rotary_fraction >= 0 && hla.rotary_fraction <= 1)) {
     problems.add("hla.rotary_fraction: expected 0…1");
+  }
+  for (const auto& [key, flag] : {std::pair("latent_bias", &HlaConfig::latent_bias),
+                                  std::pair("output_bias", &HlaConfig::output_bias)}) {
+    if (has_key(object, key)) hla.*flag = get_bool(object, key, false, problems);
   }
   const json& layers = find(object, "layers");
   if (!layers.is_array() || static_cast<int64_t>(layers.size()) != config.num_hidden_layers) {
@@ -305,6 +332,7 @@ ModelConfig parse_model_config(const json& root, const std::string& source) {
   config.attention_bias = get_bool(root, "attention_bias", false, problems);
   config.mlp_bias = get_bool(root, "mlp_bias", false, problems);
   config.hidden_act = parse_activation(root, problems);
+  refuse_unsupported(root, problems);
   if (config.num_hidden_layers > 100000) {
     problems.add("num_hidden_layers: expected at most 100000, got " +
                  std::to_string(config.num_hidden_layers));
@@ -365,6 +393,8 @@ json hla_config_json(const ModelConfig& config) {
   if (config.hla->rope == HlaRope::kPaper) {
     result["hla"]["rotary_fraction"] = config.hla->rotary_fraction;
   }
+  if (config.hla->latent_bias) result["hla"]["latent_bias"] = *config.hla->latent_bias;
+  if (config.hla->output_bias) result["hla"]["output_bias"] = *config.hla->output_bias;
   return result;
 }
 

@@ -78,7 +78,8 @@ HlaAttention::HlaAttention(ParameterSource& source, const std::string& prefix,
       rope_kind_(config.hla->rope),
       rotary_fraction_(config.hla->rotary_fraction),
       layer_(config.hla->layers[static_cast<size_t>(layer)]) {
-  const bool bias = config.attention_bias;
+  const bool query_bias = config.attention_bias;
+  const bool latent_bias = config.latent_bias();
   const int64_t hidden = config.hidden_size;
   const int64_t m = config.frequencies();
   const int64_t c = layer_.fast_frequencies;
@@ -88,23 +89,24 @@ HlaAttention::HlaAttention(ParameterSource& source, const std::string& prefix,
   };
   if (layer_.q_rank > 0) {
     q_down_ = linear("q_down", hidden, layer_.q_rank, false);
-    q_up_ = linear("q_up", layer_.q_rank, config.q_size(), bias);
+    q_up_ = linear("q_up", layer_.q_rank, config.q_size(), query_bias);
   } else {
-    q_proj_ = linear("q_proj", hidden, config.q_size(), bias);
+    q_proj_ = linear("q_proj", hidden, config.q_size(), query_bias);
   }
   if (layer_.k_floats() > 0) k_down_ = linear("k_down", hidden, layer_.k_floats(), false);
   if (rope_kind_ == HlaRope::kLatent && layer_.complex_rank() > 0) {
-    k_up_complex_ = register_module(
-        "k_up",
-        std::make_shared<ComplexUp>(source, prefix + ".k_up", kv_heads_, layer_.k_ranks, bias));
+    k_up_complex_ =
+        register_module("k_up", std::make_shared<ComplexUp>(source, prefix + ".k_up", kv_heads_,
+                                                            layer_.k_ranks, latent_bias));
   } else if (layer_.k_rank > 0) {
-    k_up_ = linear("k_up", layer_.k_rank, kv_heads_ * 2 * c, bias);
+    k_up_ = linear("k_up", layer_.k_rank, kv_heads_ * 2 * c, latent_bias);
   }
   if (layer_.kv_rank > 0) {
     kv_down_ = linear("kv_down", hidden, layer_.kv_rank, false);
-    kv_up_ = linear("kv_up", layer_.kv_rank, kv_heads_ * 2 * (m - c) + config.kv_size(), bias);
+    kv_up_ =
+        linear("kv_up", layer_.kv_rank, kv_heads_ * 2 * (m - c) + config.kv_size(), latent_bias);
   }
-  o_proj_ = linear("o_proj", config.q_size(), hidden, bias);
+  o_proj_ = linear("o_proj", config.q_size(), hidden, config.output_bias());
 }
 
 at::Tensor HlaAttention::paper_rotate(const at::Tensor& latent, int64_t heads,

@@ -169,6 +169,26 @@ TEST(ConvertTest, FolderIsCompleteAndConvertsTheSameTwice) {
             std::string::npos);
 }
 
+// tests/interop runs the folders; here, that the code is that of the checkout.
+TEST(ConvertTest, FolderHoldsTheCodeForTransformers) {
+  const TempDir folder;
+  convert(stories(), folder / "out", quiet());
+  int files = 0;
+  for (const auto& entry :
+       std::filesystem::directory_iterator(source_path("src/factorize/transformers"))) {
+    if (entry.path().extension() != ".py") continue;
+    const auto written = folder.path() / "out" / entry.path().filename();
+    EXPECT_EQ(testing::read_file(written), testing::read_file(entry.path())) << written;
+    ++files;
+  }
+  EXPECT_EQ(files, 2);
+  const nlohmann::json config = read_json_file(folder.path() / "out" / "config.json");
+  EXPECT_EQ(config["auto_map"]["AutoModelForCausalLM"], "modeling_hla.HlaForCausalLM");
+  EXPECT_EQ(config["auto_map"]["AutoConfig"], "configuration_hla.HlaConfig");
+  EXPECT_EQ(config["architectures"], nlohmann::json::array({"HlaForCausalLM"}));
+  EXPECT_EQ(config["model_type"], "hla");
+}
+
 TEST(ConvertTest, PaperConvertsAndKeepsEverythingAtFullRankButTheRope) {
   const TempDir folder;
   ConvertOptions options = quiet();

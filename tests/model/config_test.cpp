@@ -79,10 +79,40 @@ TEST(ModelConfigTest, RefusesContradictions) {
 
 TEST(ModelConfigTest, RefusesOtherArchitecturesByName) {
   json config = good();
-  config["model_type"] = "mamba";
-  EXPECT_NE(message_of(config).find("got \"mamba\""), std::string::npos);
+  for (const char* type : {"mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "mixtral",
+                           "deepseek_v3", "llama4", "gpt_neox", "mamba"}) {
+    config["model_type"] = type;
+    EXPECT_NE(message_of(config).find("got \"" + std::string(type) + "\""), std::string::npos);
+  }
   EXPECT_NE(message_of(json::object()).find("model_type"), std::string::npos);
   EXPECT_NE(message_of(json::array()).find("expected an object"), std::string::npos);
+}
+
+TEST(ModelConfigTest, RefusesUnsupportedFeaturesByName) {
+  const std::vector<std::pair<std::string, json>> features = {
+      {"quantization_config", {{"quant_method", "gptq"}, {"bits", 4}}},
+      {"sliding_window", 4096},
+      {"attention_chunk_size", 8192},
+      {"layer_types", {"full_attention", "sliding_attention"}},
+      {"partial_rotary_factor", 0.5},
+      {"rope_parameters", {{"rope_type", "default"}, {"partial_rotary_factor", 0.5}}}};
+  for (const auto& [key, value] : features) {
+    json config = good();
+    config[key] = value;
+    const std::string name = key == "rope_parameters" ? "partial_rotary_factor" : key;
+    EXPECT_NE(message_of(config).find(name + ": "), std::string::npos) << key;
+  }
+}
+
+TEST(ModelConfigTest, AcceptsFeaturesThatAreOff) {
+  json config = good();
+  config["quantization_config"] = nullptr;
+  config["sliding_window"] = 4096;
+  config["use_sliding_window"] = false;
+  config["layer_types"] = {"full_attention", "full_attention"};
+  config["partial_rotary_factor"] = 1.0;
+  config["pretraining_tp"] = 2;  // the same product in slices
+  EXPECT_NO_THROW(parse_model_config(config, "config.json"));
 }
 
 TEST(ModelConfigTest, HlaRoundTrip) {
@@ -105,7 +135,25 @@ TEST(ModelConfigTest, HlaRoundTrip) {
   EXPECT_EQ(again.cache_bytes_per_token(2), 64);
   EXPECT_EQ(again.base_cache_bytes_per_token(2), 2 * 2 * 4 * 8 * 2);
 
+  EXPECT_FALSE(text["hla"].contains("latent_bias"));
+  for (const bool attention_bias : {false, true}) {
+    json biased = text;
+    biased["attention_bias"] = attention_bias;
+    const auto parse = [&] { return parse_model_config(biased, "config.json"); };
+    EXPECT_EQ(parse().latent_bias(), attention_bias);
+    EXPECT_EQ(parse().output_bias(), attention_bias);
+    biased["hla"]["latent_bias"] = !attention_bias;
+    EXPECT_EQ(parse().latent_bias(), !attention_bias);
+    EXPECT_EQ(parse().output_bias(), attention_bias);
+    biased["hla"]["output_bias"] = !attention_bias;
+    EXPECT_EQ(parse().output_bias(), !attention_bias);
+    EXPECT_EQ(hla_config_json(parse()), biased);
+  }
+
   json damaged = text;
+  damaged["hla"]["output_bias"] = "yes";
+  EXPECT_NE(message_of(damaged).find("output_bias"), std::string::npos);
+  damaged = text;
   damaged["hla"]["layers"][1]["k_ranks"] = {5, 0};  // more than K
   EXPECT_NE(message_of(damaged).find("layers[1].k_ranks"), std::string::npos);
   damaged = text;

@@ -267,6 +267,32 @@ TEST(HlaAttentionTest, PaperEqualsTheSeedsConstruction) {
             1e-10);
 }
 
+TEST(HlaAttentionTest, BiasesOfLatentsAndOutputCanBeThereAlone) {
+  const std::vector<std::string> latent = {"a.k_up.bias", "a.kv_up.bias"};
+  const std::vector<std::string> output = {"a.o_proj.bias"};
+  const auto biases = [](HlaRope rope, auto change) {
+    HlaLayerConfig layer = latent_layer();
+    if (rope == HlaRope::kOriginal) {
+      layer.k_ranks.clear();
+      layer.k_rank = 4;
+    }
+    ModelConfig config = small_config(rope, layer);
+    change(*config.hla);
+    RandomSource source;
+    const HlaAttention attention(source, "a", config, 0);
+    std::vector<std::string> names;
+    for (const auto& [name, tensor] : source.made) {
+      if (name.ends_with(".bias")) names.push_back(name);
+    }
+    return names;
+  };
+  for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent}) {
+    EXPECT_EQ(biases(rope, [](HlaConfig& hla) { hla.latent_bias = true; }), latent);
+    EXPECT_EQ(biases(rope, [](HlaConfig& hla) { hla.output_bias = true; }), output);
+    EXPECT_TRUE(biases(rope, [](HlaConfig&) {}).empty());
+  }
+}
+
 TEST(HlaAttentionTest, PaperPairsCycleThroughTheHeadsLadder) {
   // clm-60m: K 2, d 64, rank 64: 32 pairs on the first 16 frequencies, twice.
   const PaperPairs pairs = paper_pairs(64, 2, 64, 1.0);

@@ -86,6 +86,27 @@ TEST(CliTest, BadInputExitsWith3) {
             3);
 }
 
+TEST(CliTest, ConvertRefusesOtherModelsByName) {
+  const TempDir folder;
+  const auto model = folder / "model";
+  std::filesystem::copy(source_path("tests/data/models/gqa"), model);
+  const auto config = nlohmann::json::parse(read_file(model / "config.json"));
+  for (const auto& [key, value] :
+       {std::pair<std::string, nlohmann::json>("model_type", "mistral"),
+        std::pair<std::string, nlohmann::json>("quantization_config",
+                                               {{"quant_method", "awq"}, {"bits", 4}})}) {
+    nlohmann::json changed = config;
+    changed[key] = value;
+    write_file(model / "config.json", changed.dump());
+    const CommandResult result =
+        run_hla("convert --no-calib " + model.string() + " " + (folder / "out").string());
+    EXPECT_EQ(result.code, 3);
+    EXPECT_NE(result.err.find(key), std::string::npos) << result.err;
+    EXPECT_NE(result.err.find(key == "model_type" ? "mistral" : "awq"), std::string::npos);
+    EXPECT_FALSE(std::filesystem::exists(folder / "out"));
+  }
+}
+
 TEST(CliTest, PplWritesJson) {
   const TempDir folder;
   const std::string file = (folder / "out.json").string();

@@ -64,6 +64,9 @@ struct HlaConfig {
   HlaRope rope = HlaRope::kOriginal;
   double rotary_fraction = 1.0;  // paper: share of the latent pairs that turn
   std::vector<HlaLayerConfig> layers;
+  // Whether k_up and kv_up, and o_proj, have biases. Absent: as attention_bias says.
+  std::optional<bool> latent_bias = {};
+  std::optional<bool> output_bias = {};
 };
 
 struct ModelConfig {
@@ -88,6 +91,9 @@ struct ModelConfig {
   int64_t kv_size() const { return num_key_value_heads * head_dim; }  // K·d
   int64_t q_size() const { return num_attention_heads * head_dim; }   // H·d
   int64_t group_size() const { return num_attention_heads / num_key_value_heads; }
+  // Of an HLA model: biases of k_up and kv_up, and of o_proj.
+  bool latent_bias() const { return hla->latent_bias.value_or(attention_bias); }
+  bool output_bias() const { return hla->output_bias.value_or(attention_bias); }
 
   // Floats cached per token and layer: of this model, and of the Llama it stands for (2·K·d).
   int64_t cache_floats(int64_t layer) const;

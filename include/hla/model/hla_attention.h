@@ -12,7 +12,8 @@
 //   kv_up  (K·2(m-c) + K·d, kv_rank)           kv latent -> slow keys by head, then values by head
 //   q_proj, or q_down (q_rank, D) and q_up (H·d, q_rank)
 //
-// Biases of the base model's k and v are kept exactly, in k_up.bias and kv_up.bias.
+// Biases of the base model's k and v are kept exactly, in k_up.bias and kv_up.bias. A model may
+// have those, or o_proj.bias, without attention_bias: see HlaConfig.
 #pragma once
 
 #include <memory>
