@@ -21,6 +21,7 @@ struct ConvertArguments {
   std::string rope = "original";
   std::string calib;
   bool no_calib = false;
+  std::string objective = to_string(FactorOptions{}.objective);
   std::string key_weighting = to_string(FactorOptions{}.key_weighting);
   std::string value_weighting = to_string(FactorOptions{}.value_weighting);
   std::string plan;
@@ -85,10 +86,14 @@ void run_convert(ConvertArguments& arguments) {
   const auto rope = hla_rope_from_string(arguments.rope);
   if (!rope) throw_usage("[--rope] expected original, latent or paper, got " + arguments.rope);
   options.rope = *rope;
+  const auto objective = objective_from_string(arguments.objective);
   const auto key_weighting = key_weighting_from_string(arguments.key_weighting);
   const auto value_weighting = value_weighting_from_string(arguments.value_weighting);
+  if (!objective)
+    throw_usage("[--objective] expected loss or attention, got " + arguments.objective);
   if (!key_weighting) throw_usage("[--key-weighting] unknown: " + arguments.key_weighting);
   if (!value_weighting) throw_usage("[--value-weighting] unknown: " + arguments.value_weighting);
+  options.factors.objective = *objective;
   options.factors.key_weighting = *key_weighting;
   options.factors.value_weighting = *value_weighting;
   if (arguments.no_calib && !arguments.calib.empty()) {
@@ -161,17 +166,25 @@ void add_convert(CLI::App& app) {
       ->check(CLI::Range(2, 1 << 20))
       ->capture_default_str();
   command->add_flag("--no-calib", arguments->no_calib, "Use the weights alone");
-  command->add_option("--key-weighting", arguments->key_weighting, "plain, input, query or fisher")
-      ->capture_default_str();
-  command
-      ->add_option("--value-weighting", arguments->value_weighting,
-                   "plain, input, output or averaged")
-      ->capture_default_str();
-  command
-      ->add_option("--value-weight", options.factors.value_weight,
-                   "Weight of the values against the keys in a joint basis")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  CLI::Option* objective =
+      command
+          ->add_option("--objective", arguments->objective,
+                       "What the factors keep small: loss (needs calibration text) or attention, "
+                       "which the three options below shape and imply")
+          ->capture_default_str();
+  const std::vector<CLI::Option*> of_attention = {
+      command
+          ->add_option("--key-weighting", arguments->key_weighting, "plain, input, query or fisher")
+          ->capture_default_str(),
+      command
+          ->add_option("--value-weighting", arguments->value_weighting,
+                       "plain, input, output or averaged")
+          ->capture_default_str(),
+      command
+          ->add_option("--value-weight", options.factors.value_weight,
+                       "Weight of the values against the keys in a joint basis")
+          ->check(CLI::PositiveNumber)
+          ->capture_default_str()};
   command->add_option(
       "--plan", arguments->plan,
       "Sizes of every layer, as --dry-run --json writes them, instead of the above");
@@ -204,7 +217,14 @@ void add_convert(CLI::App& app) {
       "  hla convert models/SmolLM2-135M-Instruct models/latent --rope latent --kv-ratio 0.5\n"
       "  hla convert models/SmolLM2-135M-Instruct models/out --dry-run\n"
       "  hla convert org/name out --k-rank 96 --v-rank 128 --calib my.txt --calib-tokens 32768");
-  command->callback([arguments, &app] {
+  command->callback([arguments, objective, of_attention, &app] {
+    for (const CLI::Option* option : of_attention) {
+      if (option->count() == 0) continue;
+      if (objective->count() > 0 && arguments->objective != to_string(Objective::kAttention)) {
+        throw_usage("[" + option->get_name() + "] only with --objective attention");
+      }
+      arguments->objective = to_string(Objective::kAttention);
+    }
     arguments->verbose = app.count("--verbose") > 0;
     run_convert(*arguments);
   });

@@ -88,6 +88,7 @@ Calibration::Calibration(const Checkpoint& base, const ModelConfig& config,
   }
   const at::Tensor positions = at::arange(length, at::TensorOptions(at::kLong).device(device_));
   rope_ = rope_tables(config, positions, dtype_);
+  carried_ = ids_.size();
 }
 
 int64_t Calibration::tokens() const {
@@ -99,17 +100,35 @@ int64_t Calibration::followed_tokens() const {
 }
 
 uint64_t Calibration::state_bytes() const {
-  return static_cast<uint64_t>((tokens() + followed_tokens()) * config_.hidden_size) *
+  const auto sequences = static_cast<int64_t>(carried_ + followed_);
+  return static_cast<uint64_t>(sequences * ids_.front().size(1) * config_.hidden_size) *
          c10::elementSize(dtype_);
 }
 
-void Calibration::embed() {
+void Calibration::carry_only(size_t sequences) { carried_ = std::min(sequences, ids_.size()); }
+
+at::Tensor Calibration::embedded(size_t sequence) const {
   // Rows are looked up in the table as it is stored, so that only they are read and converted.
   const at::Tensor table = checkpoint_tensor(base_, "model.embed_tokens.weight");
+  return at::embedding(table, ids_[sequence]).to(device_, dtype_);
+}
+
+at::Tensor Calibration::output_matrix() const {
+  return checkpoint_tensor(base_, output_matrix_name()).to(device_, dtype_);
+}
+
+std::shared_ptr<RmsNorm> Calibration::load_final_norm() const {
+  CheckpointSource source(base_, device_, dtype_);
+  return std::make_shared<RmsNorm>(source, "model.norm", config_.hidden_size, config_.rms_norm_eps);
+}
+
+const char* Calibration::output_matrix_name() const {
+  return config_.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight";
+}
+
+void Calibration::embed() {
   state_ = {};
-  for (const at::Tensor& ids : ids_) {
-    state_.base_hidden.push_back(at::embedding(table, ids).to(device_, dtype_));
-  }
+  for (size_t i = 0; i < carried_; ++i) state_.base_hidden.push_back(embedded(i));
   base_.release_pages();
   for (size_t i = 0; i < followed_; ++i) {
     state_.hla_hidden.push_back(state_.base_hidden[i].clone());
@@ -138,7 +157,7 @@ void Calibration::save(const std::filesystem::path& path) const {
 
 void Calibration::load(const std::filesystem::path& path) {
   const auto reader = SafetensorsReader::open(path);
-  state_.base_hidden.resize(ids_.size());
+  state_.base_hidden.resize(carried_);
   state_.hla_hidden.resize(followed_);
   for (const auto& [name, tensor] : named(state_)) {
     const TensorView view = reader.view(name);
@@ -197,14 +216,13 @@ double Calibration::perplexity(int64_t layer) const {
     }
     base_.release_pages();
   }
-  CheckpointSource source(base_, device_, dtype_);
-  const RmsNorm norm(source, "model.norm", config_.hidden_size, config_.rms_norm_eps);
+  const auto norm = load_final_norm();
   double nll = 0;
   int64_t count = 0;
   for (size_t i = 0; i < states.size(); ++i) {
     throw_if_interrupted();
     const at::Tensor targets = ids_[i].squeeze(0).slice(0, 1);
-    nll += sum_nll(norm.forward(states[i]).squeeze(0).slice(0, 0, targets.size(0)),
+    nll += sum_nll(norm->forward(states[i]).squeeze(0).slice(0, 0, targets.size(0)),
                    targets.to(device_));
     count += targets.size(0);
   }
@@ -214,8 +232,7 @@ double Calibration::perplexity(int64_t layer) const {
 // Σ -ln q(target), for rows (R, D) after the final norm and targets (R). The output matrix is taken
 // in blocks, so that it need not be in memory in the precision of the calibration.
 double Calibration::sum_nll(const at::Tensor& rows, const at::Tensor& targets) const {
-  const at::Tensor table = checkpoint_tensor(
-      base_, config_.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight");
+  const at::Tensor table = checkpoint_tensor(base_, output_matrix_name());
   const auto wide = at::TensorOptions(at::kDouble).device(device_);
   at::Tensor log_sum = at::full({rows.size(0)}, -std::numeric_limits<double>::infinity(), wide);
   at::Tensor target = at::zeros({rows.size(0)}, wide);

@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"
@@ -15,12 +17,14 @@
 #include "hla/factorize/calibration.h"
 #include "hla/factorize/conversion_writer.h"
 #include "hla/factorize/fingerprint.h"
+#include "hla/factorize/loss_curvature.h"
 #include "hla/factorize/model_card.h"
 #include "hla/factorize/plan.h"
 #include "hla/factorize/statistics.h"
 #include "hla/factorize/transformers_files.h"
 #include "hla/io/atomic_file.h"
 #include "hla/io/json_file.h"
+#include "hla/io/safetensors.h"
 #include "hla/io/work_dir.h"
 #include "hla/model/attention.h"
 #include "hla/model/llama.h"
@@ -102,6 +106,10 @@ std::string layer_step(int64_t layer) { return "layer " + std::to_string(layer);
 constexpr const char* kFirstStep = "before the layers";
 constexpr const char* kLastStep = "after the layers";
 constexpr const char* kBasePerplexityStep = "base perplexity";
+constexpr const char* kCurvatureStep = "loss curvature";
+
+// Sequences on which errors of the attention output are taken where nothing else asks for more.
+constexpr size_t kReportSequences = 4;
 
 // One conversion as a sequence of steps, each of which leaves its results in the work folder. One
 // layer is in memory at a time.
@@ -149,6 +157,12 @@ class Conversion {
       });
       report_.base_perplexity = perplexity.get<double>();
     }
+    if (by_loss()) {
+      work_.step(kCurvatureStep, [this] {
+        save_curvature(collect_loss_curvature(*calibration_, options_.progress));
+        return nlohmann::json();
+      });
+    }
     Progress progress("converting layers", config_.num_hidden_layers, options_.progress);
     for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
       throw_if_interrupted();
@@ -180,6 +194,14 @@ class Conversion {
     report_.calib_sha256 = calibration_->sha256();
     report_.calib_tokens = calibration_->tokens();
     report_.perplexity_tokens = calibration_->followed_tokens();
+    // The factors are made from the curvature; what is left to measure are errors, for the report.
+    if (!needs_attention_statistics()) calibration_->carry_only(kReportSequences);
+  }
+
+  bool by_loss() const { return options_.objective() == Objective::kLoss; }
+  bool needs_attention_statistics() const {
+    return !by_loss() || std::ranges::any_of(
+                             plan_.layers, [](const LayerPlan& layer) { return layer.q_rank > 0; });
   }
 
   void preflight_disk(const std::filesystem::path& out) const {
@@ -188,6 +210,7 @@ class Conversion {
       needed += SafetensorsWriter::file_bytes(shard.entries, output_metadata());
     }
     if (calibration_) needed += 2 * calibration_->state_bytes();  // of two layers at a time
+    if (by_loss()) needed += curvature_bytes();
     const uint64_t present = folder_bytes(work_.output());
     needed -= std::min(needed, present);
     const uint64_t free = free_space(out);
@@ -214,6 +237,47 @@ class Conversion {
       writer_->sync();
       return nlohmann::json();
     });
+  }
+
+  std::filesystem::path curvature_file() const { return work_.scratch() / "curvature.safetensors"; }
+
+  uint64_t curvature_bytes() const {
+    const int64_t rows = 2 * config_.kv_size();
+    return static_cast<uint64_t>(config_.num_hidden_layers *
+                                 (rows * rows + config_.hidden_size * config_.hidden_size)) *
+           sizeof(double);
+  }
+
+  void save_curvature(const std::vector<LossCurvature>& curvature) const {
+    std::vector<SafetensorsWriter::Entry> entries;
+    for (size_t i = 0; i < curvature.size(); ++i) {
+      const std::string layer = std::to_string(i);
+      entries.push_back({"output." + layer, DType::kF64, curvature[i].output.sizes().vec()});
+      entries.push_back({"input." + layer, DType::kF64, curvature[i].input.sizes().vec()});
+    }
+    std::filesystem::remove(curvature_file());  // of a run that was killed while it wrote it
+    SafetensorsWriter writer(curvature_file(), entries);
+    for (size_t i = 0; i < curvature.size(); ++i) {
+      for (const auto& [name, tensor] :
+           {std::pair{"output.", curvature[i].output}, std::pair{"input.", curvature[i].input}}) {
+        const at::Tensor whole = tensor.contiguous();
+        writer.write(name + std::to_string(i), whole.const_data_ptr(), whole.nbytes());
+      }
+    }
+    writer.sync();
+    writer.finish();
+  }
+
+  void load_curvature(int64_t layer, LayerStatistics& statistics) const {
+    const auto reader = SafetensorsReader::open(curvature_file());
+    const auto get = [&](const char* name) {
+      const TensorView view = reader.view(name + std::to_string(layer));
+      const at::Tensor tensor = at::empty(view.shape, at::TensorOptions(at::kDouble));
+      std::memcpy(tensor.mutable_data_ptr(), view.data, view.nbytes);
+      return tensor;
+    };
+    statistics.loss_output = get("output.");
+    statistics.loss_input = get("input.");
   }
 
   // Where the calibration's states before a layer are kept.
@@ -252,8 +316,11 @@ class Conversion {
     if (calibration_) {
       prepare_calibration(layer);
       decoder = calibration_->load_layer(layer);
-      statistics = collect_statistics(config_, layer, *decoder, calibration_->rope(),
-                                      calibration_->state().base_hidden);
+      if (needs_attention_statistics()) {
+        statistics = collect_statistics(config_, layer, *decoder, calibration_->rope(),
+                                        calibration_->state().base_hidden);
+      }
+      if (by_loss()) load_curvature(layer, statistics);
     } else {
       statistics = weight_only_statistics(config_, weights.q, weights.k);
     }

@@ -54,6 +54,7 @@ json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& option
                  {"q_rank", or_null(options.q_rank)},
                  {"fast_frequencies", or_null(options.fast_frequencies)},
                  {"fast_floats", or_null(options.fast_floats)},
+                 {"objective", to_string(options.factors.objective)},
                  {"key_weighting", to_string(options.factors.key_weighting)},
                  {"value_weighting", to_string(options.factors.value_weighting)},
                  {"value_weight", options.factors.value_weight},

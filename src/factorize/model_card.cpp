@@ -44,6 +44,14 @@ With `hla`: `hla ppl <this folder>` measures it, `hla info <this folder>` descri
 
 )";
 
+std::string objective_text(const nlohmann::json& report) {
+  if (report["objective"] == "loss") {
+    return "The factors keep small what the model's loss feels of an error in keys and values.";
+  }
+  return "Keys weighted by `" + report["key_weighting"].get<std::string>() + "`, values by `" +
+         report["value_weighting"].get<std::string>() + "`.";
+}
+
 }  // namespace
 
 std::string model_card(const nlohmann::json& report) {
@@ -68,9 +76,7 @@ std::string model_card(const nlohmann::json& report) {
           report["parameters"].dump() + " |\n\n";
   card += "`rope: " + rope + "`. " + rope_text(rope) + "\n\n";
   card += "Calibration: " + calibration["text"].get<std::string>() + ", " +
-          calibration["tokens"].dump() + " tokens. Keys weighted by `" +
-          report["key_weighting"].get<std::string>() + "`, values by `" +
-          report["value_weighting"].get<std::string>() + "`.\n\n";
+          calibration["tokens"].dump() + " tokens. " + objective_text(report) + "\n\n";
   card += kUse;
   card +=
       "## Layers\n\nErrors are relative: of keys and values in the norm that was minimised, of the "

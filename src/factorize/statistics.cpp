@@ -109,8 +109,13 @@ LayerStatistics collect_statistics(const ModelConfig& config, int64_t number,
 LayerStatistics weight_only_statistics(const ModelConfig& config, const at::Tensor& w_q,
                                        const at::Tensor& w_k) {
   const at::Tensor identity = at::eye(config.hidden_size, at::kDouble);
-  return {identity, identity, identity, row_energy(w_q.to(at::kDouble), config.head_dim),
-          row_energy(w_k.to(at::kDouble), config.head_dim)};
+  LayerStatistics statistics;
+  statistics.input_covariance = identity;
+  statistics.fisher_covariance = identity;
+  statistics.averaged_covariance = identity;
+  statistics.query_energy = row_energy(w_q.to(at::kDouble), config.head_dim);
+  statistics.key_energy = row_energy(w_k.to(at::kDouble), config.head_dim);
+  return statistics;
 }
 
 std::vector<at::Tensor> calibration_sequences(const std::vector<int32_t>& ids, int64_t count,

@@ -41,7 +41,11 @@ Attention::Attention(const ModelConfig& config)
       head_dim_(config.head_dim) {}
 
 at::Tensor Attention::forward(const at::Tensor& x, const RopeTables& rope) const {
-  const at::Tensor context = causal_attention(project(x, rope));  // (B, T, H, d)
+  return attend(project(x, rope));
+}
+
+at::Tensor Attention::attend(const Qkv& qkv) const {
+  const at::Tensor context = causal_attention(qkv);  // (B, T, H, d)
   return o_proj_->forward(context.flatten(/*start_dim=*/2));
 }
 

@@ -40,11 +40,19 @@ class Calibration {
   const RopeTables& rope() const { return rope_; }  // of one sequence
   const CalibrationState& state() const { return state_; }
 
+  // Moves only the first `sequences` through the layers from now on; to be called before embed().
+  void carry_only(size_t sequences);
   // The states before the first layer.
   void embed();
   // The states in a file, which is durable when save() returns.
   void save(const std::filesystem::path& path) const;
   void load(const std::filesystem::path& path);
+
+  size_t sequences() const { return ids_.size(); }
+  const ModelConfig& config() const { return config_; }
+  at::Tensor embedded(size_t sequence) const;  // (1, T, D), before the first layer
+  at::Tensor output_matrix() const;            // (V, D)
+  std::shared_ptr<RmsNorm> load_final_norm() const;
 
   // A layer of the base, by itself, in the precision of the calibration.
   std::shared_ptr<DecoderLayer> load_layer(int64_t layer) const;
@@ -64,6 +72,7 @@ class Calibration {
   double perplexity(int64_t layer) const;
 
  private:
+  const char* output_matrix_name() const;
   double sum_nll(const at::Tensor& rows, const at::Tensor& targets) const;
 
   const Checkpoint& base_;
@@ -72,7 +81,8 @@ class Calibration {
   at::ScalarType dtype_;  // of the computation
   std::string sha256_;
   std::vector<at::Tensor> ids_;  // (1, T) each
-  size_t followed_ = 0;
+  size_t carried_ = 0;           // sequences that are moved through the layers
+  size_t followed_ = 0;          // of these, through the converted ones, too
   RopeTables rope_;
   CalibrationState state_;
 };

@@ -50,6 +50,8 @@ struct ConvertOptions {
   bool force = false;
   bool progress = true;
 
+  // What the factors minimise: the loss only with calibration text.
+  Objective objective() const { return calibrated() ? factors.objective : Objective::kAttention; }
   bool calibrated() const { return calib && rope != HlaRope::kPaper; }
 };
 

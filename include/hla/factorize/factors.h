@@ -14,14 +14,20 @@
 
 namespace hla {
 
-// Which error of the keys is minimised.
+// Which error of keys and values is minimised.
+enum class Objective {
+  kLoss,       // the second order of the model's loss, keys and values together (LossCurvature)
+  kAttention,  // errors of keys and of values by themselves: KeyWeighting, ValueWeighting
+};
+
+// With Objective::kAttention: which error of the keys.
 enum class KeyWeighting {
   kPlain,   // ‖W - Ŵ‖: the SVD of the weights
   kInput,   // E‖k - k̂‖²: Σ_x
   kQuery,   // Σ_x, each pair of rows scaled by the energy of the queries that read it
   kFisher,  // the same with Σ_f: tokens weighted by how much their attention can move
 };
-// Which error of the values.
+// With Objective::kAttention: which error of the values.
 enum class ValueWeighting {
   kPlain,     // ‖W - Ŵ‖
   kInput,     // E‖v - v̂‖²: Σ_x
@@ -29,12 +35,16 @@ enum class ValueWeighting {
   kAveraged,  // Σ_o, seen through W_o: values after attention has averaged them
 };
 
+std::string to_string(Objective objective);
+std::optional<Objective> objective_from_string(const std::string& text);
 std::string to_string(KeyWeighting weighting);
 std::string to_string(ValueWeighting weighting);
 std::optional<KeyWeighting> key_weighting_from_string(const std::string& text);
 std::optional<ValueWeighting> value_weighting_from_string(const std::string& text);
 
 struct FactorOptions {
+  // kLoss needs calibration text; without it, and for `paper`, kAttention is meant.
+  Objective objective = Objective::kLoss;
   KeyWeighting key_weighting = KeyWeighting::kFisher;
   ValueWeighting value_weighting = ValueWeighting::kAveraged;
   // α: weight of the value part of a joint basis against the key part, after both were scaled to

@@ -19,6 +19,9 @@ struct LayerStatistics {
   at::Tensor averaged_covariance;  // Σ_o = E[x̄ x̄ᵀ] over queries and heads (D, D)
   at::Tensor query_energy;         // E|q_{h,f}|², q_{h,f} = q[f] + i·q[f+d/2] (H, d/2)
   at::Tensor key_energy;           // E|k_{g,f}|² (K, d/2)
+  // Of LossCurvature; undefined where it was not collected.
+  at::Tensor loss_output;  // M (2·K·d, 2·K·d)
+  at::Tensor loss_input;   // Σ (D, D)
 };
 
 // Gathers the statistics of `layer`, number `number` of a plain Llama of this config, from the

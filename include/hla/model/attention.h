@@ -27,6 +27,9 @@ class Attention : public torch::nn::Module {
   // x (B, T, D) normed hidden states, causal over the whole sequence -> (B, T, D).
   at::Tensor forward(const at::Tensor& x, const RopeTables& rope) const;
 
+  // The second half of forward(): attention and W_o, (B, T, D).
+  at::Tensor attend(const Qkv& qkv) const;
+
   virtual Qkv project(const at::Tensor& x, const RopeTables& rope) const = 0;
 
  protected:

@@ -1,0 +1,142 @@
+#include "hla/factorize/loss_curvature.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <memory>
+#include <string>
+
+#include "hla/core/error.h"
+#include "hla/core/interrupt.h"
+#include "hla/core/memory.h"
+#include "hla/core/progress.h"
+
+namespace hla {
+namespace {
+
+constexpr int64_t kRows = 512;  // tokens whose logits are held at once
+constexpr uint64_t kSeed = 20240229;
+
+// A layer's forward of one sequence, with what its backward needs.
+struct Tape {
+  at::Tensor input;         // (1, T, D), a leaf
+  at::Tensor normed;        // (1, T, D)
+  at::Tensor keys, values;  // (1, T, K, d), keys rotated
+  at::Tensor output;        // (1, T, D)
+};
+
+Tape record(const DecoderLayer& layer, const at::Tensor& hidden, const RopeTables& rope) {
+  Tape tape;
+  tape.input = hidden.detach().requires_grad_(true);
+  tape.normed = layer.input_layernorm().forward(tape.input);
+  const Qkv qkv = layer.self_attn().project(tape.normed, rope);
+  tape.keys = qkv.k;
+  tape.values = qkv.v;
+  tape.output = layer.finish(tape.input, layer.self_attn().attend(qkv));
+  return tape;
+}
+
+// Gradient (T, D) by the hidden states (T, D) after the final norm, of the sum over tokens of
+// -ln p(label), label ~ p.
+at::Tensor sampled_loss_gradient(const at::Tensor& hidden, const at::Tensor& table,
+                                 at::Generator& generator) {
+  const at::NoGradGuard no_gradients;
+  std::vector<at::Tensor> blocks;
+  for (const at::Tensor& rows : hidden.split(kRows)) {
+    at::Tensor p = at::linear(rows, table).to(at::kFloat).softmax(-1);
+    const at::Tensor u = at::rand({rows.size(0), 1}, generator, at::kFloat).to(p.device());
+    const at::Tensor label = p.cumsum(-1).lt(u).sum(-1, /*keepdim=*/true).clamp_max(p.size(1) - 1);
+    p.scatter_add_(1, label, at::full_like(u, -1));
+    blocks.push_back(p.to(table.scalar_type()).matmul(table));
+  }
+  return at::cat(blocks);
+}
+
+// Adds one sequence: gradients by rotated keys and by values, and the normed input.
+void add(LossCurvature& sums, const Tape& tape, const at::Tensor& keys, const at::Tensor& values,
+         const RopeTables& rope) {
+  // The adjoint of a rotation turns back.
+  const at::Tensor unrotated = apply_rope(keys, {rope.cos, -rope.sin});
+  const at::Tensor g =
+      at::cat({unrotated.flatten(2), values.flatten(2)}, /*dim=*/-1).squeeze(0).to(at::kFloat);
+  const at::Tensor x = tape.normed.detach().squeeze(0).to(at::kFloat);
+  const at::Tensor norm = g.norm(2, /*dim=*/-1, /*keepdim=*/true).clamp_min(1e-20);
+  sums.output.add_((g / norm).t().matmul(g));
+  sums.input.add_((x * norm).t().matmul(x));
+}
+
+bool tapes_fit(const ModelConfig& config, int64_t tokens) {
+  const int64_t floats = 8 * config.hidden_size + 3 * config.q_size() + 4 * config.kv_size() +
+                         4 * config.intermediate_size;
+  const int64_t weights = config.hidden_size * (2 * config.q_size() + 2 * config.kv_size() +
+                                                3 * config.intermediate_size);
+  const auto bytes =
+      static_cast<uint64_t>(config.num_hidden_layers * (tokens * floats + weights)) * sizeof(float);
+  return bytes < available_memory_bytes() / 4;
+}
+
+}  // namespace
+
+std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration, bool progress) {
+  // Inference tensors cannot take part in a backward pass; callers work with them.
+  const c10::InferenceMode leave(false);
+  const at::AutoGradMode gradients(true);
+  const ModelConfig& config = calibration.config();
+  const RopeTables rope = {calibration.rope().cos.clone(), calibration.rope().sin.clone()};
+  const auto layers = static_cast<size_t>(config.num_hidden_layers);
+  const bool keep = tapes_fit(config, rope.cos.size(0));
+  const at::Tensor table = calibration.output_matrix();
+  const auto final_norm = calibration.load_final_norm();
+  at::Generator generator = at::detail::createCPUGenerator(kSeed);
+
+  const auto wide = at::TensorOptions(at::kDouble).device(table.device());
+  std::vector<LossCurvature> sums;
+  for (size_t layer = 0; layer < layers; ++layer) {
+    sums.push_back({at::zeros({2 * config.kv_size(), 2 * config.kv_size()}, wide),
+                    at::zeros({config.hidden_size, config.hidden_size}, wide)});
+  }
+  Progress bar("reading the loss", static_cast<int64_t>(calibration.sequences()), progress);
+  for (size_t i = 0; i < calibration.sequences(); ++i) {
+    std::vector<Tape> tapes(layers);
+    at::Tensor hidden = calibration.embedded(i);
+    for (size_t l = 0; l < layers; ++l) {
+      throw_if_interrupted();
+      tapes[l].input = hidden;
+      Tape tape = record(*calibration.load_layer(static_cast<int64_t>(l)), hidden, rope);
+      hidden = tape.output.detach();
+      if (keep) tapes[l] = std::move(tape);
+    }
+    const at::Tensor last = hidden.requires_grad_(true);
+    const at::Tensor normed = final_norm->forward(last);
+    const at::Tensor seed = sampled_loss_gradient(normed.detach().squeeze(0), table, generator);
+    at::Tensor gradient = torch::autograd::grad({normed}, {last}, {seed.unsqueeze(0)})[0];
+    for (size_t l = layers; l-- > 0;) {
+      throw_if_interrupted();
+      const Tape tape =
+          keep ? std::move(tapes[l])
+               : record(*calibration.load_layer(static_cast<int64_t>(l)), tapes[l].input, rope);
+      const auto by =
+          torch::autograd::grad({tape.output}, {tape.input, tape.keys, tape.values}, {gradient});
+      const at::NoGradGuard no_gradients;
+      add(sums[l], tape, by[1], by[2], rope);
+      gradient = by[0];
+    }
+    bar.advance(1);
+  }
+  const at::NoGradGuard no_gradients;
+  for (size_t layer = 0; layer < layers; ++layer) {
+    for (at::Tensor* sum : {&sums[layer].output, &sums[layer].input}) {
+      *sum = (*sum / static_cast<double>(calibration.tokens())).cpu();
+      if (!sum->isfinite().all().item<bool>()) {
+        throw Error(ExitCode::kNonFinite, "calibration: layer " + std::to_string(layer) +
+                                              " has NaN or Inf in the gradients of its keys or "
+                                              "values");
+      }
+    }
+  }
+  return sums;
+}
+
+}  // namespace hla
