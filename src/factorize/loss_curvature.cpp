@@ -79,14 +79,15 @@ bool tapes_fit(const ModelConfig& config, int64_t tokens) {
 
 }  // namespace
 
-std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration, bool progress) {
+std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration, bool progress,
+                                                  std::optional<bool> keep_asked) {
   // Inference tensors cannot take part in a backward pass; callers work with them.
   const c10::InferenceMode leave(false);
   const at::AutoGradMode gradients(true);
   const ModelConfig& config = calibration.config();
   const RopeTables rope = {calibration.rope().cos.clone(), calibration.rope().sin.clone()};
   const auto layers = static_cast<size_t>(config.num_hidden_layers);
-  const bool keep = tapes_fit(config, rope.cos.size(0));
+  const bool keep = keep_asked.value_or(tapes_fit(config, rope.cos.size(0)));
   const at::Tensor table = calibration.output_matrix();
   const auto final_norm = calibration.load_final_norm();
   at::Generator generator = at::detail::createCPUGenerator(kSeed);

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "hla/factorize/calibration.h"
@@ -21,10 +22,11 @@ struct LossCurvature {
 };
 
 // One forward and one backward of the base over the calibration text, a sequence at a time; the
-// layers' activations are kept where they fit in a quarter of the available memory, else computed
-// again in the backward pass. The loss is the model's own: labels are drawn from its predictions
-// (fixed seed), so that E[g gᵀ] is the Fisher information and needs no text to be right. Throws
-// kNonFinite naming the layer.
-std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration, bool progress);
+// layers' activations are kept, or computed again in the backward pass; absent `keep`, kept where
+// they fit in a quarter of the available memory. The loss is the model's own: labels are drawn from
+// its predictions (fixed seed), so that E[g gᵀ] is the Fisher information and needs no text to be
+// right. Throws kNonFinite naming the layer.
+std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration, bool progress,
+                                                  std::optional<bool> keep = std::nullopt);
 
 }  // namespace hla

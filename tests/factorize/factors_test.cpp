@@ -1,0 +1,143 @@
+// The factors of one layer against what they claim to minimise.
+#include "hla/factorize/factors.h"
+
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+at::Tensor random_positive(int64_t size) {
+  const at::Tensor a = at::randn({size, 2 * size}, at::kDouble);
+  return a.matmul(a.t()) / static_cast<double>(size);
+}
+
+// D 12, H = 2, K = 2, d 4: 8 key rows and 8 value rows.
+class LossFactorsTest : public ::testing::Test {
+ protected:
+  LossFactorsTest() {
+    at::manual_seed(3);
+    config_.hidden_size = 12;
+    config_.num_attention_heads = 2;
+    config_.num_key_value_heads = 2;
+    config_.head_dim = 4;
+    const auto weight = [](int64_t rows, int64_t cols) {
+      return at::randn({rows, cols}, at::kDouble);
+    };
+    weights_ = {weight(8, 12), weight(8, 12), weight(8, 12), weight(12, 8), {}, {}, {}, {}};
+    statistics_.loss_output = random_positive(16);
+    statistics_.loss_input = random_positive(12);
+  }
+
+  LayerFactors factors(HlaRope rope, const LayerPlan& plan) const {
+    return factorize_layer(config_, weights_, statistics_, rope, plan, {});
+  }
+
+  // tr(M E Σ Eᵀ) of the error E of rows in the order fast keys, slow keys, values.
+  double loss(const at::Tensor& made, int64_t fast) const {
+    const at::Tensor order =
+        at::cat({key_rows(2, 4, 0, fast), key_rows(2, 4, fast, 2), at::arange(8, 16, at::kLong)});
+    const at::Tensor error = at::cat({weights_.k, weights_.v}).index_select(0, order) - made;
+    const at::Tensor m = statistics_.loss_output.index_select(0, order).index_select(1, order);
+    return m.matmul(error).matmul(statistics_.loss_input).mul(error).sum().item<double>();
+  }
+
+  ModelConfig config_;
+  AttentionWeights weights_;
+  LayerStatistics statistics_;
+};
+
+TEST_F(LossFactorsTest, OneBasisReachesTheBestOfItsRank) {
+  const auto made = factors(HlaRope::kOriginal, {.kv_rank = 5});
+  const at::Tensor product =
+      made.tensors.at("kv_up.weight").matmul(made.tensors.at("kv_down.weight"));
+  const at::Tensor order = at::cat({key_rows(2, 4, 0, 2), at::arange(8, 16, at::kLong)});
+  const at::Tensor m = statistics_.loss_output.index_select(0, order).index_select(1, order);
+  const at::Tensor weighted = at::linalg_cholesky(m)
+                                  .t()
+                                  .matmul(at::cat({weights_.k, weights_.v}).index_select(0, order))
+                                  .matmul(at::linalg_cholesky(statistics_.loss_input));
+  const double best = at::linalg_svdvals(weighted).slice(0, 5).square().sum().item<double>();
+  // The ridges keep it from the optimum by their own size.
+  EXPECT_NEAR(loss(product, 0) / best, 1.0, 1e-4);
+}
+
+// Fast and slow rows are linked by M: given the fast ones, nothing in the kv latent can be moved to
+// lessen the loss.
+TEST_F(LossFactorsTest, SharedLatentMakesUpForTheFastKeys) {
+  for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent}) {
+    LayerPlan plan{.fast_frequencies = 1, .kv_rank = 6};
+    (rope == HlaRope::kLatent ? plan.complex_rank : plan.k_rank) = 1;
+    const auto made = factors(rope, plan);
+    const at::Tensor up = made.tensors.at("k_up.weight");
+    const at::Tensor down = made.tensors.at("k_down.weight");
+    at::Tensor fast;
+    if (rope == HlaRope::kLatent) {
+      const at::Tensor re = up[0].matmul(down.slice(0, 0, 1)) - up[1].matmul(down.slice(0, 1));
+      const at::Tensor im = up[0].matmul(down.slice(0, 1)) + up[1].matmul(down.slice(0, 0, 1));
+      fast = at::stack({re, im}, 1).flatten(0, 1);  // by head: first half, second half
+    } else {
+      fast = up.matmul(down);
+    }
+    const auto total = [&](const at::Tensor& kv_up) {
+      return loss(at::cat({fast, kv_up.matmul(made.tensors.at("kv_down.weight"))}), 1);
+    };
+    const at::Tensor kv_up = made.tensors.at("kv_up.weight");
+    const double found = total(kv_up);
+    for (int i = 0; i < 10; ++i) {
+      const at::Tensor step = at::randn_like(kv_up);
+      // A quadratic with its minimum here: both ways up, by the same amount.
+      const double right = total(kv_up + 0.1 * step) - found;
+      const double left = total(kv_up - 0.1 * step) - found;
+      EXPECT_GT(right, 0);
+      EXPECT_NEAR(right / left, 1.0, 1e-2) << to_string(rope);
+    }
+  }
+}
+
+// Where M turns with the rotation (a Hermitian form per frequency), the complex factors are the
+// best of their ranks.
+TEST_F(LossFactorsTest, ComplexFactorsAreTheBest) {
+  at::Tensor m = at::zeros({16, 16}, at::kDouble);
+  m.slice(0, 8).slice(1, 8).copy_(at::eye(8, at::kDouble));
+  for (int64_t f = 0; f < 2; ++f) {
+    const at::Tensor c = at::randn({2, 2}, at::kComplexDouble);
+    const at::Tensor form = c.matmul(c.mH());
+    const at::Tensor rows = key_rows(2, 4, f, f + 1);  // by head: first half, second half
+    // eᴴ M_f e with e = a + ib is aᵀ Re a + bᵀ Re b + 2 bᵀ Im a.
+    const at::Tensor real = at::stack({at::stack({at::real(form), -at::imag(form)}, 1),
+                                       at::stack({at::imag(form), at::real(form)}, 1)},
+                                      1);  // (head, half, half, head)
+    const at::Tensor block = real.transpose(2, 3).reshape({4, 4});
+    m.index_put_({rows.unsqueeze(1), rows.unsqueeze(0)}, block);
+  }
+  ASSERT_TRUE(m.allclose(m.t()));
+  statistics_.loss_output = m;
+  const auto made =
+      factors(HlaRope::kLatent, {.fast_frequencies = 2, .complex_rank = 2, .kv_rank = 8});
+  const std::vector<int64_t>& ranks = made.config.k_ranks;
+  const at::Tensor down = at::complex(made.tensors.at("k_down.weight").slice(0, 0, 2),
+                                      made.tensors.at("k_down.weight").slice(0, 2));
+  const at::Tensor values =
+      made.tensors.at("kv_up.weight").matmul(made.tensors.at("kv_down.weight"));
+  const auto total = [&](const at::Tensor& up) {  // (K, R) complex
+    const at::Tensor first = up.slice(1, 0, ranks[0]).matmul(down.slice(0, 0, ranks[0]));
+    const at::Tensor second = up.slice(1, ranks[0]).matmul(down.slice(0, ranks[0]));
+    const at::Tensor keys = at::stack({first, second}, 1);  // (K, c, D)
+    const at::Tensor rows = at::stack({at::real(keys), at::imag(keys)}, 1).flatten(0, 2);
+    return loss(at::cat({rows, values}), 2);
+  };
+  const at::Tensor& stored = made.tensors.at("k_up.weight");
+  const at::Tensor up = at::complex(stored[0].contiguous(), stored[1].contiguous());
+  const double found = total(up);
+  EXPECT_GT(found, 0.1);
+  for (int i = 0; i < 10; ++i) {
+    const at::Tensor step = at::randn_like(up);
+    const double right = total(up + 0.1 * step) - found;
+    const double left = total(up - 0.1 * step) - found;
+    EXPECT_GT(right, 0);
+    EXPECT_NEAR(right / left, 1.0, 1e-2);
+  }
+}
+
+}  // namespace
+}  // namespace hla
