@@ -148,6 +148,38 @@ TEST(ConvertTest, HalfTheCacheStaysCloseAndCalibrationHelps) {
   EXPECT_LT(with_text, without);
 }
 
+// Mean KL(base ‖ converted) on the start of WikiText-2 test.
+double divergence_from_stories(const std::filesystem::path& converted) {
+  const auto tokenizer = load_tokenizer(source_path("data/stories260K/tok512.model"));
+  const std::string text =
+      testing::read_file(data_file("wikitext-2/wiki.test.raw")).substr(0, 4000);
+  const std::vector<int32_t> tokens = tokenizer->encode(text);
+  const at::Tensor ids =
+      at::tensor(std::vector<int64_t>(tokens.begin(), tokens.begin() + 1024)).view({4, 256});
+  const at::Tensor p = logits_of(stories(), ids).log_softmax(-1);
+  const at::Tensor q = logits_of(Checkpoint::open(converted.string()), ids).log_softmax(-1);
+  return (p.exp() * (p - q)).sum(-1).mean().item<double>();
+}
+
+// What the curvature is for: the model's predictions move much less than with errors of attention
+// alone, which is the case only when gradients, inputs and rotations are all right.
+TEST(ConvertTest, MinimisingTheLossKeepsPredictions) {
+  const TempDir folder;
+  for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent}) {
+    ConvertOptions options = calibrated();
+    options.calib_tokens = 4096;
+    options.rope = rope;
+    options.kv_ratio = 0.375;
+    options.force = true;
+    convert(stories(), folder / "loss", options);
+    options.factors.objective = Objective::kAttention;
+    convert(stories(), folder / "attention", options);
+    EXPECT_LT(divergence_from_stories(folder / "loss"),
+              0.75 * divergence_from_stories(folder / "attention"))
+        << to_string(rope);
+  }
+}
+
 TEST(ConvertTest, FolderIsCompleteAndConvertsTheSameTwice) {
   const TempDir folder;
   ConvertOptions options = calibrated();
