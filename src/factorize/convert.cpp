@@ -108,9 +108,6 @@ constexpr const char* kLastStep = "after the layers";
 constexpr const char* kBasePerplexityStep = "base perplexity";
 constexpr const char* kCurvatureStep = "loss curvature";
 
-// Sequences on which errors of the attention output are taken where nothing else asks for more.
-constexpr size_t kReportSequences = 4;
-
 // One conversion as a sequence of steps, each of which leaves its results in the work folder. One
 // layer is in memory at a time.
 class Conversion {
@@ -210,7 +207,7 @@ class Conversion {
       needed += SafetensorsWriter::file_bytes(shard.entries, output_metadata());
     }
     if (calibration_) needed += 2 * calibration_->state_bytes();  // of two layers at a time
-    if (by_loss()) needed += curvature_bytes();
+    if (by_loss()) needed += curvature_bytes(config_);
     const uint64_t present = folder_bytes(work_.output());
     needed -= std::min(needed, present);
     const uint64_t free = free_space(out);
@@ -240,13 +237,6 @@ class Conversion {
   }
 
   std::filesystem::path curvature_file() const { return work_.scratch() / "curvature.safetensors"; }
-
-  uint64_t curvature_bytes() const {
-    const int64_t rows = 2 * config_.kv_size();
-    return static_cast<uint64_t>(config_.num_hidden_layers *
-                                 (rows * rows + config_.hidden_size * config_.hidden_size)) *
-           sizeof(double);
-  }
 
   void save_curvature(const std::vector<LossCurvature>& curvature) const {
     std::vector<SafetensorsWriter::Entry> entries;

@@ -12,6 +12,7 @@
 #include "hla/factorize/calibration.h"
 #include "hla/factorize/conversion_report.h"
 #include "hla/factorize/conversion_writer.h"
+#include "hla/factorize/loss_curvature.h"
 #include "hla/io/work_dir.h"
 #include "hla/model/device.h"
 #include "hla/model/llama.h"
@@ -129,7 +130,15 @@ uint64_t estimated_peak_memory(const Checkpoint& base, const ModelConfig& hla,
                            kStatisticsQueries * s.heads * s.hidden * compute,
                        s.length * (2 * s.mlp + 3 * s.hidden + 2 * s.query + 2 * s.kv) * compute);
   }
-  return static_cast<uint64_t>(kProgramBytes + std::max(kCopyBytes, layer + forward));
+  double by_loss = 0;
+  if (calibrated && options.objective() == Objective::kLoss) {
+    // Every layer takes part, and the output matrix.
+    const double weights_used = static_cast<double>(hla.num_hidden_layers) * s.parameters +
+                                static_cast<double>(hla.vocab_size) * s.hidden;
+    by_loss = weights_used * (stored + (is_converted(base, options) ? sizeof(float) : 0)) +
+              static_cast<double>(loss_curvature_bytes(hla, static_cast<int64_t>(s.length)));
+  }
+  return static_cast<uint64_t>(kProgramBytes + std::max({kCopyBytes, layer + forward, by_loss}));
 }
 
 double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int64_t tokens) {
@@ -145,10 +154,22 @@ double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int
         2 * s.tokens * (s.query + 2 * s.kv) * s.hidden + 2 * pairs * s.query +
         2 * s.heads * pairs * s.hidden + 2 * s.heads * s.tokens * s.hidden * s.hidden +
         4 * s.tokens * s.hidden * s.hidden + kAttentionElementCost * s.heads * pairs;
-    layer += forward + converted + statistics;
+    const bool by_loss = options.objective() == Objective::kLoss;
+    const double reported =
+        by_loss && !options.q_rank ? std::min(1.0, kReportSequences * s.length / s.tokens) : 1;
+    layer += reported * (forward + converted);
+    if (!by_loss || options.q_rank) layer += statistics;
+    if (by_loss) {
+      // Forward; backward, which needs no gradients of weights and costs as much; the sums.
+      layer += 2 * 2 * s.tokens * s.parameters + 3.5 * attention +
+               2 * s.tokens * (4 * s.kv * s.kv + s.hidden * s.hidden);
+    }
   }
   const auto layers = static_cast<double>(hla.num_hidden_layers);
   double work = layers * layer;
+  if (tokens > 0 && options.objective() == Objective::kLoss) {
+    work += 2 * 2 * s.tokens * static_cast<double>(hla.vocab_size) * s.hidden;
+  }
   if (tokens > 0 && options.report_perplexity) {
     const double followed = std::min(s.tokens, kPerplexitySequences * s.length);
     const double head = 2 * followed * static_cast<double>(hla.vocab_size) * s.hidden;
@@ -172,6 +193,9 @@ ConversionEstimate estimate_conversion(const Checkpoint& base, const std::filesy
     const Calibration calibration(base, estimate.base, options);
     estimate.calib_tokens = calibration.tokens();
     estimate.scratch_bytes = 2 * calibration.state_bytes();
+    if (options.objective() == Objective::kLoss) {
+      estimate.scratch_bytes += curvature_bytes(estimate.base);
+    }
   }
   const OutputSections sections = output_sections(base, estimate.hla, options.dtype, dtype);
   for (const Shard& shard : plan_shards(sections.all(), options.max_shard_bytes)) {

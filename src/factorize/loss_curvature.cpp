@@ -67,27 +67,47 @@ void add(LossCurvature& sums, const Tape& tape, const at::Tensor& keys, const at
   sums.input.add_((x * norm).t().matmul(x));
 }
 
-bool tapes_fit(const ModelConfig& config, int64_t tokens) {
+uint64_t layer_activation_bytes(const ModelConfig& config, int64_t length) {
   const int64_t floats = 8 * config.hidden_size + 3 * config.q_size() + 4 * config.kv_size() +
                          4 * config.intermediate_size;
-  const int64_t weights = config.hidden_size * (2 * config.q_size() + 2 * config.kv_size() +
-                                                3 * config.intermediate_size);
-  const auto bytes =
-      static_cast<uint64_t>(config.num_hidden_layers * (tokens * floats + weights)) * sizeof(float);
-  return bytes < available_memory_bytes() / 4;
+  return static_cast<uint64_t>(length * floats) * sizeof(float);
+}
+
+bool activations_fit(const ModelConfig& config, int64_t length) {
+  return static_cast<uint64_t>(config.num_hidden_layers) * layer_activation_bytes(config, length) <
+         available_memory_bytes() / 4;
 }
 
 }  // namespace
 
+uint64_t curvature_bytes(const ModelConfig& config) {
+  const int64_t rows = 2 * config.kv_size();
+  return static_cast<uint64_t>(config.num_hidden_layers *
+                               (rows * rows + config.hidden_size * config.hidden_size)) *
+         sizeof(double);
+}
+
+uint64_t loss_curvature_bytes(const ModelConfig& config, int64_t length) {
+  const auto layers = static_cast<uint64_t>(config.num_hidden_layers);
+  const uint64_t kept = activations_fit(config, length) ? layers : 1;
+  const uint64_t inputs =
+      layers * static_cast<uint64_t>(length * config.hidden_size) * sizeof(float);
+  const auto logits = static_cast<uint64_t>(kRows * config.vocab_size) * sizeof(float);
+  return curvature_bytes(config) + inputs + kept * layer_activation_bytes(config, length) +
+         3 * logits;
+}
+
 std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration, bool progress,
                                                   std::optional<bool> keep_asked) {
+  preflight_memory(loss_curvature_bytes(calibration.config(), calibration.rope().cos.size(0)),
+                   "the loss's curvature (--objective attention needs less)");
   // Inference tensors cannot take part in a backward pass; callers work with them.
   const c10::InferenceMode leave(false);
   const at::AutoGradMode gradients(true);
   const ModelConfig& config = calibration.config();
   const RopeTables rope = {calibration.rope().cos.clone(), calibration.rope().sin.clone()};
   const auto layers = static_cast<size_t>(config.num_hidden_layers);
-  const bool keep = keep_asked.value_or(tapes_fit(config, rope.cos.size(0)));
+  const bool keep = keep_asked.value_or(activations_fit(config, rope.cos.size(0)));
   const at::Tensor table = calibration.output_matrix();
   const auto final_norm = calibration.load_final_norm();
   at::Generator generator = at::detail::createCPUGenerator(kSeed);

@@ -113,13 +113,14 @@ TEST_F(LossFactorsTest, ComplexFactorsAreTheBest) {
   ASSERT_TRUE(m.allclose(m.t()));
   statistics_.loss_output = m;
   const auto made =
-      factors(HlaRope::kLatent, {.fast_frequencies = 2, .complex_rank = 2, .kv_rank = 8});
+      factors(HlaRope::kLatent, {.fast_frequencies = 2, .complex_rank = 3, .kv_rank = 8});
   const std::vector<int64_t>& ranks = made.config.k_ranks;
-  const at::Tensor down = at::complex(made.tensors.at("k_down.weight").slice(0, 0, 2),
-                                      made.tensors.at("k_down.weight").slice(0, 2));
+  const at::Tensor best_down = at::complex(made.tensors.at("k_down.weight").slice(0, 0, 3),
+                                           made.tensors.at("k_down.weight").slice(0, 3));
   const at::Tensor values =
       made.tensors.at("kv_up.weight").matmul(made.tensors.at("kv_down.weight"));
-  const auto total = [&](const at::Tensor& up) {  // (K, R) complex
+  // up (K, R), down (R, D)
+  const auto total = [&](const at::Tensor& up, const at::Tensor& down) {
     const at::Tensor first = up.slice(1, 0, ranks[0]).matmul(down.slice(0, 0, ranks[0]));
     const at::Tensor second = up.slice(1, ranks[0]).matmul(down.slice(0, ranks[0]));
     const at::Tensor keys = at::stack({first, second}, 1);  // (K, c, D)
@@ -127,15 +128,18 @@ TEST_F(LossFactorsTest, ComplexFactorsAreTheBest) {
     return loss(at::cat({rows, values}), 2);
   };
   const at::Tensor& stored = made.tensors.at("k_up.weight");
-  const at::Tensor up = at::complex(stored[0].contiguous(), stored[1].contiguous());
-  const double found = total(up);
+  const at::Tensor best_up = at::complex(stored[0].contiguous(), stored[1].contiguous());
+  const double found = total(best_up, best_down);
   EXPECT_GT(found, 0.1);
   for (int i = 0; i < 10; ++i) {
-    const at::Tensor step = at::randn_like(up);
-    const double right = total(up + 0.1 * step) - found;
-    const double left = total(up - 0.1 * step) - found;
-    EXPECT_GT(right, 0);
-    EXPECT_NEAR(right / left, 1.0, 1e-2);
+    const at::Tensor up = 0.1 * at::randn_like(best_up);
+    const at::Tensor down = 0.1 * at::randn_like(best_down);
+    for (const auto& [u, d] : {std::pair{up, 0 * down}, std::pair{0 * up, down}}) {
+      const double right = total(best_up + u, best_down + d) - found;
+      const double left = total(best_up - u, best_down - d) - found;
+      EXPECT_GT(right, 0);
+      EXPECT_NEAR(right / left, 1.0, 1e-2);
+    }
   }
 }
 

@@ -18,6 +18,8 @@ namespace hla {
 
 // Sequences that calibration perplexities (ConvertOptions::report_perplexity) are taken on.
 constexpr int64_t kPerplexitySequences = 4;
+// Sequences on which errors of the attention output are taken where nothing asks for more.
+constexpr int64_t kReportSequences = 4;
 
 // Hidden states between two layers, one (1, T, D) tensor per calibration sequence. advance() writes
 // over them.

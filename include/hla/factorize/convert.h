@@ -11,7 +11,8 @@ namespace hla {
 
 // Writes the complete folder `out` (config.json, model.safetensors or its shards, tokenizer,
 // generation config, hla_report.json, README.md) or nothing. One layer is in memory at a time,
-// beside the calibration's hidden states. All factorisation in fp64.
+// beside the calibration's hidden states; Objective::kLoss first passes through all of them
+// (LossCurvature). All factorisation in fp64.
 ConvertReport convert(const Checkpoint& base, const std::filesystem::path& out,
                       const ConvertOptions& options);
 

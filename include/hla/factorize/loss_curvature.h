@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -20,6 +21,11 @@ struct LossCurvature {
   at::Tensor output;  // M = E[g gᵀ / ‖g‖] (2·K·d, 2·K·d), keys then values, fp64, CPU
   at::Tensor input;   // Σ = E[‖g‖ x xᵀ] (D, D), fp64, CPU
 };
+
+// Of M and Σ of all layers.
+uint64_t curvature_bytes(const ModelConfig& config);
+// Memory that collecting it takes beside the weights, for sequences of `length` tokens.
+uint64_t loss_curvature_bytes(const ModelConfig& config, int64_t length);
 
 // One forward and one backward of the base over the calibration text, a sequence at a time; the
 // layers' activations are kept, or computed again in the backward pass; absent `keep`, kept where
