@@ -10,6 +10,7 @@
 #include <random>
 #include <thread>
 
+#include "hla/io/json_file.h"
 #include "hla/model/config.h"
 #include "hla/model/llama.h"
 #include "test_util.h"
@@ -48,6 +49,8 @@ TEST(CliTest, UsageErrorsExitWith2) {
   EXPECT_EQ(run_hla("info a --frobnicate").code, 2);
   EXPECT_EQ(run_hla("ppl " + stories() + " --device toaster").code, 2);
   EXPECT_EQ(run_hla("convert " + stories() + " out --rope spiral").code, 2);
+  EXPECT_EQ(run_hla("convert " + stories() + " out --objective gain").code, 2);
+  EXPECT_EQ(run_hla("convert " + stories() + " out --objective loss --value-weight 0.3").code, 2);
 }
 
 TEST(CliTest, InfoDescribes) {
@@ -481,6 +484,20 @@ TEST(CliTest, DryRunWritesNothing) {
   const auto config = nlohmann::json::parse(read_file(folder.path() / "out" / "config.json"));
   EXPECT_EQ(config["hla"]["layers"][2]["kv_rank"], 5);
   EXPECT_NE(config["hla"]["layers"][1]["kv_rank"], 5);
+}
+
+TEST(CliTest, WeightingsImplyTheAttentionObjective) {
+  const TempDir folder;
+  const auto objective = [&](const std::string& options) {
+    const auto out = folder / "out";
+    const std::string command = "convert " + stories() + " " + out.string() +
+                                " --force --calib-tokens 256 --calib-length 128 " + options;
+    EXPECT_EQ(run_hla(command).code, 0) << options;
+    return read_json_file(out / "hla_report.json")["objective"].get<std::string>();
+  };
+  EXPECT_EQ(objective(""), "loss");
+  EXPECT_EQ(objective("--value-weight 0.3"), "attention");
+  EXPECT_EQ(objective("--no-calib"), "attention");
 }
 
 TEST(CliTest, ConvertShowsAndDrawsTheLayers) {
