@@ -1,6 +1,7 @@
 #include "hla/factorize/convert.h"
 
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <nlohmann/json.hpp>
 
@@ -19,12 +20,14 @@ struct ConvertArguments {
   std::string model;
   std::string out;
   std::string rope = "original";
-  std::string calib;
+  std::vector<std::string> calib;
   bool no_calib = false;
   std::string objective = to_string(FactorOptions{}.objective);
   std::string key_weighting = to_string(FactorOptions{}.key_weighting);
   std::string value_weighting = to_string(FactorOptions{}.value_weighting);
   std::string plan;
+  std::string target_ppl_increase;
+  std::string valid;
   std::string json;
   std::string plot;
   bool dry_run = false;
@@ -32,6 +35,18 @@ struct ConvertArguments {
   ConvertOptions options;
   DeviceOptions device;
 };
+
+// "5%" or "0.05".
+double parse_share(const char* option, const std::string& text) {
+  const bool percent = text.ends_with('%');
+  const std::string number = text.substr(0, text.size() - (percent ? 1 : 0));
+  char* end = nullptr;
+  const double value = std::strtod(number.c_str(), &end);
+  if (number.empty() || *end != 0) {
+    throw_usage(std::string("[") + option + "] expected a share like 5% or 0.05, got " + text);
+  }
+  return percent ? value / 100 : value;
+}
 
 // A longer table is left to the report, unless --verbose asks for it.
 constexpr size_t kShownLayers = 40;
@@ -53,7 +68,7 @@ void print(const ConvertArguments& arguments, const ConvertReport& report) {
   }
   std::printf("converted      %s -> %s\n", arguments.model.c_str(), arguments.out.c_str());
   std::printf("rope           %s\n", arguments.rope.c_str());
-  std::printf("calibration    %s, %lld tokens\n", report.calib_text.c_str(),
+  std::printf("calibration    %s, %lld tokens\n", report.calib_text().c_str(),
               static_cast<long long>(report.calib_tokens));
   std::printf("cache          %lld bytes per token, base %lld (%.1f %%)\n",
               static_cast<long long>(made), static_cast<long long>(base),
@@ -63,6 +78,19 @@ void print(const ConvertArguments& arguments, const ConvertReport& report) {
   std::printf("mean error     keys %.1f %%, values %.1f %%", 100 * key_error, 100 * value_error);
   if (report.calib_tokens > 0) std::printf(", attention output %.1f %%", 100 * attention_error);
   std::printf(" (by layer: %s/hla_report.json)\n", arguments.out.c_str());
+  if (report.budget) {
+    const BudgetReport& budget = *report.budget;
+    std::printf("held out       %lld tokens, perplexity of the base %.3f; at",
+                static_cast<long long>(budget.held_out_tokens), budget.base_perplexity);
+    const auto all =
+        static_cast<double>(report.base.base_cache_floats() * report.base.num_hidden_layers);
+    for (const BudgetReport::Trial& trial : budget.trials) {
+      std::printf("%s %.1f %% of the cache %+.2f %%", &trial == budget.trials.data() ? "" : ",",
+                  100 * static_cast<double>(trial.floats) / all,
+                  100 * (trial.perplexity / budget.base_perplexity - 1));
+    }
+    std::printf("\n");
+  }
   if (report.base_perplexity) {
     std::printf("perplexity     %.3f, base %.3f, on %lld tokens of calibration\n",
                 report.layers.back().calibration_perplexity.value_or(0), *report.base_perplexity,
@@ -100,9 +128,17 @@ void run_convert(ConvertArguments& arguments) {
     throw_usage("--calib and --no-calib exclude each other");
   }
   if (!arguments.no_calib) {
-    options.calib = arguments.calib.empty() ? data_file("wikitext-2/wiki.valid.txt")
-                                            : std::filesystem::path(arguments.calib);
+    options.calib.assign(arguments.calib.begin(), arguments.calib.end());
+    if (options.calib.empty()) {
+      options.calib = {data_file("wikitext-2/wiki.valid.txt"),
+                       data_file("calibration/smollm2_samples.txt")};
+    }
   }
+  if (!arguments.target_ppl_increase.empty()) {
+    options.target_ppl_increase =
+        parse_share("--target-ppl-increase", arguments.target_ppl_increase);
+  }
+  if (!arguments.valid.empty()) options.valid = arguments.valid;
   if (!arguments.plan.empty()) options.plan = arguments.plan;
   check_output_target("--json", arguments.json, options.force);
   check_output_target("--plot", arguments.plot, options.force);
@@ -145,6 +181,16 @@ void add_convert(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--kv-ratio", options.kv_ratio,
                       "Cached floats relative to the base, K and V on one basis (default 0.5)");
+  command->add_option("--target-ratio", options.target_ratio,
+                      "The same, but shared out over the layers by the loss that their ranks cost");
+  command->add_option("--target-bytes-per-token", options.target_bytes,
+                      "The same for at most so many cached bytes per token of all layers");
+  command->add_option("--target-ppl-increase", arguments->target_ppl_increase,
+                      "The least cache with which the perplexity of held-out text rises by no more "
+                      "than this, like 5%");
+  command->add_option("--valid", arguments->valid,
+                      "That held-out text; default: the last tenth of every calibration text, then "
+                      "not used for calibration");
   command->add_option("--k-rank", options.k_rank,
                       "Cached floats of the keys on a basis of their own");
   command->add_option("--v-rank", options.v_rank,
@@ -157,9 +203,12 @@ void add_convert(CLI::App& app) {
       ->add_option("--rotary-fraction", options.rotary_fraction,
                    "paper: share of the latent pairs that turn")
       ->capture_default_str();
-  command->add_option("--calib", arguments->calib,
-                      "Calibration text; default: the WikiText-2 validation split");
-  command->add_option("--calib-tokens", options.calib_tokens, "Tokens of it to use")
+  command
+      ->add_option("--calib", arguments->calib,
+                   "Calibration text, several for equal shares; default: the WikiText-2 "
+                   "validation split and text sampled from SmolLM2")
+      ->take_all();
+  command->add_option("--calib-tokens", options.calib_tokens, "Tokens of all texts together")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->add_option("--calib-length", options.calib_length, "Tokens per calibration sequence")
@@ -215,6 +264,8 @@ void add_convert(CLI::App& app) {
       "Examples:\n"
       "  hla convert models/SmolLM2-135M-Instruct models/SmolLM2-HLA-50 --kv-ratio 0.5\n"
       "  hla convert models/SmolLM2-135M-Instruct models/latent --rope latent --kv-ratio 0.5\n"
+      "  hla convert models/SmolLM2-135M-Instruct models/half --target-ratio 0.5\n"
+      "  hla convert models/SmolLM2-135M-Instruct models/close --target-ppl-increase 5%\n"
       "  hla convert models/SmolLM2-135M-Instruct models/out --dry-run\n"
       "  hla convert org/name out --k-rank 96 --v-rank 128 --calib my.txt --calib-tokens 32768");
   command->callback([arguments, objective, of_attention, &app] {

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -12,13 +11,12 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"
 #include "hla/core/sha256.h"
+#include "hla/factorize/scratch_tensors.h"
 #include "hla/factorize/statistics.h"
-#include "hla/io/atomic_file.h"
 #include "hla/io/mapped_file.h"
 #include "hla/model/device.h"
 #include "hla/model/hla_attention.h"
 #include "hla/model/load.h"
-#include "hla/text/tokenizer.h"
 
 namespace hla {
 namespace {
@@ -77,22 +75,67 @@ Calibration::Calibration(const Checkpoint& base, const ModelConfig& config,
                     " ids do not fit the model's vocabulary of " +
                     std::to_string(config.vocab_size));
   }
-  const auto text = MappedFile::open(*options.calib);
-  sha256_ = sha256_hex(text->text());
-  const int64_t length = std::min(options.calib_length, config.max_position_embeddings);
-  const int64_t count = std::max<int64_t>(1, options.calib_tokens / length);
-  ids_ = calibration_sequences(tokenizer->encode(text->text()), count, length);
+  read_texts(options, *tokenizer);
   release_free_memory();  // a tokenizer takes far more than it gives
   if (options.report_perplexity) {
     followed_ = std::min(static_cast<size_t>(kPerplexitySequences), ids_.size());
   }
-  const at::Tensor positions = at::arange(length, at::TensorOptions(at::kLong).device(device_));
+  const at::Tensor positions =
+      at::arange(ids_.front().size(1), at::TensorOptions(at::kLong).device(device_));
   rope_ = rope_tables(config, positions, dtype_);
   carried_ = ids_.size();
 }
 
+void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tokenizer) {
+  const int64_t length = std::min(options.calib_length, config_.max_position_embeddings);
+  const auto read = [&](const std::filesystem::path& path) {
+    const auto text = MappedFile::open(path);
+    texts_.push_back({path, sha256_hex(text->text())});
+    return tokenizer.encode(text->text());
+  };
+  // `count` of all sequences, from one of `parts` texts.
+  const auto share = [](int64_t count, size_t part, size_t parts) {
+    const auto number = static_cast<int64_t>(parts);
+    const int64_t rest = count % number;
+    return count / number + (static_cast<int64_t>(part) < rest ? 1 : 0);
+  };
+  const auto texts = options.calib.size();
+  const int64_t count =
+      std::max<int64_t>(static_cast<int64_t>(texts), options.calib_tokens / length);
+  const bool hold_out = options.target_ppl_increase && !options.valid;
+  std::vector<std::vector<at::Tensor>> of_text;
+  for (size_t i = 0; i < texts; ++i) {
+    std::vector<int32_t> ids = read(options.calib[i]);
+    if (hold_out) {
+      const auto begin = ids.end() - static_cast<std::ptrdiff_t>(ids.size() / 10);
+      for (at::Tensor& sequence :
+           calibration_sequences({begin, ids.end()}, share(kHeldOutSequences, i, texts), length)) {
+        held_out_.push_back(std::move(sequence));
+      }
+      ids.erase(begin, ids.end());
+    }
+    of_text.push_back(calibration_sequences(ids, share(count, i, texts), length));
+  }
+  bool more = true;
+  for (size_t turn = 0; more; ++turn) {
+    more = false;
+    for (const auto& sequences : of_text) {
+      if (turn >= sequences.size()) continue;
+      ids_.push_back(sequences[turn]);
+      more = true;
+    }
+  }
+  if (options.target_ppl_increase && options.valid) {
+    held_out_ = calibration_sequences(read(*options.valid), kHeldOutSequences, length);
+  }
+}
+
 int64_t Calibration::tokens() const {
   return static_cast<int64_t>(ids_.size()) * ids_.front().size(1);
+}
+
+int64_t Calibration::held_out_tokens() const {
+  return static_cast<int64_t>(held_out_.size()) * ids_.front().size(1);
 }
 
 int64_t Calibration::followed_tokens() const {
@@ -107,10 +150,12 @@ uint64_t Calibration::state_bytes() const {
 
 void Calibration::carry_only(size_t sequences) { carried_ = std::min(sequences, ids_.size()); }
 
-at::Tensor Calibration::embedded(size_t sequence) const {
+at::Tensor Calibration::embedded(size_t sequence) const { return embed(ids_[sequence]); }
+
+at::Tensor Calibration::embed(const at::Tensor& ids) const {
   // Rows are looked up in the table as it is stored, so that only they are read and converted.
   const at::Tensor table = checkpoint_tensor(base_, "model.embed_tokens.weight");
-  return at::embedding(table, ids_[sequence]).to(device_, dtype_);
+  return at::embedding(table, ids).to(device_, dtype_);
 }
 
 at::Tensor Calibration::output_matrix() const {
@@ -137,22 +182,9 @@ void Calibration::embed() {
 
 void Calibration::save(const std::filesystem::path& path) const {
   CalibrationState state = state_;
-  std::vector<SafetensorsWriter::Entry> entries;
-  for (const auto& [name, tensor] : named(state)) {
-    entries.push_back({name, to_dtype(tensor->scalar_type()), tensor->sizes().vec()});
-  }
-  std::filesystem::path part = path;
-  part += ".part";
-  std::filesystem::remove(part);
-  SafetensorsWriter writer(part, entries);
-  for (const auto& [name, tensor] : named(state)) {
-    const at::Tensor host = tensor->cpu().contiguous();
-    writer.write(name, host.const_data_ptr(), host.nbytes());
-  }
-  writer.sync();
-  writer.finish();
-  std::filesystem::rename(part, path);
-  detail::sync_folder(path.parent_path());
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  for (const auto& [name, tensor] : named(state)) tensors.emplace_back(name, *tensor);
+  save_tensors(path, tensors);
 }
 
 void Calibration::load(const std::filesystem::path& path) {
@@ -160,14 +192,11 @@ void Calibration::load(const std::filesystem::path& path) {
   state_.base_hidden.resize(carried_);
   state_.hla_hidden.resize(followed_);
   for (const auto& [name, tensor] : named(state_)) {
-    const TensorView view = reader.view(name);
+    const at::Tensor host = load_tensor(reader, name);
     const std::vector<int64_t> expected = {1, ids_.front().size(1), config_.hidden_size};
-    if (view.shape != expected || view.dtype != to_dtype(dtype_)) {
+    if (host.sizes() != expected || host.scalar_type() != dtype_) {
       throw_runtime(path.string() + ": " + name + " is not of this conversion; use --restart");
     }
-    // Into memory of LibTorch's own: how its kernels add up may depend on the alignment.
-    const at::Tensor host = at::empty(view.shape, at::TensorOptions(dtype_));
-    std::memcpy(host.mutable_data_ptr(), view.data, view.nbytes);
     *tensor = host.to(device_);
   }
 }
@@ -216,13 +245,36 @@ double Calibration::perplexity(int64_t layer) const {
     }
     base_.release_pages();
   }
+  return perplexity_of(states, ids_);
+}
+
+double Calibration::held_out_perplexity(const AttentionOf& attention) const {
+  std::vector<at::Tensor> states;
+  for (const at::Tensor& ids : held_out_) states.push_back(embed(ids));
+  for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
+    const auto decoder = load_layer(layer);
+    const std::shared_ptr<Attention> converted = attention(layer);
+    const Attention& used = converted ? *converted : decoder->self_attn();
+    for (at::Tensor& hidden : states) {
+      throw_if_interrupted();
+      const at::Tensor x = decoder->input_layernorm().forward(hidden);
+      hidden.copy_(decoder->finish(hidden, used.forward(x, rope_)));
+    }
+    base_.release_pages();
+  }
+  return perplexity_of(states, held_out_);
+}
+
+// hidden[i] (1, T, D) after the last layer, of the first sequences of `ids`.
+double Calibration::perplexity_of(const std::vector<at::Tensor>& hidden,
+                                  const std::vector<at::Tensor>& ids) const {
   const auto norm = load_final_norm();
   double nll = 0;
   int64_t count = 0;
-  for (size_t i = 0; i < states.size(); ++i) {
+  for (size_t i = 0; i < hidden.size(); ++i) {
     throw_if_interrupted();
-    const at::Tensor targets = ids_[i].squeeze(0).slice(0, 1);
-    nll += sum_nll(norm->forward(states[i]).squeeze(0).slice(0, 0, targets.size(0)),
+    const at::Tensor targets = ids[i].squeeze(0).slice(0, 1);
+    nll += sum_nll(norm->forward(hidden[i]).squeeze(0).slice(0, 0, targets.size(0)),
                    targets.to(device_));
     count += targets.size(0);
   }

@@ -170,12 +170,25 @@ LayerReport layer_report_from_json(const json& entry) {
   return layer;
 }
 
+std::string ConvertReport::calib_text() const {
+  std::string text;
+  for (const CalibrationText& read : calib_texts) {
+    text += (text.empty() ? "" : ", ") + read.path.filename().string();
+  }
+  return text.empty() ? "none (weights only)" : text;
+}
+
 json ConvertReport::to_json(const ConvertOptions& options, bool measured) const {
+  json texts = json::array();
+  for (const CalibrationText& text : calib_texts) {
+    texts.push_back({{"path", text.path.string()}, {"sha256", text.sha256}});
+  }
   json per_layer = json::array();
   for (size_t i = 0; i < layers.size(); ++i) {
     json entry = hla::to_json(layers[i]);
     entry["layer"] = i;
     if (!measured) entry.erase("seconds");
+    if (!predicted_loss.empty()) entry["predicted_loss"] = predicted_loss[i];
     per_layer.push_back(std::move(entry));
   }
   json base_name = base.raw.contains("_name_or_path") && base.raw["_name_or_path"].is_string()
@@ -190,13 +203,23 @@ json ConvertReport::to_json(const ConvertOptions& options, bool measured) const 
                  {"value_weighting", to_string(options.factors.value_weighting)},
                  {"value_weight", options.factors.value_weight},
                  {"calibration",
-                  {{"text", calib_text},
-                   {"sha256", calib_sha256.empty() ? json() : json(calib_sha256)},
+                  {{"text", calib_text()},
+                   {"texts", std::move(texts)},
                    {"tokens", calib_tokens},
                    {"perplexity_tokens", perplexity_tokens},
                    {"base_perplexity", or_null(base_perplexity)}}},
                  {"layers", std::move(per_layer)}};
   report.update(sizes_json(base, hla, element_size));
+  if (budget) {
+    json trials = json::array();
+    for (const BudgetReport::Trial& trial : budget->trials) {
+      trials.push_back({{"cache_floats", trial.floats}, {"perplexity", trial.perplexity}});
+    }
+    report["budget"] = {{"target_ppl_increase", or_null(options.target_ppl_increase)},
+                        {"held_out_tokens", budget->held_out_tokens},
+                        {"base_perplexity", budget->base_perplexity},
+                        {"trials", std::move(trials)}};
+  }
   if (measured) {
     report["seconds"] = seconds;
     report["peak_rss_bytes"] = peak_rss_bytes;

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
+#include <cmath>
 #include <map>
 #include <memory>
 #include <optional>
@@ -14,12 +14,14 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"
 #include "hla/core/progress.h"
+#include "hla/factorize/budget.h"
 #include "hla/factorize/calibration.h"
 #include "hla/factorize/conversion_writer.h"
 #include "hla/factorize/fingerprint.h"
 #include "hla/factorize/loss_curvature.h"
 #include "hla/factorize/model_card.h"
 #include "hla/factorize/plan.h"
+#include "hla/factorize/scratch_tensors.h"
 #include "hla/factorize/statistics.h"
 #include "hla/factorize/transformers_files.h"
 #include "hla/io/atomic_file.h"
@@ -107,6 +109,19 @@ constexpr const char* kFirstStep = "before the layers";
 constexpr const char* kLastStep = "after the layers";
 constexpr const char* kBasePerplexityStep = "base perplexity";
 constexpr const char* kCurvatureStep = "loss curvature";
+constexpr const char* kRanksStep = "predicted loss";
+constexpr const char* kHeldOutStep = "held-out perplexity";
+std::string trial_step(int64_t floats) { return "trial of " + std::to_string(floats) + " floats"; }
+
+// The factors of a layer by their full names.
+std::map<std::string, at::Tensor> full_names(int64_t layer,
+                                             const std::map<std::string, at::Tensor>& factors) {
+  std::map<std::string, at::Tensor> result;
+  for (const auto& [name, tensor] : factors) {
+    result["model.layers." + std::to_string(layer) + ".self_attn." + name] = tensor;
+  }
+  return result;
+}
 
 // One conversion as a sequence of steps, each of which leaves its results in the work folder. One
 // layer is in memory at a time.
@@ -117,15 +132,13 @@ class Conversion {
       : base_(base),
         options_(options),
         config_(convertible_config(base)),
-        plan_(plan_conversion(config_, options)),
         dtype_(options.dtype.value_or(stored_dtype(base))),
         work_(out, options.force) {
     report_.base = config_;
-    report_.hla = planned_config(config_, plan_);
-    sections_ = output_sections(base, report_.hla, options.dtype, dtype_);
+    report_.element_size = static_cast<int64_t>(c10::elementSize(dtype_));
+    set_plan(plan_conversion(config_, options, report_.element_size));
     read_calibration();
-    work_.begin(conversion_fingerprint(base, options, plan_, report_.calib_sha256),
-                options.restart);
+    work_.begin(conversion_fingerprint(base, options, plan_, report_.calib_texts), options.restart);
     preflight_disk(out);
   }
 
@@ -144,6 +157,14 @@ class Conversion {
 
  private:
   void run_steps() {
+    if (by_loss()) {
+      work_.step(kCurvatureStep, [this] {
+        save_curvature(collect_loss_curvature(
+            *calibration_, {.sample = plan_.measured_ranks, .progress = options_.progress}));
+        return nlohmann::json();
+      });
+    }
+    if (plan_.measured_ranks) measure_ranks();
     writer_.emplace(base_, sections_.all(), work_.output(), options_.max_shard_bytes,
                     tensors_written());
     write_step(kFirstStep, sections_.before);
@@ -153,12 +174,6 @@ class Conversion {
         return calibration_->perplexity(0);
       });
       report_.base_perplexity = perplexity.get<double>();
-    }
-    if (by_loss()) {
-      work_.step(kCurvatureStep, [this] {
-        save_curvature(collect_loss_curvature(*calibration_, options_.progress));
-        return nlohmann::json();
-      });
     }
     Progress progress("converting layers", config_.num_hidden_layers, options_.progress);
     for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
@@ -183,12 +198,16 @@ class Conversion {
 
   // ---- before the first step ----
 
+  void set_plan(ConversionPlan plan) {
+    plan_ = std::move(plan);
+    report_.hla = planned_config(config_, plan_);
+    sections_ = output_sections(base_, report_.hla, options_.dtype, dtype_);
+  }
+
   void read_calibration() {
-    report_.calib_text = "none (weights only)";
     if (!options_.calibrated()) return;
     calibration_.emplace(base_, config_, options_);
-    report_.calib_text = options_.calib->string();
-    report_.calib_sha256 = calibration_->sha256();
+    report_.calib_texts = calibration_->texts();
     report_.calib_tokens = calibration_->tokens();
     report_.perplexity_tokens = calibration_->followed_tokens();
     // The factors are made from the curvature; what is left to measure are errors, for the report.
@@ -207,7 +226,7 @@ class Conversion {
       needed += SafetensorsWriter::file_bytes(shard.entries, output_metadata());
     }
     if (calibration_) needed += 2 * calibration_->state_bytes();  // of two layers at a time
-    if (by_loss()) needed += curvature_bytes(config_);
+    if (by_loss()) needed += curvature_bytes(config_, plan_.measured_ranks);
     const uint64_t present = folder_bytes(work_.output());
     needed -= std::min(needed, present);
     const uint64_t free = free_space(out);
@@ -236,38 +255,104 @@ class Conversion {
     });
   }
 
+  // ---- how many floats each layer gets ----
+
+  // Sets the plan. Every trial of a search is a step of its own.
+  void measure_ranks() {
+    const nlohmann::json predicted = work_.step(kRanksStep, [this] { return predicted_losses(); });
+    std::vector<LossCurve> curves;
+    for (const nlohmann::json& curve : predicted) curves.push_back(loss_curve_from_json(curve));
+    const FloatBudget budget(curves, config_.base_cache_floats());
+    int64_t total = plan_.target_floats;
+    if (options_.target_ppl_increase) total = search_budget(curves, budget);
+    const std::vector<int64_t> floats = budget.share(total);
+    for (size_t i = 0; i < curves.size(); ++i) {
+      report_.predicted_loss.push_back(curves[i].at(floats[i]).loss);
+    }
+    set_plan(with_floats(plan_, curves, floats));
+  }
+
+  // The least floats at which the held-out perplexity rises by no more than was asked.
+  int64_t search_budget(const std::vector<LossCurve>& curves, const FloatBudget& budget) {
+    const auto perplexity = [&](const std::string& step,
+                                const Calibration::AttentionOf& attention) {
+      return work_
+          .step(step, [&] { return nlohmann::json(calibration_->held_out_perplexity(attention)); })
+          .get<double>();
+    };
+    BudgetReport report;
+    report.held_out_tokens = calibration_->held_out_tokens();
+    report.base_perplexity =
+        perplexity(kHeldOutStep, [](int64_t) { return std::shared_ptr<Attention>(); });
+    Progress progress("searching the cache's size", kBudgetTrials, options_.progress);
+    const int64_t total =
+        search_floats(budget, std::log1p(*options_.target_ppl_increase), [&](int64_t floats) {
+          const ConversionPlan plan = with_floats(plan_, curves, budget.share(floats));
+          const double found = perplexity(
+              trial_step(floats), [&](int64_t layer) { return converted_attention(plan, layer); });
+          report.trials.push_back({floats, found});
+          progress.advance(1);
+          return std::log(found / report.base_perplexity);
+        });
+    progress.finish();
+    report_.budget = std::move(report);
+    return total;
+  }
+
+  std::shared_ptr<Attention> converted_attention(const ConversionPlan& plan, int64_t layer) const {
+    const LayerFactors made =
+        factorize_layer(config_, attention_weights(base_, config_, layer), loss_statistics(layer),
+                        plan.rope, plan.layers[static_cast<size_t>(layer)], options_.factors);
+    ModelConfig config = planned_config(config_, plan);
+    config.hla->layers[static_cast<size_t>(layer)] = made.config;
+    return calibration_->load_converted(layer, config, full_names(layer, made.tensors), dtype_);
+  }
+
+  // The curves of all layers.
+  nlohmann::json predicted_losses() const {
+    nlohmann::json curves = nlohmann::json::array();
+    Progress progress("predicting the loss", config_.num_hidden_layers, options_.progress);
+    for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
+      throw_if_interrupted();
+      curves.push_back(to_json(
+          predict_loss(config_, attention_weights(base_, config_, layer), loss_statistics(layer),
+                       plan_.rope, plan_.layers[static_cast<size_t>(layer)].fast_frequencies)));
+      base_.release_pages();
+      progress.advance(1);
+    }
+    progress.finish();
+    return curves;
+  }
+
   std::filesystem::path curvature_file() const { return work_.scratch() / "curvature.safetensors"; }
 
   void save_curvature(const std::vector<LossCurvature>& curvature) const {
-    std::vector<SafetensorsWriter::Entry> entries;
+    std::vector<std::pair<std::string, at::Tensor>> tensors;
     for (size_t i = 0; i < curvature.size(); ++i) {
       const std::string layer = std::to_string(i);
-      entries.push_back({"output." + layer, DType::kF64, curvature[i].output.sizes().vec()});
-      entries.push_back({"input." + layer, DType::kF64, curvature[i].input.sizes().vec()});
+      tensors.emplace_back("output." + layer, curvature[i].output);
+      tensors.emplace_back("input." + layer, curvature[i].input);
+      if (!plan_.measured_ranks) continue;
+      tensors.emplace_back("sample_gradient." + layer, curvature[i].sample_gradient);
+      tensors.emplace_back("sample_input." + layer, curvature[i].sample_input);
     }
-    std::filesystem::remove(curvature_file());  // of a run that was killed while it wrote it
-    SafetensorsWriter writer(curvature_file(), entries);
-    for (size_t i = 0; i < curvature.size(); ++i) {
-      for (const auto& [name, tensor] :
-           {std::pair{"output.", curvature[i].output}, std::pair{"input.", curvature[i].input}}) {
-        const at::Tensor whole = tensor.contiguous();
-        writer.write(name + std::to_string(i), whole.const_data_ptr(), whole.nbytes());
-      }
-    }
-    writer.sync();
-    writer.finish();
+    save_tensors(curvature_file(), tensors);
   }
 
-  void load_curvature(int64_t layer, LayerStatistics& statistics) const {
+  // What collect_loss_curvature() found for a layer.
+  LayerStatistics loss_statistics(int64_t layer) const {
     const auto reader = SafetensorsReader::open(curvature_file());
     const auto get = [&](const char* name) {
-      const TensorView view = reader.view(name + std::to_string(layer));
-      const at::Tensor tensor = at::empty(view.shape, at::TensorOptions(at::kDouble));
-      std::memcpy(tensor.mutable_data_ptr(), view.data, view.nbytes);
-      return tensor;
+      return load_tensor(reader, name + ("." + std::to_string(layer)));
     };
-    statistics.loss_output = get("output.");
-    statistics.loss_input = get("input.");
+    LayerStatistics statistics;
+    statistics.loss_output = get("output");
+    statistics.loss_input = get("input");
+    if (plan_.measured_ranks) {
+      statistics.sample_gradient = get("sample_gradient");
+      statistics.sample_input = get("sample_input");
+    }
+    return statistics;
   }
 
   // Where the calibration's states before a layer are kept.
@@ -310,7 +395,11 @@ class Conversion {
         statistics = collect_statistics(config_, layer, *decoder, calibration_->rope(),
                                         calibration_->state().base_hidden);
       }
-      if (by_loss()) load_curvature(layer, statistics);
+      if (by_loss()) {
+        const LayerStatistics loss = loss_statistics(layer);
+        statistics.loss_output = loss.loss_output;
+        statistics.loss_input = loss.loss_input;
+      }
     } else {
       statistics = weight_only_statistics(config_, weights.q, weights.k);
     }
@@ -321,10 +410,7 @@ class Conversion {
     report.key_error = made.key_error;
     report.value_error = made.value_error;
     report.query_error = made.query_error;
-    std::map<std::string, at::Tensor> factors;
-    for (const auto& [name, tensor] : made.tensors) {
-      factors["model.layers." + std::to_string(layer) + ".self_attn." + name] = tensor;
-    }
+    const std::map<std::string, at::Tensor> factors = full_names(layer, made.tensors);
     if (calibration_) advance_calibration(layer, *decoder, factors, report);
     return factors;
   }
@@ -354,7 +440,6 @@ class Conversion {
     const std::filesystem::path& folder = work_.output();
     report_.base_parameters = parameter_count(report_.base);
     report_.hla_parameters = parameter_count(report_.hla);
-    report_.element_size = static_cast<int64_t>(c10::elementSize(dtype_));
     if (options_.dtype) {
       for (const char* key : {"dtype", "torch_dtype"}) {
         if (report_.hla.raw.contains(key)) report_.hla.raw[key] = config_dtype_name(dtype_);
@@ -380,9 +465,9 @@ class Conversion {
   const Checkpoint& base_;
   const ConvertOptions& options_;
   const ModelConfig config_;
-  const ConversionPlan plan_;
   const at::ScalarType dtype_;  // of the factors
   WorkDir work_;
+  ConversionPlan plan_;
   OutputSections sections_;
   std::optional<Calibration> calibration_;
   int64_t calibration_at_ = -1;  // the layer that its states lie before

@@ -38,6 +38,8 @@ constexpr double kEigenCost = 9 * 10 * kWideCost;
 constexpr double kAttentionElementCost = 60;
 // What real shapes reach of the rate of large square products.
 constexpr double kProductEfficiency = 0.75;
+// Of a search for the cache's size.
+constexpr double kExpectedTrials = 4;
 constexpr double kCopyRate = 1e9;  // bytes per second that are read or written
 
 // Sizes of one layer, as numbers that products of many do not overflow.
@@ -136,7 +138,8 @@ uint64_t estimated_peak_memory(const Checkpoint& base, const ModelConfig& hla,
     const double weights_used = static_cast<double>(hla.num_hidden_layers) * s.parameters +
                                 static_cast<double>(hla.vocab_size) * s.hidden;
     by_loss = weights_used * (stored + (is_converted(base, options) ? sizeof(float) : 0)) +
-              static_cast<double>(loss_curvature_bytes(hla, static_cast<int64_t>(s.length)));
+              static_cast<double>(curvature_bytes(hla, options.measures_ranks()) +
+                                  loss_pass_bytes(hla, static_cast<int64_t>(s.length)));
   }
   return static_cast<uint64_t>(kProgramBytes + std::max({kCopyBytes, layer + forward, by_loss}));
 }
@@ -164,6 +167,11 @@ double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int
       layer += 2 * 2 * s.tokens * s.parameters + 3.5 * attention +
                2 * s.tokens * (4 * s.kv * s.kv + s.hidden * s.hidden);
     }
+    if (options.measures_ranks()) layer += factorization_work(s, options);
+    if (options.target_ppl_increase) {
+      const double held_out = kHeldOutSequences * s.length / s.tokens;
+      layer += kExpectedTrials * (factorization_work(s, options) + held_out * forward);
+    }
   }
   const auto layers = static_cast<double>(hla.num_hidden_layers);
   double work = layers * layer;
@@ -182,11 +190,11 @@ ConversionEstimate estimate_conversion(const Checkpoint& base, const std::filesy
                                        const ConvertOptions& options) {
   ConversionEstimate estimate;
   estimate.base = convertible_config(base);
-  estimate.plan = plan_conversion(estimate.base, options);
-  WorkDir::check_target(out, options.force);
-  estimate.hla = planned_config(estimate.base, estimate.plan);
   const at::ScalarType dtype = options.dtype.value_or(stored_dtype(base));
   estimate.element_size = static_cast<int64_t>(c10::elementSize(dtype));
+  estimate.plan = plan_conversion(estimate.base, options, estimate.element_size);
+  WorkDir::check_target(out, options.force);
+  estimate.hla = planned_config(estimate.base, estimate.plan);
   estimate.base_parameters = parameter_count(estimate.base);
   estimate.hla_parameters = parameter_count(estimate.hla);
   if (options.calibrated()) {
@@ -194,7 +202,7 @@ ConversionEstimate estimate_conversion(const Checkpoint& base, const std::filesy
     estimate.calib_tokens = calibration.tokens();
     estimate.scratch_bytes = 2 * calibration.state_bytes();
     if (options.objective() == Objective::kLoss) {
-      estimate.scratch_bytes += curvature_bytes(estimate.base);
+      estimate.scratch_bytes += curvature_bytes(estimate.base, estimate.plan.measured_ranks);
     }
   }
   const OutputSections sections = output_sections(base, estimate.hla, options.dtype, dtype);
@@ -242,7 +250,10 @@ std::string ConversionEstimate::to_text() const {
   const double ratio = static_cast<double>(hla_bytes) / static_cast<double>(base_bytes);
   std::string text = plan_table(plan, hla);
   if (plan.measured_ranks) {
-    text += "ranks          shared out over the layers by what the conversion measures\n";
+    text +=
+        plan.target_floats > 0
+            ? "ranks          shared out over the layers by what the conversion measures\n"
+            : "ranks          searched for on held-out text; the sizes are those of all ranks\n";
   }
   text += "rope           " + to_string(plan.rope) + "\n";
   text += "cache          " + std::to_string(hla_bytes) + " bytes per token, base " +

@@ -9,6 +9,7 @@
 
 #include "hla/core/error.h"
 #include "hla/factorize/linalg.h"
+#include "hla/factorize/loss_factors.h"
 
 namespace hla {
 namespace {
@@ -132,10 +133,6 @@ double weighted_energy(const at::Tensor& weighted_rows, const at::Tensor& sigma)
   return weighted_rows.matmul(sigma).mul(weighted_rows).sum().item<double>();
 }
 
-double ratio(double error, double energy) {
-  return energy > 0 ? std::sqrt(std::max(error, 0.0) / energy) : 0.0;
-}
-
 // Stable name for "this rank is everything": the most a factor of these shapes can use.
 int64_t full_rank(const at::Tensor& weight) { return std::min(weight.size(0), weight.size(1)); }
 
@@ -191,19 +188,10 @@ void factorize_shared(const ModelConfig& config, const AttentionWeights& weights
     down = factors.down;
   }
   const at::Tensor rebuilt = up.slice(0, slow_rows.numel()).matmul(down);
-  out.value_error = ratio(
+  out.value_error = relative_error(
       weighted_energy(value_weight.apply(weights.v - rebuilt), problem.sigma_v()), value_energy);
   out.tensors["kv_up.weight"] = up;
   out.tensors["kv_down.weight"] = down;
-}
-
-// By frequency, up (K, r_f) and down (r_f, D) complex, as ComplexUp has them.
-void store_complex(const std::vector<at::Tensor>& ups, const std::vector<at::Tensor>& downs,
-                   LayerFactors& out) {
-  const at::Tensor up = at::cat(ups, /*dim=*/1);  // (K, R)
-  const at::Tensor down = at::cat(downs);         // (R, D)
-  out.tensors["k_up.weight"] = at::stack({at::real(up), at::imag(up)});
-  out.tensors["k_down.weight"] = at::cat({at::real(down), at::imag(down)});
 }
 
 // Fast keys in exact complex latents: one complex matrix per frequency.
@@ -237,7 +225,7 @@ void factorize_complex(const ModelConfig& config, const AttentionWeights& weight
   for (int64_t f = 0; f < fast; ++f) {
     ups.push_back(factors.up[static_cast<size_t>(f)] * undo.select(1, f).unsqueeze(1));
   }
-  store_complex(ups, factors.down, out);
+  out.store_complex(ups, factors.down);
 }
 
 // Fast keys on a real basis of their own.
@@ -275,111 +263,7 @@ void factorize_by_attention(const ModelConfig& config, const AttentionWeights& w
                      key_rows(kv_heads, config.head_dim, fast, config.frequencies()), plan.kv_rank,
                      out, key_error_energy);
   }
-  out.key_error = ratio(key_error_energy, key_energy);
-}
-
-// ---- Objective::kLoss: tr(M (W - Ŵ) Σ (W - Ŵ)ᵀ), W = [W_k; W_v] ----
-
-// M has directions that hardly any gradient took; this much of its mean keeps errors there in
-// check.
-constexpr double kOutputRidge = 1e-4;
-
-// Fast keys in complex latents. Of M only what an error that commutes with the rotation feels
-// counts: per frequency the Hermitian form eᴴ M_f e, e (K) complex. Returns Ŵ of the fast rows.
-at::Tensor fast_complex_by_loss(const ModelConfig& config, const at::Tensor& keys,
-                                const at::Tensor& m, const at::Tensor& sigma, int64_t fast,
-                                int64_t total_rank, LayerFactors& out) {
-  const int64_t kv_heads = config.num_key_value_heads;
-  const at::Tensor rows = keys.unflatten(0, {kv_heads, 2, fast});  // (K, 2, c, D)
-  const at::Tensor by_frequency =
-      at::complex(rows.select(1, 0).contiguous(), rows.select(1, 1).contiguous())
-          .transpose(0, 1)
-          .contiguous();  // (c, K, D)
-  const at::Tensor blocks =
-      m.view({kv_heads, 2, fast, kv_heads, 2, fast}).diagonal(0, 2, 5);  // (K, 2, K, 2, c)
-  const auto block = [&](int64_t a, int64_t b) { return blocks.select(1, a).select(2, b); };
-  const at::Tensor hermitian = at::complex((block(0, 0) + block(1, 1)).contiguous() / 2,
-                                           (block(1, 0) - block(0, 1)).contiguous() / 2)
-                                   .permute({2, 0, 1});  // (c, K, K)
-  auto [values, vectors] = at::linalg_eigh(hermitian);
-  // M is ridged, so its eigenvalues are positive but for rounding.
-  const at::Tensor roots =
-      values.clamp_min(values.amax().item<double>() * 1e-12 + 1e-300).sqrt().unsqueeze(-2);
-  const at::Tensor forward = (vectors * roots).matmul(vectors.mH());
-  const at::Tensor inverse = (vectors / roots).matmul(vectors.mH());
-  const at::Tensor weighted = forward.matmul(by_frequency);
-  const ComplexSpectrum spectrum = complex_spectrum(weighted, sigma);
-  const std::vector<int64_t> ranks = ranks_by_energy(spectrum.energies, total_rank);
-  const ComplexLowRank factors = best_complex_low_rank(weighted, spectrum, ranks);
-  out.config.k_ranks = ranks;
-  if (total_rank == 0) return at::zeros_like(keys);
-  std::vector<at::Tensor> ups;
-  std::vector<at::Tensor> products;
-  for (int64_t f = 0; f < fast; ++f) {
-    const auto index = static_cast<size_t>(f);
-    ups.push_back(inverse[f].matmul(factors.up[index]));
-    products.push_back(ups.back().matmul(factors.down[index]));
-  }
-  store_complex(ups, factors.down, out);
-  const at::Tensor made = at::stack(products, /*dim=*/1);  // (K, c, D)
-  return at::stack({at::real(made), at::imag(made)}, /*dim=*/1).flatten(0, 2);
-}
-
-void factorize_by_loss(const ModelConfig& config, const AttentionWeights& weights,
-                       const LayerStatistics& statistics, HlaRope rope, const LayerPlan& plan,
-                       LayerFactors& out) {
-  const int64_t kv_heads = config.num_key_value_heads;
-  const int64_t fast = plan.fast_frequencies;
-  const int64_t kv = config.kv_size();
-  // Rows in the order of the up matrices: fast keys, slow keys, values.
-  const at::Tensor order = at::cat({key_rows(kv_heads, config.head_dim, 0, fast),
-                                    key_rows(kv_heads, config.head_dim, fast, config.frequencies()),
-                                    at::arange(kv, 2 * kv, at::TensorOptions(at::kLong))});
-  const at::Tensor w = at::cat({weights.k, weights.v}).index_select(0, order);
-  const at::Tensor m =
-      add_ridge(statistics.loss_output, kOutputRidge).index_select(0, order).index_select(1, order);
-  const at::Tensor sigma = add_ridge(statistics.loss_input);
-  const int64_t split = 2 * kv_heads * fast;
-  const auto square = [&](int64_t begin, int64_t end) {
-    return m.slice(0, begin, end).slice(1, begin, end).contiguous();
-  };
-  at::Tensor made = at::zeros_like(w);
-  if (rope == HlaRope::kLatent) {
-    made.slice(0, 0, split)
-        .copy_(fast_complex_by_loss(config, w.slice(0, 0, split), square(0, split), sigma, fast,
-                                    plan.complex_rank, out));
-  } else if (plan.k_rank > 0) {
-    const OutputWeight weight = OutputWeight::blocks(square(0, split).unsqueeze(0));
-    const LowRank factors = best_low_rank(weight.apply(w.slice(0, 0, split)), sigma, plan.k_rank);
-    out.tensors["k_up.weight"] = weight.undo(factors.up);
-    out.tensors["k_down.weight"] = factors.down;
-    made.slice(0, 0, split).copy_(out.tensors["k_up.weight"].matmul(factors.down));
-  }
-  if (plan.kv_rank > 0) {
-    // The other rows make up for the error of the fast ones, as far as the loss sees them
-    // together: completing the square in M moves their target by M_rr⁻¹ M_rf (W_f - Ŵ_f).
-    const at::Tensor rest = square(split, m.size(0));
-    at::Tensor target = w.slice(0, split);
-    if (split > 0) {
-      const at::Tensor error = (w - made).slice(0, 0, split);
-      target =
-          target + at::linalg_solve(rest, m.slice(0, split).slice(1, 0, split).matmul(error), true);
-    }
-    const OutputWeight weight = OutputWeight::blocks(rest.unsqueeze(0));
-    const LowRank factors = best_low_rank(weight.apply(target), sigma, plan.kv_rank);
-    out.tensors["kv_up.weight"] = weight.undo(factors.up);
-    out.tensors["kv_down.weight"] = factors.down;
-    made.slice(0, split).copy_(out.tensors["kv_up.weight"].matmul(factors.down));
-  }
-  const auto error_of = [&](int64_t begin, int64_t end) {
-    const at::Tensor norm = square(begin, end);
-    const auto energy = [&](const at::Tensor& rows) {
-      return rows.matmul(sigma).mul(norm.matmul(rows)).sum().item<double>();
-    };
-    return ratio(energy((w - made).slice(0, begin, end)), energy(w.slice(0, begin, end)));
-  };
-  out.key_error = error_of(0, kv);
-  out.value_error = error_of(kv, 2 * kv);
+  out.key_error = relative_error(key_error_energy, key_energy);
 }
 
 LayerFactors factorize_paper(const ModelConfig& config, const AttentionWeights& weights,
@@ -393,7 +277,7 @@ LayerFactors factorize_paper(const ModelConfig& config, const AttentionWeights& 
   const auto svd = [](const at::Tensor& weight, int64_t rank, double& error) {
     auto [u, s, vh] = at::linalg_svd(weight, /*full_matrices=*/false);
     const double total = s.square().sum().item<double>();
-    error = ratio(s.slice(0, rank).square().sum().item<double>(), total);
+    error = relative_error(s.slice(0, rank).square().sum().item<double>(), total);
     return std::pair(u.slice(1, 0, rank), s.slice(0, 0, rank).unsqueeze(1) * vh.slice(0, 0, rank));
   };
   const auto rotated = [&](const char* name, const at::Tensor& weight, int64_t rank,
@@ -427,6 +311,14 @@ void check_plan(const ModelConfig& config, const AttentionWeights& weights, HlaR
 }
 
 }  // namespace
+
+void LayerFactors::store_complex(const std::vector<at::Tensor>& ups,
+                                 const std::vector<at::Tensor>& downs) {
+  const at::Tensor up = at::cat(ups, /*dim=*/1);  // (K, R)
+  const at::Tensor down = at::cat(downs);         // (R, D)
+  tensors["k_up.weight"] = at::stack({at::real(up), at::imag(up)});
+  tensors["k_down.weight"] = at::cat({at::real(down), at::imag(down)});
+}
 
 std::string to_string(Objective objective) { return name_in(kObjectives, objective); }
 std::optional<Objective> objective_from_string(const std::string& text) {

@@ -47,13 +47,16 @@ json or_null(const std::optional<T>& value) {
 }  // namespace
 
 json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& options,
-                            const ConversionPlan& plan, const std::string& calib_sha256) {
+                            const ConversionPlan& plan, const std::vector<CalibrationText>& texts) {
   json chosen = {{"kv_ratio", or_null(options.kv_ratio)},
                  {"k_rank", or_null(options.k_rank)},
                  {"v_rank", or_null(options.v_rank)},
                  {"q_rank", or_null(options.q_rank)},
                  {"fast_frequencies", or_null(options.fast_frequencies)},
                  {"fast_floats", or_null(options.fast_floats)},
+                 {"target_ratio", or_null(options.target_ratio)},
+                 {"target_bytes", or_null(options.target_bytes)},
+                 {"target_ppl_increase", or_null(options.target_ppl_increase)},
                  {"objective", to_string(options.factors.objective)},
                  {"key_weighting", to_string(options.factors.key_weighting)},
                  {"value_weighting", to_string(options.factors.value_weighting)},
@@ -62,9 +65,11 @@ json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& option
                  {"max_shard_bytes", options.max_shard_bytes}};
   json calibration;
   if (options.calibrated()) {
-    calibration = {{"text", options.calib->string()}, {"sha256", calib_sha256},
-                   {"tokens", options.calib_tokens},  {"length", options.calib_length},
-                   {"device", options.device.str()},  {"perplexity", options.report_perplexity}};
+    json read = json::array();
+    for (const CalibrationText& text : texts) read.push_back({text.path.string(), text.sha256});
+    calibration = {{"texts", std::move(read)},       {"own_validation", options.valid.has_value()},
+                   {"tokens", options.calib_tokens}, {"length", options.calib_length},
+                   {"device", options.device.str()}, {"perplexity", options.report_perplexity}};
   }
   return {{"base", base_state(base)},
           {"plan", to_json(plan)},

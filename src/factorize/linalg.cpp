@@ -18,13 +18,11 @@ std::pair<at::Tensor, at::Tensor> eigh_descending(const at::Tensor& matrix) {
   return {vectors.flip(/*dims=*/-1), values.flip(/*dims=*/-1).clamp_min(0)};
 }
 
-double relative_error(const at::Tensor& energies, int64_t rank) {
-  const double total = energies.sum().item<double>();
-  if (total == 0) return 0;
-  return std::sqrt(energies.slice(0, rank).sum().item<double>() / total);
-}
-
 }  // namespace
+
+double relative_error(double error, double energy) {
+  return energy > 0 ? std::sqrt(std::max(error, 0.0) / energy) : 0.0;
+}
 
 at::Tensor add_ridge(const at::Tensor& covariance, double ridge) {
   const int64_t size = covariance.size(-1);
@@ -54,7 +52,8 @@ LowRank best_low_rank(const at::Tensor& weight, const at::Tensor& covariance, in
     result.down = at::linalg_solve_triangular(root, right.t(), /*upper=*/false, /*left=*/false);
     result.energies = energies;
   }
-  result.relative_error = relative_error(result.energies, rank);
+  result.relative_error = relative_error(result.energies.slice(0, rank).sum().item<double>(),
+                                         result.energies.sum().item<double>());
   return result;
 }
 
@@ -112,8 +111,8 @@ OutputWeight OutputWeight::blocks(const at::Tensor& gram) {
   // A block of zeros (a head that nothing reads) gets the identity: any factor serves it.
   const at::Tensor roots = at::where(values > 0, values, at::ones_like(values)).sqrt();
   OutputWeight result;
-  result.forward_ = (vectors * roots.unsqueeze(-2)).matmul(vectors.mT());
-  result.inverse_ = (vectors / roots.unsqueeze(-2)).matmul(vectors.mT());
+  result.forward_ = (vectors * roots.unsqueeze(-2)).matmul(vectors.mH());
+  result.inverse_ = (vectors / roots.unsqueeze(-2)).matmul(vectors.mH());
   return result;
 }
 

@@ -5,8 +5,11 @@
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
+#include <cmath>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
@@ -54,17 +57,42 @@ at::Tensor sampled_loss_gradient(const at::Tensor& hidden, const at::Tensor& tab
   return at::cat(blocks);
 }
 
+// What is collected of one layer, sequence by sequence.
+struct Sums {
+  LossCurvature curvature;
+  std::vector<at::Tensor> inputs;  // sampled rows
+  std::vector<at::Tensor> gradients;
+};
+
+// Tokens that are drawn from each of so many sequences.
+int64_t draws(int64_t sequences) { return std::max<int64_t>(1, kSampledTokens / sequences); }
+
+// Draws `count` rows of one of `tokens` by ‖g‖² (LossCurvature). norm (T, 1) is ‖g‖.
+void draw(Sums& sums, const at::Tensor& x, const at::Tensor& g, const at::Tensor& norm,
+          int64_t count, int64_t tokens, at::Generator& generator) {
+  const at::Tensor share = norm.squeeze(1).cpu().to(at::kDouble).square();
+  const auto total = share.sum().item<double>();
+  if (!std::isfinite(total)) return;  // which the sums will show
+  const at::Tensor p = share / total;
+  const at::Tensor drawn = at::multinomial(p, count, /*replacement=*/true, generator);
+  const at::Tensor scale =
+      (p.index_select(0, drawn) * static_cast<double>(count * tokens)).rsqrt().to(at::kFloat);
+  sums.inputs.push_back(x.cpu().index_select(0, drawn).to(at::kBFloat16));
+  sums.gradients.push_back((g.cpu().index_select(0, drawn) * scale.unsqueeze(1)).to(at::kBFloat16));
+}
+
 // Adds one sequence: gradients by rotated keys and by values, and the normed input.
-void add(LossCurvature& sums, const Tape& tape, const at::Tensor& keys, const at::Tensor& values,
-         const RopeTables& rope) {
+void add(Sums& sums, const Tape& tape, const at::Tensor& keys, const at::Tensor& values,
+         const RopeTables& rope, int64_t count, int64_t tokens, at::Generator& generator) {
   // The adjoint of a rotation turns back.
   const at::Tensor unrotated = apply_rope(keys, {rope.cos, -rope.sin});
   const at::Tensor g =
       at::cat({unrotated.flatten(2), values.flatten(2)}, /*dim=*/-1).squeeze(0).to(at::kFloat);
   const at::Tensor x = tape.normed.detach().squeeze(0).to(at::kFloat);
   const at::Tensor norm = g.norm(2, /*dim=*/-1, /*keepdim=*/true).clamp_min(1e-20);
-  sums.output.add_((g / norm).t().matmul(g));
-  sums.input.add_((x * norm).t().matmul(x));
+  sums.curvature.output.add_((g / norm).t().matmul(g));
+  sums.curvature.input.add_((x * norm).t().matmul(x));
+  if (count > 0) draw(sums, x, g, norm, count, tokens, generator);
 }
 
 uint64_t layer_activation_bytes(const ModelConfig& config, int64_t length) {
@@ -80,26 +108,28 @@ bool activations_fit(const ModelConfig& config, int64_t length) {
 
 }  // namespace
 
-uint64_t curvature_bytes(const ModelConfig& config) {
+uint64_t curvature_bytes(const ModelConfig& config, bool sample) {
   const int64_t rows = 2 * config.kv_size();
-  return static_cast<uint64_t>(config.num_hidden_layers *
-                               (rows * rows + config.hidden_size * config.hidden_size)) *
-         sizeof(double);
+  const int64_t hidden = config.hidden_size;
+  auto bytes = static_cast<uint64_t>(rows * rows + hidden * hidden) * sizeof(double);
+  if (sample)
+    bytes += static_cast<uint64_t>(kSampledTokens * (rows + hidden)) * sizeof(at::BFloat16);
+  return static_cast<uint64_t>(config.num_hidden_layers) * bytes;
 }
 
-uint64_t loss_curvature_bytes(const ModelConfig& config, int64_t length) {
+uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length) {
   const auto layers = static_cast<uint64_t>(config.num_hidden_layers);
   const uint64_t kept = activations_fit(config, length) ? layers : 1;
   const uint64_t inputs =
       layers * static_cast<uint64_t>(length * config.hidden_size) * sizeof(float);
   const auto logits = static_cast<uint64_t>(kRows * config.vocab_size) * sizeof(float);
-  return curvature_bytes(config) + inputs + kept * layer_activation_bytes(config, length) +
-         3 * logits;
+  return inputs + kept * layer_activation_bytes(config, length) + 3 * logits;
 }
 
-std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration, bool progress,
-                                                  std::optional<bool> keep_asked) {
-  preflight_memory(loss_curvature_bytes(calibration.config(), calibration.rope().cos.size(0)),
+std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration,
+                                                  const LossCurvatureOptions& options) {
+  preflight_memory(curvature_bytes(calibration.config(), options.sample) +
+                       loss_pass_bytes(calibration.config(), calibration.rope().cos.size(0)),
                    "the loss's curvature (--objective attention needs less)");
   // Inference tensors cannot take part in a backward pass; callers work with them.
   const c10::InferenceMode leave(false);
@@ -107,18 +137,19 @@ std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration
   const ModelConfig& config = calibration.config();
   const RopeTables rope = {calibration.rope().cos.clone(), calibration.rope().sin.clone()};
   const auto layers = static_cast<size_t>(config.num_hidden_layers);
-  const bool keep = keep_asked.value_or(activations_fit(config, rope.cos.size(0)));
+  const bool keep = options.keep.value_or(activations_fit(config, rope.cos.size(0)));
   const at::Tensor table = calibration.output_matrix();
   const auto final_norm = calibration.load_final_norm();
   at::Generator generator = at::detail::createCPUGenerator(kSeed);
 
   const auto wide = at::TensorOptions(at::kDouble).device(table.device());
-  std::vector<LossCurvature> sums;
-  for (size_t layer = 0; layer < layers; ++layer) {
-    sums.push_back({at::zeros({2 * config.kv_size(), 2 * config.kv_size()}, wide),
-                    at::zeros({config.hidden_size, config.hidden_size}, wide)});
+  const int64_t count = options.sample ? draws(static_cast<int64_t>(calibration.sequences())) : 0;
+  std::vector<Sums> sums(layers);
+  for (Sums& layer : sums) {
+    layer.curvature.output = at::zeros({2 * config.kv_size(), 2 * config.kv_size()}, wide);
+    layer.curvature.input = at::zeros({config.hidden_size, config.hidden_size}, wide);
   }
-  Progress bar("reading the loss", static_cast<int64_t>(calibration.sequences()), progress);
+  Progress bar("reading the loss", static_cast<int64_t>(calibration.sequences()), options.progress);
   for (size_t i = 0; i < calibration.sequences(); ++i) {
     std::vector<Tape> tapes(layers);
     at::Tensor hidden = calibration.embedded(i);
@@ -141,14 +172,16 @@ std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration
       const auto by =
           torch::autograd::grad({tape.output}, {tape.input, tape.keys, tape.values}, {gradient});
       const at::NoGradGuard no_gradients;
-      add(sums[l], tape, by[1], by[2], rope);
+      add(sums[l], tape, by[1], by[2], rope, count, calibration.tokens(), generator);
       gradient = by[0];
     }
     bar.advance(1);
   }
   const at::NoGradGuard no_gradients;
+  std::vector<LossCurvature> result;
   for (size_t layer = 0; layer < layers; ++layer) {
-    for (at::Tensor* sum : {&sums[layer].output, &sums[layer].input}) {
+    LossCurvature curvature = std::move(sums[layer].curvature);
+    for (at::Tensor* sum : {&curvature.output, &curvature.input}) {
       *sum = (*sum / static_cast<double>(calibration.tokens())).cpu();
       if (!sum->isfinite().all().item<bool>()) {
         throw Error(ExitCode::kNonFinite, "calibration: layer " + std::to_string(layer) +
@@ -156,8 +189,14 @@ std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration
                                               "values");
       }
     }
+    if (options.sample) {
+      curvature.sample_input = at::cat(sums[layer].inputs);
+      curvature.sample_gradient = at::cat(sums[layer].gradients);
+    }
+    sums[layer] = {};
+    result.push_back(std::move(curvature));
   }
-  return sums;
+  return result;
 }
 
 }  // namespace hla

@@ -40,9 +40,50 @@ int64_t in_range(const char* option, int64_t value, int64_t min, int64_t max, Pr
   return value;
 }
 
-// The sizes of every layer alike.
-LayerPlan plan_layer(const ModelConfig& base, const ConvertOptions& options) {
+// The target among the options as a ratio of cached floats; absent: none. Adds to `problems` what
+// is wrong with it.
+std::optional<double> target_ratio(const ModelConfig& base, const ConvertOptions& options,
+                                   int64_t element_size, Problems& problems) {
+  const bool by_ratio = options.target_ratio.has_value();
+  const bool by_bytes = options.target_bytes.has_value();
+  const bool by_loss = options.target_ppl_increase.has_value();
+  if (!by_ratio && !by_bytes && !by_loss) {
+    if (options.valid) problems.add("--valid: only with --target-ppl-increase");
+    return std::nullopt;
+  }
+  const std::string name = by_ratio   ? "--target-ratio"
+                           : by_bytes ? "--target-bytes-per-token"
+                                      : "--target-ppl-increase";
+  if (by_ratio + by_bytes + by_loss > 1) {
+    problems.add("--target-ratio, --target-bytes-per-token, --target-ppl-increase: at most one");
+  }
+  if (options.kv_ratio || options.k_rank || options.v_rank || options.fast_floats || options.plan) {
+    problems.add(name +
+                 ": cannot be combined with --kv-ratio, --k-rank, --v-rank, --fast-floats or "
+                 "--plan");
+  }
+  if (by_ratio) return options.target_ratio;
+  if (by_bytes) {
+    const int64_t base_bytes = base.base_cache_bytes_per_token(element_size);
+    in_range("--target-bytes-per-token", *options.target_bytes,
+             base.num_hidden_layers * element_size, base_bytes, problems);
+    return static_cast<double>(*options.target_bytes) / static_cast<double>(base_bytes);
+  }
+  if (!(*options.target_ppl_increase > 0 && std::isfinite(*options.target_ppl_increase))) {
+    problems.add("--target-ppl-increase: expected a number above 0, like 5%");
+  }
+  if (!options.measures_ranks()) {
+    problems.add(
+        "--target-ppl-increase: needs calibration text, --objective loss and --rope original or "
+        "latent");
+  }
+  return 1.0;
+}
+
+// The sizes of every layer alike, with the ratio of a target instead of kv_ratio.
+LayerPlan plan_layer(const ModelConfig& base, const ConvertOptions& options, int64_t element_size) {
   Problems problems("[convert] options");
+  const std::optional<double> target = target_ratio(base, options, element_size, problems);
   LayerPlan plan;
   const int64_t kv = base.kv_size();
   const int64_t m = base.frequencies();
@@ -51,11 +92,11 @@ LayerPlan plan_layer(const ModelConfig& base, const ConvertOptions& options) {
   const bool latent = options.rope == HlaRope::kLatent;
   const bool paper = options.rope == HlaRope::kPaper;
   const bool by_rank = options.k_rank || options.v_rank;
-  const double ratio = options.kv_ratio.value_or(0.5);
+  const double ratio = target ? *target : options.kv_ratio.value_or(0.5);
 
   if (!(ratio > 0 && ratio <= 1)) {
-    problems.add("--kv-ratio: expected a number above 0 and at most 1, got " +
-                 std::to_string(ratio));
+    problems.add(std::string(options.target_ratio ? "--target-ratio" : "--kv-ratio") +
+                 ": expected a number above 0 and at most 1, got " + std::to_string(ratio));
   }
   if (options.kv_ratio && by_rank) {
     problems.add("--kv-ratio: cannot be combined with --k-rank or --v-rank");
@@ -175,12 +216,34 @@ ModelConfig convertible_config(const Checkpoint& base) {
   return config;
 }
 
-ConversionPlan plan_conversion(const ModelConfig& base, const ConvertOptions& options) {
-  if (options.plan) return plan_from_file(base, options);
-  const LayerPlan layer = plan_layer(base, options);
-  return {.rope = options.rope,
-          .rotary_fraction = options.rotary_fraction,
-          .layers = std::vector<LayerPlan>(static_cast<size_t>(base.num_hidden_layers), layer)};
+ConversionPlan plan_conversion(const ModelConfig& base, const ConvertOptions& options,
+                               int64_t element_size) {
+  const bool target = options.target_ratio || options.target_bytes || options.target_ppl_increase;
+  if (options.plan && !target) return plan_from_file(base, options);
+  const LayerPlan layer = plan_layer(base, options, element_size);
+  const int64_t layers = base.num_hidden_layers;
+  ConversionPlan plan = {.rope = options.rope,
+                         .rotary_fraction = options.rotary_fraction,
+                         .layers = std::vector<LayerPlan>(static_cast<size_t>(layers), layer),
+                         .measured_ranks = options.measures_ranks()};
+  if (!plan.measured_ranks) return plan;
+  if (options.target_ratio) {
+    plan.target_floats = share(*options.target_ratio, layers * base.base_cache_floats());
+  } else if (options.target_bytes) {
+    plan.target_floats = *options.target_bytes / element_size;
+  }
+  return plan;
+}
+
+ConversionPlan with_floats(ConversionPlan plan, const std::vector<LossCurve>& curves,
+                           const std::vector<int64_t>& floats) {
+  for (size_t i = 0; i < plan.layers.size(); ++i) {
+    const LossCurve::Point point = curves[i].at(floats[i]);
+    LayerPlan& layer = plan.layers[i];
+    (plan.rope == HlaRope::kLatent ? layer.complex_rank : layer.k_rank) = point.fast_rank;
+    layer.kv_rank = point.shared_rank;
+  }
+  return plan;
 }
 
 ModelConfig planned_config(const ModelConfig& base, const ConversionPlan& plan) {

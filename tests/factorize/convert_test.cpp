@@ -5,8 +5,10 @@
 
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "hla/core/data_dir.h"
+#include "hla/factorize/calibration.h"
 #include "hla/factorize/estimate.h"
 #include "hla/factorize/plan.h"
 #include "hla/factorize/statistics.h"
@@ -37,7 +39,7 @@ ConvertOptions quiet() {
 // Calibration small enough for a test.
 ConvertOptions calibrated() {
   ConvertOptions options = quiet();
-  options.calib = data_file("wikitext-2/wiki.valid.txt");
+  options.calib = {data_file("wikitext-2/wiki.valid.txt")};
   options.calib_tokens = 1024;
   options.calib_length = 256;
   return options;
@@ -180,6 +182,107 @@ TEST(ConvertTest, MinimisingTheLossKeepsPredictions) {
   }
 }
 
+// Layers get what the loss asks for: never more than there is, and better than alike.
+TEST(ConvertTest, TargetRatioSharesFloatsByTheLoss) {
+  const TempDir folder;
+  for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent}) {
+    ConvertOptions options = calibrated();
+    options.calib_tokens = 4096;
+    options.rope = rope;
+    options.force = true;
+    options.kv_ratio = 0.375;
+    convert(stories(), folder / "alike", options);
+    options.kv_ratio.reset();
+    options.target_ratio = 0.375;
+    const ConvertReport report = convert(stories(), folder / "shared", options);
+    EXPECT_LE(report.hla.cache_bytes_per_token(4), 5 * 24 * 4);
+    EXPECT_GT(report.hla.cache_bytes_per_token(4), 5 * 23 * 4);
+    const double shared = divergence_from_stories(folder / "shared");
+    EXPECT_LT(shared, 0.9 * divergence_from_stories(folder / "alike")) << to_string(rope);
+    // In nats per token, as the divergence, of which it is the second order.
+    const double predicted =
+        std::accumulate(report.predicted_loss.begin(), report.predicted_loss.end(), 0.0);
+    EXPECT_GT(predicted, 0.3 * shared);
+    EXPECT_LT(predicted, 3 * shared);
+  }
+}
+
+TEST(ConvertTest, TargetBytesAreNotExceeded) {
+  const TempDir folder;
+  ConvertOptions options = calibrated();
+  options.dtype = at::kHalf;
+  options.target_bytes = 333;
+  const ConvertReport report = convert(stories(), folder / "out", options);
+  EXPECT_EQ(report.hla.cache_bytes_per_token(2), 332);
+  // Without the loss, the same for all layers.
+  options.factors.objective = Objective::kAttention;
+  options.target_bytes = 340;
+  options.force = true;
+  const ConvertReport alike = convert(stories(), folder / "out", options);
+  for (const LayerReport& layer : alike.layers) EXPECT_EQ(layer.config.cache_floats(), 34);
+}
+
+TEST(ConvertTest, TargetPerplexityIncreaseIsMet) {
+  const TempDir folder;
+  const auto valid = folder / "valid.txt";
+  testing::write_file(valid,
+                      testing::read_file(data_file("wikitext-2/wiki.test.raw")).substr(0, 9000));
+  ConvertOptions options = calibrated();
+  options.target_ppl_increase = 0.05;
+  options.valid = valid;
+  const ConvertReport report = convert(stories(), folder / "out", options);
+  ASSERT_TRUE(report.budget);
+  EXPECT_GE(report.budget->trials.size(), 2u);
+  EXPECT_LT(report.hla.cache_bytes_per_token(4), report.base.base_cache_bytes_per_token(4));
+  // By other means: all held-out sequences at once.
+  const auto tokenizer = load_tokenizer(source_path("data/stories260K/tok512.model"));
+  const auto sequences =
+      calibration_sequences(tokenizer->encode(testing::read_file(valid)), kHeldOutSequences, 256);
+  EXPECT_EQ(report.budget->held_out_tokens, static_cast<int64_t>(sequences.size()) * 256);
+  const auto perplexity = [&](const Checkpoint& checkpoint) {
+    double nll = 0;
+    for (const at::Tensor& ids : sequences) nll += mean_nll(checkpoint, ids);
+    return std::exp(nll / static_cast<double>(sequences.size()));
+  };
+  const double base = perplexity(stories());
+  const double made = perplexity(Checkpoint::open((folder / "out").string()));
+  EXPECT_NEAR(report.budget->base_perplexity, base, 1e-4 * base);
+  EXPECT_LE(made, 1.0501 * base);
+  EXPECT_GT(made, 1.02 * base);  // and no more cache than needed
+  bool found = false;
+  for (const BudgetReport::Trial& trial : report.budget->trials) {
+    found = found || std::abs(trial.perplexity - made) < 1e-4 * made;
+  }
+  EXPECT_TRUE(found);
+}
+
+// Held-out text is not calibrated on.
+TEST(CalibrationTest, TextsTakeTurnsAndKeepTheirLastTenthApart) {
+  const TempDir folder;
+  std::string words;
+  for (int i = 0; i < 3000; ++i) words += "one two three ";
+  testing::write_file(folder / "a.txt", "Alpha " + words);
+  testing::write_file(folder / "b.txt", "Beta " + words);
+  ConvertOptions options = quiet();
+  options.calib = {folder / "a.txt", folder / "b.txt"};
+  options.calib_tokens = 5 * 128;
+  options.calib_length = 128;
+  const Checkpoint base = stories();
+  const ModelConfig config = convertible_config(base);
+  const Calibration all(base, config, options);
+  EXPECT_EQ(all.sequences(), 5u);
+  EXPECT_EQ(all.held_out_tokens(), 0);
+  ASSERT_EQ(all.texts().size(), 2u);
+  EXPECT_EQ(all.texts()[1].path, folder / "b.txt");
+  EXPECT_FALSE(all.embedded(0).equal(all.embedded(1)));  // Alpha, Beta
+  options.target_ppl_increase = 0.1;
+  const Calibration some(base, config, options);
+  EXPECT_EQ(some.held_out_tokens(), kHeldOutSequences * 128);
+  EXPECT_EQ(some.sequences(), 5u);
+  options.valid = folder / "a.txt";
+  EXPECT_EQ(Calibration(base, config, options).texts().size(), 3u);
+}
+
 TEST(ConvertTest, FolderIsCompleteAndConvertsTheSameTwice) {
   const TempDir folder;
   ConvertOptions options = calibrated();
@@ -279,7 +382,7 @@ TEST(ConvertTest, RanksDifferByLayer) {
     ConvertOptions options = quiet();
     options.rope = rope;
     const ModelConfig base = convertible_config(stories());
-    ConversionPlan plan = plan_conversion(base, options);
+    ConversionPlan plan = plan_conversion(base, options, 4);
     for (size_t i = 0; i < plan.layers.size(); ++i) {
       LayerPlan& layer = plan.layers[i];
       layer = {};
@@ -316,7 +419,7 @@ TEST(ConvertTest, ReportsTheAttentionOutput) {
   const auto base = load_model(stories());
   const auto made = load_model(Checkpoint::open((folder / "out").string()));
   const auto tokenizer = load_tokenizer(source_path("data/stories260K/tok512.model"));
-  const auto text = testing::read_file(*options.calib);
+  const auto text = testing::read_file(options.calib.front());
   double error = 0;
   double energy = 0;
   for (const at::Tensor& ids : calibration_sequences(tokenizer->encode(text), 4, 256)) {
@@ -349,7 +452,7 @@ TEST(ConvertTest, ReportsThePerplexityAfterEachLayer) {
   const auto base = load_model(stories());
   const auto made = load_model(Checkpoint::open((folder / "out").string()));
   const auto tokenizer = load_tokenizer(source_path("data/stories260K/tok512.model"));
-  const auto text = testing::read_file(*options.calib);
+  const auto text = testing::read_file(options.calib.front());
   const auto sequences = calibration_sequences(tokenizer->encode(text), 4, 256);
   const auto perplexity = [&](size_t converted) {
     double nll = 0;
@@ -421,7 +524,7 @@ TEST(EstimateTest, SaysThatRanksAreMeasuredLater) {
 TEST(EstimateTest, GrowsWithWhatItIsOf) {
   const ModelConfig base = convertible_config(stories());
   const ConvertOptions options = calibrated();
-  const ModelConfig hla = planned_config(base, plan_conversion(base, options));
+  const ModelConfig hla = planned_config(base, plan_conversion(base, options, 4));
   const auto memory = [&](int64_t tokens) {
     return estimated_peak_memory(stories(), hla, options, tokens);
   };
@@ -456,6 +559,31 @@ TEST(ConvertTest, RanksOutOfRange) {
               o.k_rank = 8;
             }).find("cannot be combined"),
             std::string::npos);
+  const auto target = [&](const std::function<void(ConvertOptions&)>& change) {
+    return message([&](ConvertOptions& o) {
+      o.calib = calibrated().calib;
+      change(o);
+    });
+  };
+  EXPECT_NE(target([](auto& o) { o.target_ratio = 0.0; }).find("--target-ratio: expected"),
+            std::string::npos);
+  EXPECT_NE(target([](auto& o) { o.target_bytes = 10; }).find("expected 20…1280, got 10"),
+            std::string::npos);
+  EXPECT_NE(target([](auto& o) { o.target_ppl_increase = -0.1; }).find("above 0"),
+            std::string::npos);
+  EXPECT_NE(target([](auto& o) {
+              o.target_ratio = 0.5;
+              o.kv_ratio = 0.5;
+            }).find("--target-ratio: cannot be combined"),
+            std::string::npos);
+  EXPECT_NE(target([](auto& o) {
+              o.target_ratio = 0.5;
+              o.target_bytes = 600;
+            }).find("at most one"),
+            std::string::npos);
+  EXPECT_NE(message([](auto& o) { o.target_ppl_increase = 0.1; }).find("needs calibration text"),
+            std::string::npos);
+  EXPECT_NE(message([](auto& o) { o.valid = "x"; }).find("--valid"), std::string::npos);
   // All of them at once.
   const std::string both = message([](auto& o) {
     o.k_rank = 99;

@@ -14,7 +14,7 @@ using testing::source_path;
 
 ConvertOptions small_calibration() {
   ConvertOptions options;
-  options.calib = data_file("wikitext-2/wiki.valid.txt");
+  options.calib = {data_file("wikitext-2/wiki.valid.txt")};
   options.calib_tokens = 256;
   options.calib_length = 128;
   return options;
@@ -30,7 +30,7 @@ class LossCurvatureTest : public ::testing::Test {
 TEST_F(LossCurvatureTest, IsPositiveAndOfTheRightShape) {
   const c10::InferenceMode caller;
   const Calibration calibration(base_, config_, small_calibration());
-  const auto curvature = collect_loss_curvature(calibration, /*progress=*/false);
+  const auto curvature = collect_loss_curvature(calibration, {.progress = false});
   ASSERT_EQ(curvature.size(), 5u);
   for (const LossCurvature& layer : curvature) {
     EXPECT_EQ(layer.output.sizes(), at::IntArrayRef({64, 64}));
@@ -46,8 +46,8 @@ TEST_F(LossCurvatureTest, IsPositiveAndOfTheRightShape) {
 
 TEST_F(LossCurvatureTest, RecomputedActivationsGiveTheSame) {
   const Calibration calibration(base_, config_, small_calibration());
-  const auto kept = collect_loss_curvature(calibration, false, /*keep=*/true);
-  const auto again = collect_loss_curvature(calibration, false, /*keep=*/false);
+  const auto kept = collect_loss_curvature(calibration, {.progress = false, .keep = true});
+  const auto again = collect_loss_curvature(calibration, {.progress = false, .keep = false});
   for (size_t i = 0; i < kept.size(); ++i) {
     EXPECT_TRUE(kept[i].output.equal(again[i].output)) << i;
     EXPECT_TRUE(kept[i].input.equal(again[i].input)) << i;

@@ -24,7 +24,7 @@ TEST(PlanTest, IsTheSameAfterJson) {
     ConvertOptions options;
     options.rope = *hla_rope_from_string(rope);
     options.q_rank = 12;
-    const ConversionPlan plan = plan_conversion(stories(), options);
+    const ConversionPlan plan = plan_conversion(stories(), options, 4);
     const json written = to_json(plan);
     EXPECT_EQ(to_json(conversion_plan_from_json(written, stories(), "x")), written);
     EXPECT_EQ(to_json(conversion_plan_from_json({{"plan", written}}, stories(), "x")), written);
@@ -38,7 +38,7 @@ TEST(PlanTest, PlannedConfigHasTheFinalSizes) {
   ConvertOptions options;
   options.rope = HlaRope::kLatent;
   options.k_rank = 22;
-  const ModelConfig config = planned_config(stories(), plan_conversion(stories(), options));
+  const ModelConfig config = planned_config(stories(), plan_conversion(stories(), options, 4));
   for (const HlaLayerConfig& layer : config.hla->layers) {
     EXPECT_EQ(layer.k_ranks.size(), 4u);
     EXPECT_EQ(layer.complex_rank(), 11);
@@ -46,7 +46,7 @@ TEST(PlanTest, PlannedConfigHasTheFinalSizes) {
 }
 
 TEST(PlanTest, RefusesWhatDoesNotFit) {
-  const json good = to_json(plan_conversion(stories(), {}));
+  const json good = to_json(plan_conversion(stories(), {}, 4));
   const auto message = [&](const std::function<void(json&)>& change) {
     json bad = good;
     change(bad);
@@ -79,14 +79,14 @@ TEST(PlanTest, FileGoesWithTheOptions) {
   const testing::TempDir folder;
   ConvertOptions options;
   options.rope = HlaRope::kLatent;
-  testing::write_file(folder / "plan.json", to_json(plan_conversion(stories(), options)).dump());
+  testing::write_file(folder / "plan.json", to_json(plan_conversion(stories(), options, 4)).dump());
   options.plan = folder / "plan.json";
-  EXPECT_EQ(plan_conversion(stories(), options).layers.size(), 5u);
+  EXPECT_EQ(plan_conversion(stories(), options, 4).layers.size(), 5u);
   options.k_rank = 8;
-  EXPECT_EQ(error_of([&] { plan_conversion(stories(), options); }).code(), ExitCode::kBadInput);
+  EXPECT_EQ(error_of([&] { plan_conversion(stories(), options, 4); }).code(), ExitCode::kBadInput);
   options.k_rank.reset();
   options.rope = HlaRope::kOriginal;
-  EXPECT_EQ(error_of([&] { plan_conversion(stories(), options); }).code(), ExitCode::kBadInput);
+  EXPECT_EQ(error_of([&] { plan_conversion(stories(), options, 4); }).code(), ExitCode::kBadInput);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -13,6 +14,7 @@
 #include "hla/factorize/convert_options.h"
 #include "hla/io/checkpoint.h"
 #include "hla/model/llama.h"
+#include "hla/text/tokenizer.h"
 
 namespace hla {
 
@@ -20,6 +22,8 @@ namespace hla {
 constexpr int64_t kPerplexitySequences = 4;
 // Sequences on which errors of the attention output are taken where nothing asks for more.
 constexpr int64_t kReportSequences = 4;
+// Sequences of held-out text, for a target_ppl_increase.
+constexpr int64_t kHeldOutSequences = 16;
 
 // Hidden states between two layers, one (1, T, D) tensor per calibration sequence. advance() writes
 // over them.
@@ -28,14 +32,22 @@ struct CalibrationState {
   std::vector<at::Tensor> hla_hidden;   // of the first sequences, through the converted layers
 };
 
+struct CalibrationText {
+  std::filesystem::path path;
+  std::string sha256;
+};
+
 class Calibration {
  public:
-  // Reads and tokenises the text. Loads no weights; the checkpoint and the config must outlive it.
-  // Throws kBadInput for a base without a tokenizer and for a text that is too short.
+  // Reads and tokenises the texts; their sequences take turns. Loads no weights; the checkpoint and
+  // the config must outlive it. Throws kBadInput for a base without a tokenizer and for a text that
+  // is too short.
   Calibration(const Checkpoint& base, const ModelConfig& config, const ConvertOptions& options);
 
-  const std::string& sha256() const { return sha256_; }  // of the text
+  // Of calibration, then ConvertOptions::valid.
+  const std::vector<CalibrationText>& texts() const { return texts_; }
   int64_t tokens() const;
+  int64_t held_out_tokens() const;
   // Of the sequences that are moved through the converted layers, too.
   int64_t followed_tokens() const;
   uint64_t state_bytes() const;                     // of all hidden states
@@ -73,18 +85,28 @@ class Calibration {
   // as it stands when the states lie before that layer. Reads all those layers.
   double perplexity(int64_t layer) const;
 
+  // Perplexity of the held-out sequences, which attention() moves through each layer; the base's
+  // where it returns none.
+  using AttentionOf = std::function<std::shared_ptr<Attention>(int64_t layer)>;
+  double held_out_perplexity(const AttentionOf& attention) const;
+
  private:
+  void read_texts(const ConvertOptions& options, const Tokenizer& tokenizer);
   const char* output_matrix_name() const;
+  at::Tensor embed(const at::Tensor& ids) const;
+  double perplexity_of(const std::vector<at::Tensor>& hidden,
+                       const std::vector<at::Tensor>& ids) const;
   double sum_nll(const at::Tensor& rows, const at::Tensor& targets) const;
 
   const Checkpoint& base_;
   const ModelConfig& config_;
   at::Device device_;
   at::ScalarType dtype_;  // of the computation
-  std::string sha256_;
-  std::vector<at::Tensor> ids_;  // (1, T) each
-  size_t carried_ = 0;           // sequences that are moved through the layers
-  size_t followed_ = 0;          // of these, through the converted ones, too
+  std::vector<CalibrationText> texts_;
+  std::vector<at::Tensor> ids_;       // (1, T) each
+  std::vector<at::Tensor> held_out_;  // the same
+  size_t carried_ = 0;                // sequences that are moved through the layers
+  size_t followed_ = 0;               // of these, through the converted ones, too
   RopeTables rope_;
   CalibrationState state_;
 };

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "hla/factorize/calibration.h"
 #include "hla/factorize/convert_options.h"
 #include "hla/io/svg_plot.h"
 #include "hla/model/config.h"
@@ -33,6 +34,17 @@ nlohmann::json to_json(const LayerReport& layer);
 // Of to_json's own output only.
 LayerReport layer_report_from_json(const nlohmann::json& json);
 
+// How a target_ppl_increase was met.
+struct BudgetReport {
+  struct Trial {
+    int64_t floats = 0;  // cached per token, all layers
+    double perplexity = 0;
+  };
+  std::vector<Trial> trials;
+  int64_t held_out_tokens = 0;
+  double base_perplexity = 0;
+};
+
 struct ConvertReport {
   ModelConfig base;
   ModelConfig hla;
@@ -41,16 +53,20 @@ struct ConvertReport {
   int64_t hla_parameters = 0;
   int64_t element_size = 0;  // bytes of one cached number, of the factors' dtype
   int64_t calib_tokens = 0;
-  std::string calib_text;  // path, or "none (weights only)"
-  std::string calib_sha256;
-  int64_t perplexity_tokens = 0;          // that calibration perplexities are of
-  std::optional<double> base_perplexity;  // on those tokens
-  double seconds = 0;                     // of this process
-  uint64_t peak_rss_bytes = 0;            // of this process
+  std::vector<CalibrationText> calib_texts;  // none: weights only
+  int64_t perplexity_tokens = 0;             // that calibration perplexities are of
+  std::optional<double> base_perplexity;     // on those tokens
+  // Where the layers' ranks were measured: what each was predicted to add to the loss, nats.
+  std::vector<double> predicted_loss;
+  std::optional<BudgetReport> budget;
+  double seconds = 0;           // of this process
+  uint64_t peak_rss_bytes = 0;  // of this process
 
   // With `measured` also time and memory, which differ from run to run; the folder's own report
   // leaves them out, so that its bytes depend on the conversion alone.
   nlohmann::json to_json(const ConvertOptions& options, bool measured) const;
+  // The calibration texts, or "none (weights only)".
+  std::string calib_text() const;
   // A table of the layers, a line each.
   std::string layer_table() const;
   // Panels: errors by layer; for rope `latent` ranks by frequency; ranks by layer, where they

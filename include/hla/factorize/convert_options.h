@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <optional>
+#include <vector>
 
 #include "hla/factorize/factors.h"
 #include "hla/model/config.h"
@@ -31,14 +32,25 @@ struct ConvertOptions {
   // A file with the sizes of every layer (to_json of ConversionPlan), instead of all of the above.
   std::optional<std::filesystem::path> plan;
 
+  // Or what is to be reached, at most one of these: Objective::kLoss then shares the floats out
+  // over the layers by the loss that it predicts (LossCurve), with which fast_frequencies can be
+  // combined. Objective::kAttention gives every layer the same.
+  std::optional<double> target_ratio;         // of cached floats, as kv_ratio
+  std::optional<int64_t> target_bytes;        // cached per token, all layers, at most
+  std::optional<double> target_ppl_increase;  // on held-out text, 0.05 for 5 %, at most
+  // Held-out text of target_ppl_increase; absent: the last tenth of every calibration text, which
+  // calibration then does without.
+  std::optional<std::filesystem::path> valid;
+
   double rotary_fraction = 1.0;  // paper: share of the latent pairs that turn
 
   FactorOptions factors;
 
-  // Calibration text; absent: weights only (--no-calib). `paper` never looks at it.
-  std::optional<std::filesystem::path> calib;
-  int64_t calib_tokens = 16384;
-  int64_t calib_length = 1024;  // tokens per sequence
+  // Calibration texts, of equal shares; none: weights only (--no-calib). `paper` never looks at
+  // them.
+  std::vector<std::filesystem::path> calib;
+  int64_t calib_tokens = 16384;  // of all texts together
+  int64_t calib_length = 1024;   // tokens per sequence
 
   at::Device device = at::Device(at::kCPU);  // of the calibration forward
   std::optional<at::ScalarType> dtype;       // of all weights written; absent: the base's own
@@ -52,7 +64,10 @@ struct ConvertOptions {
 
   // What the factors minimise: the loss only with calibration text.
   Objective objective() const { return calibrated() ? factors.objective : Objective::kAttention; }
-  bool calibrated() const { return calib && rope != HlaRope::kPaper; }
+  bool calibrated() const { return !calib.empty() && rope != HlaRope::kPaper; }
+  bool measures_ranks() const {
+    return objective() == Objective::kLoss && (target_ratio || target_bytes || target_ppl_increase);
+  }
 };
 
 }  // namespace hla

@@ -8,6 +8,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "hla/factorize/statistics.h"
 #include "hla/model/config.h"
@@ -77,6 +78,9 @@ struct LayerFactors {
   double key_error = 0;
   double value_error = 0;
   double query_error = 0;
+
+  // Sets k_up and k_down from up (K, r_f) and down (r_f, D), complex, by frequency.
+  void store_complex(const std::vector<at::Tensor>& ups, const std::vector<at::Tensor>& downs);
 };
 
 // Factors of one layer. Throws kBadInput when the plan's ranks are out of range.

@@ -4,6 +4,7 @@
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
+#include "hla/factorize/calibration.h"
 #include "hla/factorize/convert_options.h"
 #include "hla/factorize/plan.h"
 #include "hla/io/checkpoint.h"
@@ -11,10 +12,11 @@
 namespace hla {
 
 // Equal only for conversions that give the same folder: the base's files (name, size, time of the
-// last change, tensors) and config, the plan, the options, the calibration text, the program, and
+// last change, tensors) and config, the plan, the options, the calibration texts, the program, and
 // the number of threads and the processor's instructions, which decide how sums are rounded. An
 // unfinished conversion is gone on with only where it is equal.
 nlohmann::json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& options,
-                                      const ConversionPlan& plan, const std::string& calib_sha256);
+                                      const ConversionPlan& plan,
+                                      const std::vector<CalibrationText>& texts);
 
 }  // namespace hla

@@ -20,6 +20,9 @@ struct LowRank {
 // calibration text never used from being thrown away for nothing.
 at::Tensor add_ridge(const at::Tensor& covariance, double ridge = 1e-6);
 
+// √(error / energy) of an error's energy; 0 where there is no energy.
+double relative_error(double error, double energy);
+
 // Minimises ‖(W - U A) Σ^{1/2}‖_F over rank-r U A, for a W whose rows carry their output weights
 // already (see OutputWeight). W (rows, cols), Σ (cols, cols) positive definite. By Eckart-Young the
 // optimum is the truncated SVD of W Σ^{1/2}; its left vectors are the eigenvectors of W Σ Wᵀ, so
@@ -45,13 +48,14 @@ ComplexLowRank best_complex_low_rank(const at::Tensor& weight, const ComplexSpec
 std::vector<int64_t> ranks_by_energy(const at::Tensor& energies, int64_t total);
 
 // How much an error in each output row matters: a diagonal (rows), or symmetric positive definite
-// blocks (K, d, d), one per kv head.
+// blocks (B, n, n), say one per kv head.
 class OutputWeight {
  public:
   static OutputWeight identity(int64_t rows);
   // sqrt_diagonal (rows): non-negative; floored at 1e-6 of its mean so that it can be undone.
   static OutputWeight diagonal(const at::Tensor& sqrt_diagonal);
-  // gram (K, d, d): squares of the weights; the weight is its symmetric square root, with a ridge.
+  // gram (B, n, n), Hermitian where it is complex: squares of the weights; the weight is its
+  // Hermitian square root, with a ridge.
   static OutputWeight blocks(const at::Tensor& gram);
 
   at::Tensor apply(const at::Tensor& weight) const;  // M W

@@ -20,19 +20,32 @@ namespace hla {
 struct LossCurvature {
   at::Tensor output;  // M = E[g gᵀ / ‖g‖] (2·K·d, 2·K·d), keys then values, fp64, CPU
   at::Tensor input;   // Σ = E[‖g‖ x xᵀ] (D, D), fp64, CPU
+  // With `sample`, x (n, D) and g (n, 2·K·d) themselves of about kSampledTokens tokens, bf16, CPU.
+  // Tokens are drawn by ‖g‖², which varies by orders of magnitude, and g is scaled so that the sum
+  // of (gᵀ (W - Ŵ) x)² over the rows is an unbiased estimate of its mean over all tokens.
+  at::Tensor sample_input;
+  at::Tensor sample_gradient;
 };
 
-// Of M and Σ of all layers.
-uint64_t curvature_bytes(const ModelConfig& config);
-// Memory that collecting it takes beside the weights, for sequences of `length` tokens.
-uint64_t loss_curvature_bytes(const ModelConfig& config, int64_t length);
+constexpr int64_t kSampledTokens = 4096;
 
-// One forward and one backward of the base over the calibration text, a sequence at a time; the
-// layers' activations are kept, or computed again in the backward pass; absent `keep`, kept where
-// they fit in a quarter of the available memory. The loss is the model's own: labels are drawn from
-// its predictions (fixed seed), so that E[g gᵀ] is the Fisher information and needs no text to be
-// right. Throws kNonFinite naming the layer.
-std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration, bool progress,
-                                                  std::optional<bool> keep = std::nullopt);
+struct LossCurvatureOptions {
+  bool sample = false;
+  bool progress = true;
+  // The layers' activations are kept for the backward pass, or computed again in it; absent: kept
+  // where they fit in a quarter of the available memory.
+  std::optional<bool> keep = std::nullopt;
+};
+
+// Of what is collected of all layers.
+uint64_t curvature_bytes(const ModelConfig& config, bool sample);
+// Memory that collecting it takes beside the weights and the above, for sequences of `length`.
+uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length);
+
+// One forward and one backward of the base over the calibration text, a sequence at a time. The
+// loss is the model's own: labels are drawn from its predictions (fixed seed), so that E[g gᵀ] is
+// the Fisher information and needs no text to be right. Throws kNonFinite naming the layer.
+std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration,
+                                                  const LossCurvatureOptions& options);
 
 }  // namespace hla

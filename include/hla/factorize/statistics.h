@@ -22,6 +22,9 @@ struct LayerStatistics {
   // Of LossCurvature; undefined where it was not collected.
   at::Tensor loss_output;  // M (2·K·d, 2·K·d)
   at::Tensor loss_input;   // Σ (D, D)
+  // Also of LossCurvature, where ranks are measured: x (n, D) and g (n, 2·K·d) of tokens drawn.
+  at::Tensor sample_input;
+  at::Tensor sample_gradient;
 };
 
 // Gathers the statistics of `layer`, number `number` of a plain Llama of this config, from the

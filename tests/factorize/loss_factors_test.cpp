@@ -1,5 +1,8 @@
 // The factors of one layer against what they claim to minimise.
-#include "hla/factorize/factors.h"
+#include "hla/factorize/loss_factors.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
 
 #include "test_util.h"
 
@@ -141,6 +144,66 @@ TEST_F(LossFactorsTest, ComplexFactorsAreTheBest) {
       EXPECT_NEAR(right / left, 1.0, 1e-2);
     }
   }
+}
+
+// The prediction is exactly what the factors of the same ranks cost on the drawn tokens.
+TEST_F(LossFactorsTest, PredictsTheLossOfItsFactors) {
+  const int64_t fast = 1;
+  const at::Tensor order =
+      at::cat({key_rows(2, 4, 0, fast), key_rows(2, 4, fast, 2), at::arange(8, 16, at::kLong)});
+  statistics_.sample_input = at::randn({7, 12}, at::kDouble);
+  statistics_.sample_gradient = at::randn({7, 16}, at::kDouble);
+  const at::Tensor w = at::cat({weights_.k, weights_.v}).index_select(0, order);
+  const at::Tensor g = statistics_.sample_gradient.index_select(1, order);
+  for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent}) {
+    const bool latent = rope == HlaRope::kLatent;
+    const LossCurve curve = predict_loss(config_, weights_, statistics_, rope, fast);
+    // 4 fast rows, 12 others; the latter have no more ranks than x has numbers.
+    EXPECT_EQ(curve.max_floats(), 16);
+    EXPECT_EQ(curve.at(1).shared_rank, 1);
+    EXPECT_NEAR(curve.at(16).loss, 0, 1e-12);
+    int64_t fast_seen = 0;
+    for (int64_t floats = 1; floats <= 16; ++floats) {
+      const LossCurve::Point point = curve.at(floats);
+      EXPECT_EQ(point.fast_rank * (latent ? 2 : 1) + point.shared_rank, floats);
+      fast_seen = std::max(fast_seen, point.fast_rank);
+      LayerPlan plan{.fast_frequencies = fast, .kv_rank = point.shared_rank};
+      (latent ? plan.complex_rank : plan.k_rank) = point.fast_rank;
+      const auto made = factors(rope, plan);
+      at::Tensor keys = at::zeros({4, 12}, at::kDouble);
+      if (point.fast_rank > 0) {
+        const at::Tensor up = made.tensors.at("k_up.weight");
+        const at::Tensor down = made.tensors.at("k_down.weight");
+        if (latent) {
+          const auto part = [&](int64_t i) {
+            return down.slice(0, i * point.fast_rank, (i + 1) * point.fast_rank);
+          };
+          keys = at::stack({up[0].matmul(part(0)) - up[1].matmul(part(1)),
+                            up[0].matmul(part(1)) + up[1].matmul(part(0))},
+                           1)
+                     .flatten(0, 1);
+        } else {
+          keys = up.matmul(down);
+        }
+      }
+      const at::Tensor rest =
+          made.tensors.at("kv_up.weight").matmul(made.tensors.at("kv_down.weight"));
+      const at::Tensor error = w - at::cat({keys, rest});
+      const double cost =
+          g.mul(statistics_.sample_input.matmul(error.t())).sum(1).square().sum().item<double>() /
+          2;
+      EXPECT_NEAR(point.loss, cost, 1e-6 * (cost + 1e-3)) << to_string(rope) << " " << floats;
+    }
+    EXPECT_EQ(fast_seen, latent ? 2 : 4);
+  }
+}
+
+TEST_F(LossFactorsTest, CurveIsTheSameAfterJson) {
+  const LossCurve curve = {.points = {{0, 1, 0.1 + 0.2}, {1, 1, 1e-300}}};
+  const LossCurve again = loss_curve_from_json(nlohmann::json::parse(to_json(curve).dump()));
+  EXPECT_EQ(to_json(again), to_json(curve));
+  EXPECT_EQ(again.at(1).loss, 0.1 + 0.2);
+  EXPECT_EQ(again.max_floats(), 2);
 }
 
 }  // namespace
