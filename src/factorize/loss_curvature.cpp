@@ -15,6 +15,7 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"
 #include "hla/core/progress.h"
+#include "hla/model/cpu_kernels.h"
 
 namespace hla {
 namespace {
@@ -41,21 +42,49 @@ Tape record(const DecoderLayer& layer, const at::Tensor& hidden, const RopeTable
   return tape;
 }
 
-// Gradient (T, D) by the hidden states (T, D) after the final norm, of the sum over tokens of
-// -ln p(label), label ~ p.
-at::Tensor sampled_loss_gradient(const at::Tensor& hidden, const at::Tensor& table,
-                                 at::Generator& generator) {
-  const at::NoGradGuard no_gradients;
-  std::vector<at::Tensor> blocks;
-  for (const at::Tensor& rows : hidden.split(kRows)) {
-    at::Tensor p = at::linear(rows, table).to(at::kFloat).softmax(-1);
-    const at::Tensor u = at::rand({rows.size(0), 1}, generator, at::kFloat).to(p.device());
-    const at::Tensor label = p.cumsum(-1).lt(u).sum(-1, /*keepdim=*/true).clamp_max(p.size(1) - 1);
-    p.scatter_add_(1, label, at::full_like(u, -1));
-    blocks.push_back(p.to(table.scalar_type()).matmul(table));
-  }
-  return at::cat(blocks);
+// Labels drawn from softmax(logits), and what is left of the softmax without them: p - onehot.
+at::Tensor minus_drawn_label(const at::Tensor& logits, const at::Tensor& uniform) {
+  at::Tensor p = logits.to(at::kFloat).softmax(-1);
+  const at::Tensor u = uniform.unsqueeze(1).to(p.device());
+  const at::Tensor label = p.cumsum(-1).lt(u).sum(-1, /*keepdim=*/true).clamp_max(p.size(1) - 1);
+  p.scatter_add_(1, label, at::full_like(u, -1));
+  return p.to(logits.scalar_type());
 }
+
+// The model's own loss: of the sum over tokens of -ln p(label), label ~ p, the gradient by the
+// hidden states after the final norm.
+class SampledLoss {
+ public:
+  // table (V, D)
+  explicit SampledLoss(at::Tensor table) : table_(std::move(table)) {
+    // One block for all: memory of its size would be taken from the system anew each time.
+    if (cpu::applies(table_)) logits_ = at::empty({kRows, table_.size(0)}, table_.options());
+  }
+
+  // hidden (T, D) -> (T, D)
+  at::Tensor gradient(const at::Tensor& hidden, at::Generator& generator) {
+    const at::NoGradGuard no_gradients;
+    at::Tensor result = at::empty_like(hidden);
+    for (int64_t begin = 0; begin < hidden.size(0); begin += kRows) {
+      const at::Tensor rows = hidden.slice(0, begin, begin + kRows);
+      at::Tensor out = result.slice(0, begin, begin + kRows);
+      const at::Tensor uniform = at::rand({rows.size(0)}, generator, at::kFloat);
+      if (logits_.defined()) {
+        at::Tensor block = logits_.slice(0, 0, rows.size(0));
+        at::mm_out(block, rows, table_.t());
+        cpu::sampled_loss_gradient_(block, uniform.const_data_ptr<float>());
+        at::mm_out(out, block, table_);
+      } else {
+        out.copy_(minus_drawn_label(at::linear(rows, table_), uniform).matmul(table_));
+      }
+    }
+    return result;
+  }
+
+ private:
+  at::Tensor table_;
+  at::Tensor logits_;  // (kRows, V), for fp32 on the CPU
+};
 
 // What is collected of one layer, sequence by sequence.
 struct Sums {
@@ -63,6 +92,18 @@ struct Sums {
   std::vector<at::Tensor> inputs;  // sampled rows
   std::vector<at::Tensor> gradients;
 };
+
+// sum += hᵀ h, of which one of the two equal corners is computed. sum (n, n), h (T, n).
+void add_gram(at::Tensor& sum, const at::Tensor& h) {
+  const int64_t middle = sum.size(0) / 2;
+  const at::Tensor left = h.slice(1, 0, middle);
+  const at::Tensor right = h.slice(1, middle);
+  const at::Tensor corner = left.t().matmul(right);
+  sum.slice(0, 0, middle).slice(1, 0, middle).add_(left.t().matmul(left));
+  sum.slice(0, 0, middle).slice(1, middle).add_(corner);
+  sum.slice(0, middle).slice(1, 0, middle).add_(corner.t());
+  sum.slice(0, middle).slice(1, middle).add_(right.t().matmul(right));
+}
 
 // Tokens that are drawn from each of so many sequences.
 int64_t draws(int64_t sequences) { return std::max<int64_t>(1, kSampledTokens / sequences); }
@@ -85,13 +126,14 @@ void draw(Sums& sums, const at::Tensor& x, const at::Tensor& g, const at::Tensor
 void add(Sums& sums, const Tape& tape, const at::Tensor& keys, const at::Tensor& values,
          const RopeTables& rope, int64_t count, int64_t tokens, at::Generator& generator) {
   // The adjoint of a rotation turns back.
-  const at::Tensor unrotated = apply_rope(keys, {rope.cos, -rope.sin});
+  const at::Tensor unrotated = apply_rope_to_temporary(keys, {rope.cos, -rope.sin});
   const at::Tensor g =
       at::cat({unrotated.flatten(2), values.flatten(2)}, /*dim=*/-1).squeeze(0).to(at::kFloat);
   const at::Tensor x = tape.normed.detach().squeeze(0).to(at::kFloat);
   const at::Tensor norm = g.norm(2, /*dim=*/-1, /*keepdim=*/true).clamp_min(1e-20);
-  sums.curvature.output.add_((g / norm).t().matmul(g));
-  sums.curvature.input.add_((x * norm).t().matmul(x));
+  const at::Tensor root = norm.sqrt();
+  add_gram(sums.curvature.output, g / root);
+  add_gram(sums.curvature.input, x * root);
   if (count > 0) draw(sums, x, g, norm, count, tokens, generator);
 }
 
@@ -138,11 +180,11 @@ std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration
   const RopeTables rope = {calibration.rope().cos.clone(), calibration.rope().sin.clone()};
   const auto layers = static_cast<size_t>(config.num_hidden_layers);
   const bool keep = options.keep.value_or(activations_fit(config, rope.cos.size(0)));
-  const at::Tensor table = calibration.output_matrix();
+  SampledLoss loss(calibration.output_matrix());
   const auto final_norm = calibration.load_final_norm();
   at::Generator generator = at::detail::createCPUGenerator(kSeed);
 
-  const auto wide = at::TensorOptions(at::kDouble).device(table.device());
+  const auto wide = at::TensorOptions(at::kDouble).device(rope.cos.device());
   const int64_t count = options.sample ? draws(static_cast<int64_t>(calibration.sequences())) : 0;
   std::vector<Sums> sums(layers);
   for (Sums& layer : sums) {
@@ -162,18 +204,19 @@ std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration
     }
     const at::Tensor last = hidden.requires_grad_(true);
     const at::Tensor normed = final_norm->forward(last);
-    const at::Tensor seed = sampled_loss_gradient(normed.detach().squeeze(0), table, generator);
+    const at::Tensor seed = loss.gradient(normed.detach().squeeze(0), generator);
     at::Tensor gradient = torch::autograd::grad({normed}, {last}, {seed.unsqueeze(0)})[0];
     for (size_t l = layers; l-- > 0;) {
       throw_if_interrupted();
       const Tape tape =
           keep ? std::move(tapes[l])
                : record(*calibration.load_layer(static_cast<int64_t>(l)), tapes[l].input, rope);
-      const auto by =
-          torch::autograd::grad({tape.output}, {tape.input, tape.keys, tape.values}, {gradient});
+      std::vector<at::Tensor> inputs = {tape.keys, tape.values};
+      if (l > 0) inputs.push_back(tape.input);  // nobody asks for the embeddings' gradient
+      const auto by = torch::autograd::grad({tape.output}, inputs, {gradient});
       const at::NoGradGuard no_gradients;
-      add(sums[l], tape, by[1], by[2], rope, count, calibration.tokens(), generator);
-      gradient = by[0];
+      add(sums[l], tape, by[0], by[1], rope, count, calibration.tokens(), generator);
+      if (l > 0) gradient = by[2];
     }
     bar.advance(1);
   }

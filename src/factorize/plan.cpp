@@ -15,9 +15,9 @@ namespace hla {
 namespace {
 
 // Frequencies that turn by this much per token or more cannot share a latent with those that stand
-// nearly still over a block of keys. For theta 1e5 and d 64 these are 6 of 32
+// nearly still over a block of keys. For theta 1e5 and d 64 these are 4 of 32
 // (docs/experiments.md).
-constexpr double kFastRadiansPerToken = 0.1;
+constexpr double kFastRadiansPerToken = 0.3;
 
 int64_t default_fast_frequencies(const ModelConfig& base) {
   const at::Tensor inv_freq =

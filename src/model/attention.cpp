@@ -26,7 +26,8 @@ at::Tensor sequence_attention(const at::Tensor& q, const at::Tensor& k, const at
 
 at::Tensor causal_attention(const Qkv& qkv) {
   if (qkv.q.size(0) == 1) {
-    return sequence_attention(qkv.q[0], qkv.k[0], qkv.v[0]).unsqueeze(0);
+    // Not selected: the gradient of a selection is written into a tensor of zeros.
+    return sequence_attention(qkv.q.squeeze(0), qkv.k.squeeze(0), qkv.v.squeeze(0)).unsqueeze(0);
   }
   std::vector<at::Tensor> sequences;
   for (int64_t b = 0; b < qkv.q.size(0); ++b) {

@@ -94,6 +94,54 @@ void rms_norm_rows(const float* x, const float* weight, float* y, int64_t rows, 
   }
 }
 
+HLA_MULTIVERSION
+void rms_norm_backward_rows(const float* gradient, const float* x, const float* weight, float* out,
+                            int64_t rows, int64_t size, double eps) {
+  for (int64_t row = 0; row < rows; ++row, x += size, gradient += size, out += size) {
+    double sum = 0;
+    double dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+    for (int64_t i = 0; i < size; ++i) {
+      sum += static_cast<double>(x[i]) * x[i];
+      dot += static_cast<double>(gradient[i] * weight[i]) * x[i];
+    }
+    const auto count = static_cast<double>(size);
+    const double scale = 1.0 / std::sqrt(sum / count + eps);
+    const auto along = static_cast<float>(dot * scale * scale * scale / count);
+    const auto across = static_cast<float>(scale);
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      out[i] = across * (gradient[i] * weight[i]) - along * x[i];
+    }
+  }
+}
+
+HLA_INLINE void silu_mul_backward(Floats gradient, Floats gate, Floats up, Floats& by_gate,
+                                  Floats& by_up) {
+  const Floats sigmoid = 1.0F / (1.0F + exp_fp32(-gate));
+  by_gate = gradient * up * sigmoid * (1.0F + gate * (1.0F - sigmoid));
+  by_up = gradient * gate * sigmoid;
+}
+
+HLA_MULTIVERSION
+void silu_mul_backward_range(const float* gradient, const float* gate, const float* up,
+                             float* by_gate, float* by_up, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    silu_mul_backward(load(gradient + i), load(gate + i), load(up + i),
+                      *reinterpret_cast<Floats*>(by_gate + i),
+                      *reinterpret_cast<Floats*>(by_up + i));
+  }
+  Floats g;
+  Floats u;
+  silu_mul_backward(load_tail(gradient + i, n - i, 0), load_tail(gate + i, n - i, 0),
+                    load_tail(up + i, n - i, 0), g, u);
+  for (int64_t lane = 0; i + lane < n; ++lane) {
+    by_gate[i + lane] = g[lane];
+    by_up[i + lane] = u[lane];
+  }
+}
+
 HLA_INLINE Floats silu_mul(Floats gate, Floats up) { return gate / (1.0F + exp_fp32(-gate)) * up; }
 
 HLA_MULTIVERSION
@@ -140,6 +188,57 @@ float sum_of_exp(const float* x, int64_t n, float max) {
   for (; i + kLanes <= n; i += kLanes) sum += exp_fp32(load(x + i) - max);
   if (i < n) sum += exp_fp32(load_tail(x + i, n - i, kPadding) - max);
   return total(sum);
+}
+
+// x becomes e^(x - max); returns the sum.
+HLA_MULTIVERSION
+float exp_in_place(float* x, int64_t n, float max) {
+  Floats sum = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats e = exp_fp32(load(x + i) - max);
+    *reinterpret_cast<Floats*>(x + i) = e;
+    sum += e;
+  }
+  if (i < n) {
+    const Floats e = exp_fp32(load_tail(x + i, n - i, kPadding) - max);
+    for (int64_t lane = 0; i + lane < n; ++lane) {
+      x[i + lane] = e[lane];
+      sum[lane] += e[lane];
+    }
+  }
+  return total(sum);
+}
+
+HLA_MULTIVERSION
+float sum_of(const float* x, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+
+HLA_MULTIVERSION
+void scale_in_place(float* x, int64_t n, float factor) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
+// The first position at which the running sum of the weights is above `threshold`, by blocks; the
+// last one where rounding leaves it below.
+int64_t position_of(const float* weights, int64_t n, double threshold) {
+  constexpr int64_t kBlock = 1024;
+  int64_t begin = 0;
+  for (; begin + kBlock < n; begin += kBlock) {
+    const double sum = sum_of(weights + begin, kBlock);
+    if (threshold < sum) break;
+    threshold -= sum;
+  }
+  for (int64_t i = begin; i < n; ++i) {
+    threshold -= weights[i];
+    if (threshold < 0) return i;
+  }
+  return n - 1;
 }
 
 // {Σ e^(t - max), Σ e^(t - max) (t - s)}
@@ -222,6 +321,41 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   return y;
 }
 
+at::Tensor rms_norm_backward(const at::Tensor& gradient, const at::Tensor& x,
+                             const at::Tensor& weight, double eps) {
+  RECORD_FUNCTION("hla::rms_norm_backward", {});
+  at::Tensor result = at::empty_like(x);
+  const int64_t size = x.size(-1);
+  const int64_t rows = size == 0 ? 0 : x.numel() / size;
+  const float* g = gradient.const_data_ptr<float>();
+  const float* in = x.const_data_ptr<float>();
+  const float* w = weight.const_data_ptr<float>();
+  float* out = result.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     rms_norm_backward_rows(g + begin * size, in + begin * size, w,
+                                            out + begin * size, end - begin, size, eps);
+                   });
+  return result;
+}
+
+std::pair<at::Tensor, at::Tensor> silu_mul_backward(const at::Tensor& gradient,
+                                                    const at::Tensor& gate, const at::Tensor& up) {
+  RECORD_FUNCTION("hla::silu_mul_backward", {});
+  const at::Tensor by_gate = at::empty_like(gate);
+  const at::Tensor by_up = at::empty_like(up);
+  const float* in = gradient.const_data_ptr<float>();
+  const float* g = gate.const_data_ptr<float>();
+  const float* u = up.const_data_ptr<float>();
+  float* out_gate = by_gate.mutable_data_ptr<float>();
+  float* out_up = by_up.mutable_data_ptr<float>();
+  at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    silu_mul_backward_range(in + begin, g + begin, u + begin, out_gate + begin, out_up + begin,
+                            end - begin);
+  });
+  return {by_gate, by_up};
+}
+
 void silu_mul_(const at::Tensor& gate, const at::Tensor& up) {
   RECORD_FUNCTION("hla::silu_mul", {});
   float* g = gate.mutable_data_ptr<float>();
@@ -267,6 +401,19 @@ void update_log_sum_exp(const at::Tensor& logits, int64_t first_column, const in
     state.sum *= raise_max(state, x, n, first_column);
     state.sum += sum_of_exp(x, n, state.max);
     take_target(state, x, n, first_column, targets[row]);
+  });
+}
+
+void sampled_loss_gradient_(const at::Tensor& logits, const float* uniform) {
+  RECORD_FUNCTION("hla::sampled_loss_gradient", {});
+  check_blocks(logits);
+  float* data = logits.mutable_data_ptr<float>();
+  for_rows(logits, [&](int64_t row, int64_t offset, int64_t n) {
+    float* x = data + offset;
+    const float sum = exp_in_place(x, n, row_max(x, n));
+    const int64_t label = position_of(x, n, static_cast<double>(uniform[row]) * sum);
+    scale_in_place(x, n, 1.0F / sum);
+    x[label] -= 1.0F;
   });
 }
 

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include "hla/model/autograd_functions.h"
 #include "hla/model/cpu_kernels.h"
 
 namespace hla {
@@ -28,6 +29,7 @@ RmsNorm::RmsNorm(ParameterSource& source, const std::string& prefix, int64_t siz
 
 at::Tensor RmsNorm::forward(const at::Tensor& x) const {
   if (cpu::applies(x) && cpu::applies(weight)) return cpu::rms_norm(x, weight, eps_);
+  if (differentiates(x, weight)) return differentiable_rms_norm(x, weight, eps_);
   const at::ScalarType dtype = x.scalar_type();
   const at::Tensor wide = dtype == at::kDouble ? x : x.to(at::kFloat);
   const at::Tensor scale = at::rsqrt(wide.square().mean(/*dim=*/-1, /*keepdim=*/true) + eps_);
@@ -54,6 +56,9 @@ at::Tensor Mlp::forward(const at::Tensor& x) const {
   if (activation_ == Activation::kSilu && cpu::applies(gate) && cpu::applies(up)) {
     cpu::silu_mul_(gate, up);
     return down_proj_->forward(gate);
+  }
+  if (activation_ == Activation::kSilu && differentiates(gate) && differentiates(up)) {
+    return down_proj_->forward(differentiable_silu_mul(gate, up));
   }
   switch (activation_) {
     case Activation::kSilu:

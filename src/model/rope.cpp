@@ -6,6 +6,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "hla/model/autograd_functions.h"
 #include "hla/model/cpu_kernels.h"
 
 namespace hla {
@@ -134,6 +135,7 @@ at::Tensor apply_rope(const at::Tensor& x, const RopeTables& tables) {
 }
 
 at::Tensor apply_rope_to_temporary(const at::Tensor& x, const RopeTables& tables) {
+  if (differentiates(x) && x.dim() == 4) return differentiable_rope(x, tables.cos, tables.sin);
   if (!cpu::can_rotate_in_place(x)) return apply_rope(x, tables);
   cpu::rope_(x, tables.cos, tables.sin);
   return x;

@@ -68,6 +68,66 @@ TEST_F(CpuKernelsTest, SiluMul) {
   }
 }
 
+TEST_F(CpuKernelsTest, RmsNormBackward) {
+  for (const int64_t size : kSizes) {
+    const at::Tensor x = at::randn({3, 5, size}) * 4;
+    const at::Tensor weight = at::randn({size});
+    const at::Tensor gradient = at::randn({3, 5, size});
+    // d/dx of w x s, s = (mean x² + eps)^(-1/2): s w g - s³ x mean(w g x).
+    const at::Tensor wide = x.to(at::kDouble);
+    const at::Tensor s = at::rsqrt(wide.square().mean(-1, true) + 1e-5);
+    const at::Tensor wg = gradient.to(at::kDouble) * weight.to(at::kDouble);
+    const at::Tensor expected = s * wg - s.pow(3) * wide * (wg * wide).mean(-1, true);
+    const at::Tensor got = kernels::rms_norm_backward(gradient, x, weight, 1e-5);
+    EXPECT_LE(max_abs_difference(got, expected), 1e-6 * s.max().item<double>() * 10) << size;
+  }
+}
+
+TEST_F(CpuKernelsTest, SiluMulBackward) {
+  for (const int64_t size : kSizes) {
+    const at::Tensor gate = at::linspace(-30, 30, size);
+    const at::Tensor up = at::randn({size});
+    const at::Tensor gradient = at::randn({size});
+    const at::Tensor z = gate.to(at::kDouble);
+    const at::Tensor sigmoid = z.sigmoid();
+    const auto [by_gate, by_up] = kernels::silu_mul_backward(gradient, gate, up);
+    EXPECT_LE(max_abs_difference(by_up, gradient * z * sigmoid), 1e-5) << size;
+    EXPECT_LE(max_abs_difference(by_gate, gradient * up * sigmoid * (1 + z * (1 - sigmoid))), 1e-5)
+        << size;
+  }
+  for (const float nan : kNaNs) {
+    const at::Tensor ones = at::ones({20});
+    const auto [by_gate, by_up] = kernels::silu_mul_backward(ones, at::full({20}, nan), ones);
+    EXPECT_TRUE(by_gate.isnan().all().item<bool>());
+    EXPECT_TRUE(by_up.isnan().all().item<bool>());
+  }
+}
+
+TEST_F(CpuKernelsTest, SampledLossGradient) {
+  for (const int64_t vocab : {1, 5, 37, 1024, 3001}) {
+    const int64_t rows = 64;
+    at::Tensor logits = at::randn({rows, vocab}) * 3 + 50;
+    const at::Tensor p = logits.to(at::kDouble).softmax(-1);
+    const at::Tensor u = at::rand({rows});
+    kernels::sampled_loss_gradient_(logits, u.const_data_ptr<float>());
+    const at::Tensor onehot = p - logits;
+    EXPECT_LE(max_abs_difference(onehot.sum(-1), at::ones({rows})), 1e-4);
+    const at::Tensor label = onehot.argmax(-1);
+    EXPECT_LE(max_abs_difference(onehot, at::one_hot(label, vocab)), 1e-5) << vocab;
+    // The label is where the running sum passes u.
+    const at::Tensor after = p.cumsum(-1).gather(1, label.unsqueeze(1)).squeeze(1);
+    const at::Tensor before = after - p.gather(1, label.unsqueeze(1)).squeeze(1);
+    EXPECT_TRUE(((before <= u + 1e-5) & (u <= after + 1e-5)).all().item<bool>()) << vocab;
+  }
+  for (const float nan : kNaNs) {
+    at::Tensor bad = at::randn({1, 40});
+    bad[0][20] = nan;
+    const float u = 0.5F;
+    kernels::sampled_loss_gradient_(bad, &u);
+    EXPECT_FALSE(bad.isfinite().all().item<bool>());
+  }
+}
+
 TEST_F(CpuKernelsTest, RopeOfStridedHeads) {
   for (const int64_t half : {1, 2, 5, 16, 32}) {
     const at::Tensor angles = at::randn({7, half + 3});

@@ -21,7 +21,7 @@ namespace hla {
 // Sequences that calibration perplexities (ConvertOptions::report_perplexity) are taken on.
 constexpr int64_t kPerplexitySequences = 4;
 // Sequences on which errors of the attention output are taken where nothing asks for more.
-constexpr int64_t kReportSequences = 4;
+constexpr int64_t kReportSequences = 2;
 // Sequences of held-out text, for a target_ppl_increase.
 constexpr int64_t kHeldOutSequences = 16;
 

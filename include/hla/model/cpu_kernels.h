@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <utility>
 
 // Tests build each variant apart, under a name of its own.
 #ifndef HLA_CPU_NAMESPACE
@@ -23,8 +24,15 @@ bool applies(const at::Tensor& x);
 // y = x / √(mean(x²) + eps) · weight over the last dimension: x (…, D), weight (D) -> (…, D).
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 
+// Of a gradient by y, that by x. All contiguous fp32.
+at::Tensor rms_norm_backward(const at::Tensor& gradient, const at::Tensor& x,
+                             const at::Tensor& weight, double eps);
+
 // silu(gate) · up, written into gate. Same shape.
 void silu_mul_(const at::Tensor& gate, const at::Tensor& up);
+// Of a gradient by the product, those by gate and by up. All contiguous fp32.
+std::pair<at::Tensor, at::Tensor> silu_mul_backward(const at::Tensor& gradient,
+                                                    const at::Tensor& gate, const at::Tensor& up);
 
 // RoPE in place: x (B, T, heads, 2F), half-split; cos and sin (T, F). Only the last dimensions
 // must be dense, as can_rotate_in_place says for x.
@@ -44,6 +52,10 @@ inline constexpr LogSumExp kEmptyLogSumExp = {-__builtin_inff(), 0.0, 0.0F, -1};
 // rows R states.
 void update_log_sum_exp(const at::Tensor& logits, int64_t first_column, const int64_t* targets,
                         LogSumExp* rows);
+
+// Rows of logits (R, n) become the gradient of -ln p(label) by them, p - onehot(label), where label
+// is drawn from p = softmax(row) by `uniform` (R), numbers of [0, 1).
+void sampled_loss_gradient_(const at::Tensor& logits, const float* uniform);
 
 // Two distributions over the same vocabulary, p of a teacher and q of a student.
 struct PairState {

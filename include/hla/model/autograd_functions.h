@@ -1,0 +1,24 @@
+// Differentiable forms of the fused fp32 CPU kernels (cpu_kernels.h): each saves its inputs alone,
+// and goes over memory once each way, where the composed operations take several passes and keep
+// what each of them made. First derivatives only.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace hla {
+
+// Whether the functions below may take the place of composed operations: contiguous fp32 on the
+// CPU, a gradient by x is wanted and none by `weight`.
+bool differentiates(const at::Tensor& x);
+bool differentiates(const at::Tensor& x, const at::Tensor& weight);
+
+// As cpu::rms_norm: x (…, D), weight (D) -> (…, D).
+at::Tensor differentiable_rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
+
+// silu(gate) · up of the same shape.
+at::Tensor differentiable_silu_mul(const at::Tensor& gate, const at::Tensor& up);
+
+// RoPE: x (B, T, heads, 2F), half-split; cos and sin (T, F).
+at::Tensor differentiable_rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
+
+}  // namespace hla

@@ -1,0 +1,101 @@
+#include "hla/model/autograd_functions.h"
+
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "hla/core/error.h"
+#include "hla/model/cpu_kernels.h"
+
+namespace hla {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The kernels' results would count as constants.
+void refuse_second_derivatives() {
+  if (at::GradMode::is_enabled()) {
+    throw_runtime("[autograd] second derivatives of fused fp32 operations are not implemented");
+  }
+}
+
+class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
+ public:
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
+                            double eps) {
+    context->save_for_backward({x, weight});
+    context->saved_data["eps"] = eps;
+    return cpu::rms_norm(x, weight, eps);
+  }
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    refuse_second_derivatives();
+    const variable_list saved = context->get_saved_variables();
+    return {cpu::rms_norm_backward(gradients[0].contiguous(), saved[0], saved[1],
+                                   context->saved_data["eps"].toDouble()),
+            at::Tensor(), at::Tensor()};
+  }
+};
+
+class SiluMulFunction : public torch::autograd::Function<SiluMulFunction> {
+ public:
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& gate,
+                            const at::Tensor& up) {
+    context->save_for_backward({gate, up});
+    const at::Tensor product = gate.clone();
+    cpu::silu_mul_(product, up);
+    return product;
+  }
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    refuse_second_derivatives();
+    const variable_list saved = context->get_saved_variables();
+    const auto [gate, up] = cpu::silu_mul_backward(gradients[0].contiguous(), saved[0], saved[1]);
+    return {gate, up};
+  }
+};
+
+class RopeFunction : public torch::autograd::Function<RopeFunction> {
+ public:
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& cos,
+                            const at::Tensor& sin) {
+    context->save_for_backward({cos, sin});
+    return rotated(x, cos, sin);
+  }
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    refuse_second_derivatives();
+    const variable_list saved = context->get_saved_variables();
+    // The adjoint of a rotation turns back.
+    return {rotated(gradients[0], saved[0], -saved[1]), at::Tensor(), at::Tensor()};
+  }
+
+ private:
+  static at::Tensor rotated(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+    const at::Tensor y = x.clone(at::MemoryFormat::Contiguous);
+    cpu::rope_(y, cos, sin);
+    return y;
+  }
+};
+
+}  // namespace
+
+bool differentiates(const at::Tensor& x) {
+  return at::GradMode::is_enabled() && x.requires_grad() && x.device().is_cpu() &&
+         x.scalar_type() == at::kFloat && x.is_contiguous();
+}
+
+bool differentiates(const at::Tensor& x, const at::Tensor& weight) {
+  return differentiates(x) && cpu::applies(weight);
+}
+
+at::Tensor differentiable_rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  return RmsNormFunction::apply(x, weight, eps);
+}
+
+at::Tensor differentiable_silu_mul(const at::Tensor& gate, const at::Tensor& up) {
+  return SiluMulFunction::apply(gate, up);
+}
+
+at::Tensor differentiable_rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  return RopeFunction::apply(x, cos, sin);
+}
+
+}  // namespace hla
