@@ -148,7 +148,9 @@ uint64_t Calibration::state_bytes() const {
          c10::elementSize(dtype_);
 }
 
-void Calibration::carry_only(size_t sequences) { carried_ = std::min(sequences, ids_.size()); }
+void Calibration::carry_only(size_t sequences) {
+  carried_ = std::min(std::max(sequences, followed_), ids_.size());
+}
 
 at::Tensor Calibration::embedded(size_t sequence) const { return embed(ids_[sequence]); }
 

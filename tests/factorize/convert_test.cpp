@@ -260,7 +260,7 @@ TEST(ConvertTest, TargetPerplexityIncreaseIsMet) {
 TEST(CalibrationTest, TextsTakeTurnsAndKeepTheirLastTenthApart) {
   const TempDir folder;
   std::string words;
-  for (int i = 0; i < 3000; ++i) words += "one two three ";
+  for (int i = 0; i < 3000; ++i) words += i < 2800 ? "one two three " : "four five six ";
   testing::write_file(folder / "a.txt", "Alpha " + words);
   testing::write_file(folder / "b.txt", "Beta " + words);
   ConvertOptions options = quiet();
@@ -279,6 +279,7 @@ TEST(CalibrationTest, TextsTakeTurnsAndKeepTheirLastTenthApart) {
   const Calibration some(base, config, options);
   EXPECT_EQ(some.held_out_tokens(), kHeldOutSequences * 128);
   EXPECT_EQ(some.sequences(), 5u);
+  EXPECT_FALSE(some.embedded(4).equal(all.embedded(4)));  // the last of Alpha
   options.valid = folder / "a.txt";
   EXPECT_EQ(Calibration(base, config, options).texts().size(), 3u);
 }
@@ -422,7 +423,9 @@ TEST(ConvertTest, ReportsTheAttentionOutput) {
   const auto text = testing::read_file(options.calib.front());
   double error = 0;
   double energy = 0;
-  for (const at::Tensor& ids : calibration_sequences(tokenizer->encode(text), 4, 256)) {
+  auto sequences = calibration_sequences(tokenizer->encode(text), 4, 256);
+  sequences.resize(kReportSequences);
+  for (const at::Tensor& ids : sequences) {
     const at::Tensor hidden = base->embed(ids);
     const at::Tensor expected = base->layers()[0]->attention_output(hidden, base->rope(256));
     const at::Tensor got = made->layers()[0]->attention_output(hidden, base->rope(256));
@@ -515,10 +518,16 @@ TEST(EstimateTest, IsWhatTheConversionMakes) {
 
 TEST(EstimateTest, SaysThatRanksAreMeasuredLater) {
   const TempDir folder;
-  ConversionEstimate estimate = estimate_conversion(stories(), folder / "out", quiet());
+  const ConversionEstimate estimate = estimate_conversion(stories(), folder / "out", quiet());
   EXPECT_EQ(estimate.to_text().find("measures"), std::string::npos);
-  estimate.plan.measured_ranks = true;
-  EXPECT_NE(estimate.to_text().find("measures"), std::string::npos);
+  ConvertOptions options = calibrated();
+  options.target_ratio = 0.5;
+  EXPECT_NE(estimate_conversion(stories(), folder / "out", options).to_text().find("measures"),
+            std::string::npos);
+  options.target_ratio.reset();
+  options.target_ppl_increase = 0.05;
+  EXPECT_NE(estimate_conversion(stories(), folder / "out", options).to_text().find("searched"),
+            std::string::npos);
 }
 
 TEST(EstimateTest, GrowsWithWhatItIsOf) {

@@ -40,7 +40,7 @@ CONVERSIONS = {
     "joint": "--kv-ratio 0.5",
     "fast": "--kv-ratio 0.6 --fast-frequencies 2",
     "separate": "--k-rank 5 --v-rank 7 --q-rank 9",
-    "latent": "--rope latent --kv-ratio 0.5",
+    "latent": "--rope latent --kv-ratio 0.5 --fast-frequencies 2",
     "latent_separate": "--rope latent --k-rank 6 --v-rank 7 --q-rank 9",
     "paper": "--rope paper",
     "paper_part": "--rope paper --k-rank 7 --v-rank 5 --q-rank 13 --rotary-fraction 0.4",

@@ -363,7 +363,7 @@ TEST(CliTest, KilledConversionGoesOnToTheSameBytes) {
   const TempDir folder;
   const std::string options =
       " --rope latent --calib-tokens 2048 --calib-length 256 --max-shard-size 150KB --threads 2 "
-      "--report-perplexity";
+      "--report-perplexity --target-ppl-increase 10%";
   const auto command = [&](const std::filesystem::path& out) {
     return std::string(HLA_BINARY) + " convert " + stories() + " " + out.string() + options;
   };
@@ -374,13 +374,17 @@ TEST(CliTest, KilledConversionGoesOnToTheSameBytes) {
   ASSERT_TRUE(whole.contains("model.safetensors.index.json"));
   ASSERT_EQ(run_hla("info " + (folder / "whole").string()).code, 0);
 
+  // Curvature, predicted loss, held-out perplexity of the base, trials; what stands before the
+  // layers, the base's perplexity, five layers, what follows them.
+  const size_t whole_steps =
+      11 + nlohmann::json::parse(whole.at("hla_report.json"))["budget"]["trials"].size();
   std::mt19937 random(20);
   int resumed = 0;
   for (int round = 0; round < 5; ++round) {
     const auto out = folder / ("out" + std::to_string(round));
     const auto steps = folder.path() / ("." + out.filename().string() + ".hla-partial/steps.json");
-    const size_t after_steps = random() % 7;  // of 8
-    const auto pause = whole_time / 8 * (random() % 100) / 100;
+    const size_t after_steps = random() % (whole_steps - 1);
+    const auto pause = whole_time / whole_steps * (random() % 100) / 100;
     const pid_t child = fork();
     if (child == 0) {
       const std::string line = "exec " + command(out) + " >/dev/null 2>&1";
@@ -418,7 +422,7 @@ TEST(CliTest, InterruptedConversionSaysHowToGoOn) {
   const std::string out = (folder / "out").string();
   const auto steps = folder.path() / ".out.hla-partial" / "steps.json";
   const std::string command = std::string(HLA_BINARY) + " convert " + stories() + " " + out +
-                              " --calib-tokens 100000 --calib-length 512";
+                              " --calib-tokens 100000 --calib-length 512 --report-perplexity";
   // Interrupted as soon as a step is complete.
   const CommandResult result =
       run_command(command + " & pid=$!; while ! test -e " + steps.string() +

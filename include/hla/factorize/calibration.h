@@ -54,7 +54,8 @@ class Calibration {
   const RopeTables& rope() const { return rope_; }  // of one sequence
   const CalibrationState& state() const { return state_; }
 
-  // Moves only the first `sequences` through the layers from now on; to be called before embed().
+  // Moves only the first `sequences`, or those that are followed if these are more, through the
+  // layers from now on; to be called before embed().
   void carry_only(size_t sequences);
   // The states before the first layer.
   void embed();

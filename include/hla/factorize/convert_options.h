@@ -49,7 +49,7 @@ struct ConvertOptions {
   // Calibration texts, of equal shares; none: weights only (--no-calib). `paper` never looks at
   // them.
   std::vector<std::filesystem::path> calib;
-  int64_t calib_tokens = 16384;  // of all texts together
+  int64_t calib_tokens = 32768;  // of all texts together
   int64_t calib_length = 1024;   // tokens per sequence
 
   at::Device device = at::Device(at::kCPU);  // of the calibration forward
