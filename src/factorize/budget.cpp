@@ -14,6 +14,8 @@ constexpr int64_t kManyFloats = 256;
 // A trial closer than this to another one (part of all floats) tells nothing new.
 constexpr double kResolution = 0.01;
 
+int64_t step_of(int64_t base_floats) { return base_floats >= kManyFloats ? kStep : 1; }
+
 // A corner of the lower convex hull of a layer's loss.
 struct Corner {
   int64_t floats;
@@ -43,9 +45,11 @@ std::vector<Corner> hull_of(const LossCurve& curve, int64_t least, int64_t step)
 }  // namespace
 
 FloatBudget::FloatBudget(std::vector<LossCurve> curves, int64_t base_floats)
-    : curves_(std::move(curves)), step_(base_floats >= kManyFloats ? kStep : 1) {}
+    : curves_(std::move(curves)), step_(step_of(base_floats)) {}
 
-int64_t FloatBudget::least() const { return step_ * static_cast<int64_t>(curves_.size()); }
+int64_t FloatBudget::least(int64_t layers, int64_t base_floats) {
+  return layers * step_of(base_floats);
+}
 
 int64_t FloatBudget::most() const {
   int64_t floats = 0;
@@ -54,11 +58,7 @@ int64_t FloatBudget::most() const {
 }
 
 std::vector<int64_t> FloatBudget::share(int64_t total) const {
-  if (total < least()) {
-    throw_bad_input("[convert] expected at least " + std::to_string(least()) +
-                    " cached floats per token for all layers together, got " +
-                    std::to_string(total));
-  }
+  if (total < least()) throw_runtime("[budget] fewer floats than the layers need");
   const auto layers = static_cast<int64_t>(curves_.size());
   const int64_t floor = std::max(step_, total / layers / 4 / step_ * step_);
   std::vector<std::vector<Corner>> hulls;

@@ -107,6 +107,12 @@ void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tok
   for (size_t i = 0; i < texts; ++i) {
     std::vector<int32_t> ids = read(options.calib[i]);
     if (hold_out) {
+      if (static_cast<int64_t>(ids.size() / 10) < length) {
+        throw_bad_input(options.calib[i].string() + ": its last tenth, " +
+                        std::to_string(ids.size() / 10) +
+                        " tokens, is to be held out, and is shorter than one sequence of " +
+                        std::to_string(length) + "\n  hint: --valid FILE or --calib-length");
+      }
       const auto begin = ids.end() - static_cast<std::ptrdiff_t>(ids.size() / 10);
       for (at::Tensor& sequence :
            calibration_sequences({begin, ids.end()}, share(kHeldOutSequences, i, texts), length)) {

@@ -138,8 +138,9 @@ uint64_t estimated_peak_memory(const Checkpoint& base, const ModelConfig& hla,
     const double weights_used = static_cast<double>(hla.num_hidden_layers) * s.parameters +
                                 static_cast<double>(hla.vocab_size) * s.hidden;
     by_loss = weights_used * (stored + (is_converted(base, options) ? sizeof(float) : 0)) +
-              static_cast<double>(curvature_bytes(hla, options.measures_ranks()) +
-                                  loss_pass_bytes(hla, static_cast<int64_t>(s.length)));
+              static_cast<double>(
+                  curvature_bytes(hla, options.measures_ranks()) +
+                  loss_pass_bytes(hla, static_cast<int64_t>(s.length), options.device.is_cpu()));
   }
   return static_cast<uint64_t>(kProgramBytes + std::max({kCopyBytes, layer + forward, by_loss}));
 }
@@ -158,10 +159,13 @@ double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int
         2 * s.heads * pairs * s.hidden + 2 * s.heads * s.tokens * s.hidden * s.hidden +
         4 * s.tokens * s.hidden * s.hidden + kAttentionElementCost * s.heads * pairs;
     const bool by_loss = options.objective() == Objective::kLoss;
+    const bool factors_queries =
+        std::any_of(hla.hla->layers.begin(), hla.hla->layers.end(),
+                    [](const HlaLayerConfig& config) { return config.q_rank > 0; });
     const double reported =
-        by_loss && !options.q_rank ? std::min(1.0, kReportSequences * s.length / s.tokens) : 1;
+        by_loss && !factors_queries ? std::min(1.0, kReportSequences * s.length / s.tokens) : 1;
     layer += reported * (forward + converted);
-    if (!by_loss || options.q_rank) layer += statistics;
+    if (!by_loss || factors_queries) layer += statistics;
     if (by_loss) {
       // Forward; backward, which needs no gradients of weights and costs as much; the sums.
       layer += 2 * 2 * s.tokens * s.parameters + 3.5 * attention +

@@ -137,15 +137,24 @@ void add(Sums& sums, const Tape& tape, const at::Tensor& keys, const at::Tensor&
   if (count > 0) draw(sums, x, g, norm, count, tokens, generator);
 }
 
-uint64_t layer_activation_bytes(const ModelConfig& config, int64_t length) {
-  const int64_t floats = 8 * config.hidden_size + 3 * config.q_size() + 4 * config.kv_size() +
-                         4 * config.intermediate_size;
+// What a tape holds on to: inputs of norms, of attention and of the activation, and its output;
+// composed operations also keep what they make on the way.
+uint64_t layer_activation_bytes(const ModelConfig& config, int64_t length, bool fused) {
+  const int64_t floats = fused ? 4 * config.hidden_size + 2 * config.q_size() +
+                                     2 * config.kv_size() + 2 * config.intermediate_size
+                               : 8 * config.hidden_size + 3 * config.q_size() +
+                                     4 * config.kv_size() + 4 * config.intermediate_size;
   return static_cast<uint64_t>(length * floats) * sizeof(float);
 }
 
-bool activations_fit(const ModelConfig& config, int64_t length) {
-  return static_cast<uint64_t>(config.num_hidden_layers) * layer_activation_bytes(config, length) <
+bool activations_fit(const ModelConfig& config, int64_t length, bool fused) {
+  return static_cast<uint64_t>(config.num_hidden_layers) *
+             layer_activation_bytes(config, length, fused) <
          available_memory_bytes() / 4;
+}
+
+bool is_fused(const at::Tensor& example) {
+  return example.device().is_cpu() && example.scalar_type() == at::kFloat;
 }
 
 }  // namespace
@@ -159,19 +168,22 @@ uint64_t curvature_bytes(const ModelConfig& config, bool sample) {
   return static_cast<uint64_t>(config.num_hidden_layers) * bytes;
 }
 
-uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length) {
+uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length, bool fused) {
   const auto layers = static_cast<uint64_t>(config.num_hidden_layers);
-  const uint64_t kept = activations_fit(config, length) ? layers : 1;
+  const uint64_t kept = activations_fit(config, length, fused) ? layers : 1;
   const uint64_t inputs =
       layers * static_cast<uint64_t>(length * config.hidden_size) * sizeof(float);
   const auto logits = static_cast<uint64_t>(kRows * config.vocab_size) * sizeof(float);
-  return inputs + kept * layer_activation_bytes(config, length) + 3 * logits;
+  // One more layer for the gradients of the one that is read back.
+  return inputs + (kept + 1) * layer_activation_bytes(config, length, fused) +
+         (fused ? 1 : 3) * logits;
 }
 
 std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration,
                                                   const LossCurvatureOptions& options) {
   preflight_memory(curvature_bytes(calibration.config(), options.sample) +
-                       loss_pass_bytes(calibration.config(), calibration.rope().cos.size(0)),
+                       loss_pass_bytes(calibration.config(), calibration.rope().cos.size(0),
+                                       is_fused(calibration.rope().cos)),
                    "the loss's curvature (--objective attention needs less)");
   // Inference tensors cannot take part in a backward pass; callers work with them.
   const c10::InferenceMode leave(false);
@@ -179,7 +191,8 @@ std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration
   const ModelConfig& config = calibration.config();
   const RopeTables rope = {calibration.rope().cos.clone(), calibration.rope().sin.clone()};
   const auto layers = static_cast<size_t>(config.num_hidden_layers);
-  const bool keep = options.keep.value_or(activations_fit(config, rope.cos.size(0)));
+  const bool keep =
+      options.keep.value_or(activations_fit(config, rope.cos.size(0), is_fused(rope.cos)));
   SampledLoss loss(calibration.output_matrix());
   const auto final_norm = calibration.load_final_norm();
   at::Generator generator = at::detail::createCPUGenerator(kSeed);

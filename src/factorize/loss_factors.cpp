@@ -138,7 +138,8 @@ std::vector<int64_t> fast_candidates(int64_t most) {
   constexpr int64_t kCandidates = 8;
   const int64_t step = std::max<int64_t>(1, (most + kCandidates - 1) / kCandidates);
   std::vector<int64_t> ranks;
-  for (int64_t rank = most; rank >= 0; rank -= step) ranks.push_back(rank);
+  for (int64_t rank = most; rank > 0; rank -= step) ranks.push_back(rank);
+  ranks.push_back(0);
   return ranks;
 }
 

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "hla/core/error.h"
+#include "hla/factorize/budget.h"
 #include "hla/io/json_file.h"
 #include "hla/model/load.h"
 #include "hla/model/rope.h"
@@ -231,6 +232,14 @@ ConversionPlan plan_conversion(const ModelConfig& base, const ConvertOptions& op
     plan.target_floats = share(*options.target_ratio, layers * base.base_cache_floats());
   } else if (options.target_bytes) {
     plan.target_floats = *options.target_bytes / element_size;
+  } else {
+    return plan;
+  }
+  const int64_t least = FloatBudget::least(layers, base.base_cache_floats());
+  if (plan.target_floats < least) {
+    throw_bad_input("[convert] options: expected a target of at least " + std::to_string(least) +
+                    " cached floats per token for all layers together, got " +
+                    std::to_string(plan.target_floats));
   }
   return plan;
 }

@@ -53,7 +53,7 @@ TEST(BudgetTest, LeavesNoLayerWithNothingAndNoneWithTooMuch) {
     EXPECT_LE(floats[2], 40);
   }
   EXPECT_EQ(budget.share(300)[1], 24);
-  EXPECT_EQ(testing::error_of([&] { budget.share(23); }).code(), ExitCode::kBadInput);
+  EXPECT_EQ(testing::error_of([&] { budget.share(23); }).code(), ExitCode::kRuntime);
 }
 
 TEST(BudgetTest, BridgesARiseOfTheLoss) {

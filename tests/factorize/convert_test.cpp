@@ -578,6 +578,16 @@ TEST(ConvertTest, RanksOutOfRange) {
             std::string::npos);
   EXPECT_NE(target([](auto& o) { o.target_bytes = 10; }).find("expected 20…1280, got 10"),
             std::string::npos);
+  EXPECT_NE(target([](auto& o) { o.target_ratio = 0.01; }).find("at least 5 cached floats"),
+            std::string::npos);
+  const TempDir texts;
+  testing::write_file(texts / "short.txt", std::string(2000, 'a'));
+  EXPECT_NE(target([&](auto& o) {
+              o.target_ppl_increase = 0.1;
+              o.calib_length = 256;
+              o.calib = {texts / "short.txt"};
+            }).find("last tenth"),
+            std::string::npos);
   EXPECT_NE(target([](auto& o) { o.target_ppl_increase = -0.1; }).find("above 0"),
             std::string::npos);
   EXPECT_NE(target([](auto& o) {

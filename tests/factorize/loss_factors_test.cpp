@@ -2,6 +2,7 @@
 #include "hla/factorize/loss_factors.h"
 
 #include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "test_util.h"
@@ -195,6 +196,28 @@ TEST_F(LossFactorsTest, PredictsTheLossOfItsFactors) {
       EXPECT_NEAR(point.loss, cost, 1e-6 * (cost + 1e-3)) << to_string(rope) << " " << floats;
     }
     EXPECT_EQ(fast_seen, latent ? 2 : 4);
+  }
+}
+
+// Every number of floats from 1 on has a division, whatever ranks of the fast keys are tried.
+TEST_F(LossFactorsTest, CurveHasNoGaps) {
+  config_.num_key_value_heads = 3;
+  config_.num_attention_heads = 3;
+  config_.head_dim = 8;
+  config_.hidden_size = 50;
+  const auto random = [](int64_t rows, int64_t cols) {
+    return at::randn({rows, cols}, at::kDouble);
+  };
+  weights_ = {random(24, 50), random(24, 50), random(24, 50), random(50, 24), {}, {}, {}, {}};
+  statistics_.loss_output = random_positive(48);
+  statistics_.loss_input = random_positive(50);
+  statistics_.sample_input = random(9, 50);
+  statistics_.sample_gradient = random(9, 48);
+  const LossCurve curve = predict_loss(config_, weights_, statistics_, HlaRope::kLatent, 3);
+  EXPECT_EQ(curve.max_floats(), 48);
+  for (int64_t floats = 1; floats <= 48; ++floats) {
+    EXPECT_TRUE(std::isfinite(curve.at(floats).loss)) << floats;
+    EXPECT_EQ(2 * curve.at(floats).fast_rank + curve.at(floats).shared_rank, floats);
   }
 }
 

@@ -17,8 +17,10 @@ class FloatBudget {
   // `base_floats`: 2·K·d, cached per token and layer by the base.
   FloatBudget(std::vector<LossCurve> curves, int64_t base_floats);
 
-  int64_t least() const;  // that all layers together need
-  int64_t most() const;   // that they can use
+  // What so many layers need together.
+  static int64_t least(int64_t layers, int64_t base_floats);
+  int64_t least() const { return step_ * static_cast<int64_t>(curves_.size()); }
+  int64_t most() const;  // that they can use
   // Floats of every layer, whose sum is at most `total` (least() or more) and less than one step of
   // a layer below it.
   std::vector<int64_t> share(int64_t total) const;

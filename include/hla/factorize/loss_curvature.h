@@ -39,8 +39,9 @@ struct LossCurvatureOptions {
 
 // Of what is collected of all layers.
 uint64_t curvature_bytes(const ModelConfig& config, bool sample);
-// Memory that collecting it takes beside the weights and the above, for sequences of `length`.
-uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length);
+// Memory that collecting it takes beside the weights and the above, for sequences of `length`;
+// `fused`: in fp32 on the CPU (autograd_functions.h).
+uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length, bool fused);
 
 // One forward and one backward of the base over the calibration text, a sequence at a time. The
 // loss is the model's own: labels are drawn from its predictions (fixed seed), so that E[g gᵀ] is
