@@ -86,13 +86,6 @@ class SampledLoss {
   at::Tensor logits_;  // (kRows, V), for fp32 on the CPU
 };
 
-// What is collected of one layer, sequence by sequence.
-struct Sums {
-  LossCurvature curvature;
-  std::vector<at::Tensor> inputs;  // sampled rows
-  std::vector<at::Tensor> gradients;
-};
-
 // sum += hᵀ h, of which one of the two equal corners is computed. sum (n, n), h (T, n).
 void add_gram(at::Tensor& sum, const at::Tensor& h) {
   const int64_t middle = sum.size(0) / 2;
@@ -108,23 +101,33 @@ void add_gram(at::Tensor& sum, const at::Tensor& h) {
 // Tokens that are drawn from each of so many sequences.
 int64_t draws(int64_t sequences) { return std::max<int64_t>(1, kSampledTokens / sequences); }
 
-// Draws `count` rows of one of `tokens` by ‖g‖² (LossCurvature). norm (T, 1) is ‖g‖.
-void draw(Sums& sums, const at::Tensor& x, const at::Tensor& g, const at::Tensor& norm,
-          int64_t count, int64_t tokens, at::Generator& generator) {
+// One of a number of equal sequences.
+struct Sequence {
+  int64_t number;
+  int64_t count;
+};
+
+// Draws this sequence's tokens by ‖g‖² (LossCurvature). norm (T, 1) is ‖g‖.
+void draw(LossCurvature& sums, const at::Tensor& x, const at::Tensor& g, const at::Tensor& norm,
+          const Sequence& sequence, at::Generator& generator) {
   const at::Tensor share = norm.squeeze(1).cpu().to(at::kDouble).square();
   const auto total = share.sum().item<double>();
   if (!std::isfinite(total)) return;  // which the sums will show
   const at::Tensor p = share / total;
+  const int64_t count = draws(sequence.count);
   const at::Tensor drawn = at::multinomial(p, count, /*replacement=*/true, generator);
+  const auto tokens = static_cast<double>(sequence.count * x.size(0));
   const at::Tensor scale =
-      (p.index_select(0, drawn) * static_cast<double>(count * tokens)).rsqrt().to(at::kFloat);
-  sums.inputs.push_back(x.cpu().index_select(0, drawn).to(at::kBFloat16));
-  sums.gradients.push_back((g.cpu().index_select(0, drawn) * scale.unsqueeze(1)).to(at::kBFloat16));
+      (p.index_select(0, drawn) * (static_cast<double>(count) * tokens)).rsqrt().to(at::kFloat);
+  const int64_t begin = sequence.number * count;
+  sums.sample_input.slice(0, begin, begin + count).copy_(x.cpu().index_select(0, drawn));
+  sums.sample_gradient.slice(0, begin, begin + count)
+      .copy_(g.cpu().index_select(0, drawn) * scale.unsqueeze(1));
 }
 
 // Adds one sequence: gradients by rotated keys and by values, and the normed input.
-void add(Sums& sums, const Tape& tape, const at::Tensor& keys, const at::Tensor& values,
-         const RopeTables& rope, int64_t count, int64_t tokens, at::Generator& generator) {
+void add(LossCurvature& sums, const Tape& tape, const at::Tensor& keys, const at::Tensor& values,
+         const RopeTables& rope, const Sequence& sequence, at::Generator& generator) {
   // The adjoint of a rotation turns back.
   const at::Tensor unrotated = apply_rope_to_temporary(keys, {rope.cos, -rope.sin});
   const at::Tensor g =
@@ -132,9 +135,9 @@ void add(Sums& sums, const Tape& tape, const at::Tensor& keys, const at::Tensor&
   const at::Tensor x = tape.normed.detach().squeeze(0).to(at::kFloat);
   const at::Tensor norm = g.norm(2, /*dim=*/-1, /*keepdim=*/true).clamp_min(1e-20);
   const at::Tensor root = norm.sqrt();
-  add_gram(sums.curvature.output, g / root);
-  add_gram(sums.curvature.input, x * root);
-  if (count > 0) draw(sums, x, g, norm, count, tokens, generator);
+  add_gram(sums.output, g / root);
+  add_gram(sums.input, x * root);
+  if (sums.sample_input.defined()) draw(sums, x, g, norm, sequence, generator);
 }
 
 // What a tape holds on to: inputs of norms, of attention and of the activation, and its output;
@@ -198,13 +201,18 @@ std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration
   at::Generator generator = at::detail::createCPUGenerator(kSeed);
 
   const auto wide = at::TensorOptions(at::kDouble).device(rope.cos.device());
-  const int64_t count = options.sample ? draws(static_cast<int64_t>(calibration.sequences())) : 0;
-  std::vector<Sums> sums(layers);
-  for (Sums& layer : sums) {
-    layer.curvature.output = at::zeros({2 * config.kv_size(), 2 * config.kv_size()}, wide);
-    layer.curvature.input = at::zeros({config.hidden_size, config.hidden_size}, wide);
+  const auto sequences = static_cast<int64_t>(calibration.sequences());
+  const int64_t rows = 2 * config.kv_size();
+  std::vector<LossCurvature> sums(layers);
+  for (LossCurvature& layer : sums) {
+    layer.output = at::zeros({rows, rows}, wide);
+    layer.input = at::zeros({config.hidden_size, config.hidden_size}, wide);
+    if (!options.sample) continue;
+    const auto narrow = at::TensorOptions(at::kBFloat16);
+    layer.sample_input = at::empty({sequences * draws(sequences), config.hidden_size}, narrow);
+    layer.sample_gradient = at::empty({sequences * draws(sequences), rows}, narrow);
   }
-  Progress bar("reading the loss", static_cast<int64_t>(calibration.sequences()), options.progress);
+  Progress bar("reading the loss", sequences, options.progress);
   for (size_t i = 0; i < calibration.sequences(); ++i) {
     std::vector<Tape> tapes(layers);
     at::Tensor hidden = calibration.embedded(i);
@@ -228,16 +236,14 @@ std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration
       if (l > 0) inputs.push_back(tape.input);  // nobody asks for the embeddings' gradient
       const auto by = torch::autograd::grad({tape.output}, inputs, {gradient});
       const at::NoGradGuard no_gradients;
-      add(sums[l], tape, by[0], by[1], rope, count, calibration.tokens(), generator);
+      add(sums[l], tape, by[0], by[1], rope, {static_cast<int64_t>(i), sequences}, generator);
       if (l > 0) gradient = by[2];
     }
     bar.advance(1);
   }
   const at::NoGradGuard no_gradients;
-  std::vector<LossCurvature> result;
   for (size_t layer = 0; layer < layers; ++layer) {
-    LossCurvature curvature = std::move(sums[layer].curvature);
-    for (at::Tensor* sum : {&curvature.output, &curvature.input}) {
+    for (at::Tensor* sum : {&sums[layer].output, &sums[layer].input}) {
       *sum = (*sum / static_cast<double>(calibration.tokens())).cpu();
       if (!sum->isfinite().all().item<bool>()) {
         throw Error(ExitCode::kNonFinite, "calibration: layer " + std::to_string(layer) +
@@ -245,14 +251,8 @@ std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration
                                               "values");
       }
     }
-    if (options.sample) {
-      curvature.sample_input = at::cat(sums[layer].inputs);
-      curvature.sample_gradient = at::cat(sums[layer].gradients);
-    }
-    sums[layer] = {};
-    result.push_back(std::move(curvature));
   }
-  return result;
+  return sums;
 }
 
 }  // namespace hla
