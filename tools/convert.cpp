@@ -251,6 +251,9 @@ void add_convert(CLI::App& app) {
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
       ->check(CLI::Range(uint64_t{1}, uint64_t{1} << 62))
       ->default_str("5GB");
+  command->add_flag("--low-memory", options.low_memory,
+                    "Read the loss a layer at a time, as is done anyway where memory is short: a "
+                    "forward more, and more disk while it runs");
   command->add_flag("--restart", options.restart,
                     "Start over where an unfinished conversion to OUT lies, instead of going on");
   command->add_flag("--force", options.force, "Replace an existing OUT (or --json or --plot file)");

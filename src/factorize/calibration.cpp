@@ -154,6 +154,10 @@ uint64_t Calibration::state_bytes() const {
          c10::elementSize(dtype_);
 }
 
+uint64_t Calibration::text_state_bytes() const {
+  return static_cast<uint64_t>(tokens() * config_.hidden_size) * c10::elementSize(dtype_);
+}
+
 void Calibration::carry_only(size_t sequences) {
   carried_ = std::min(std::max(sequences, followed_), ids_.size());
 }
@@ -245,21 +249,21 @@ double Calibration::advance(const DecoderLayer& layer, const Attention& converte
 double Calibration::perplexity(int64_t layer) const {
   std::vector<at::Tensor> states;
   for (const at::Tensor& hidden : state_.hla_hidden) states.push_back(hidden.clone());
-  for (; layer < config_.num_hidden_layers; ++layer) {
-    const auto decoder = load_layer(layer);
-    for (at::Tensor& hidden : states) {
-      throw_if_interrupted();
-      hidden.copy_(decoder->forward(hidden, rope_));
-    }
-    base_.release_pages();
-  }
+  finish(states, layer, [](int64_t) { return std::shared_ptr<Attention>(); });
   return perplexity_of(states, ids_);
 }
 
 double Calibration::held_out_perplexity(const AttentionOf& attention) const {
   std::vector<at::Tensor> states;
   for (const at::Tensor& ids : held_out_) states.push_back(embed(ids));
-  for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
+  finish(states, 0, attention);
+  return perplexity_of(states, held_out_);
+}
+
+// Moves the states, before `layer`, through that and all layers after it.
+void Calibration::finish(std::vector<at::Tensor>& states, int64_t layer,
+                         const AttentionOf& attention) const {
+  for (; layer < config_.num_hidden_layers; ++layer) {
     const auto decoder = load_layer(layer);
     const std::shared_ptr<Attention> converted = attention(layer);
     const Attention& used = converted ? *converted : decoder->self_attn();
@@ -270,7 +274,6 @@ double Calibration::held_out_perplexity(const AttentionOf& attention) const {
     }
     base_.release_pages();
   }
-  return perplexity_of(states, held_out_);
 }
 
 // hidden[i] (1, T, D) after the last layer, of the first sequences of `ids`.

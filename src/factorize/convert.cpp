@@ -108,9 +108,14 @@ std::string layer_step(int64_t layer) { return "layer " + std::to_string(layer);
 constexpr const char* kFirstStep = "before the layers";
 constexpr const char* kLastStep = "after the layers";
 constexpr const char* kBasePerplexityStep = "base perplexity";
+constexpr const char* kLossPassStep = "loss pass of all layers at once";
 constexpr const char* kCurvatureStep = "loss curvature";
+constexpr const char* kLossInputStep = "loss input";
+constexpr const char* kLossGradientStep = "loss gradient";
 constexpr const char* kRanksStep = "predicted loss";
 constexpr const char* kHeldOutStep = "held-out perplexity";
+std::string forward_step(int64_t layer) { return "loss forward " + std::to_string(layer); }
+std::string backward_step(int64_t layer) { return "loss backward " + std::to_string(layer); }
 std::string trial_step(int64_t floats) { return "trial of " + std::to_string(floats) + " floats"; }
 
 // The factors of a layer by their full names.
@@ -139,6 +144,7 @@ class Conversion {
     set_plan(plan_conversion(config_, options, report_.element_size));
     read_calibration();
     work_.begin(conversion_fingerprint(base, options, plan_, report_.calib_texts), options.restart);
+    if (by_loss()) choose_loss_pass();
     preflight_disk(out);
   }
 
@@ -157,13 +163,7 @@ class Conversion {
 
  private:
   void run_steps() {
-    if (by_loss()) {
-      work_.step(kCurvatureStep, [this] {
-        save_curvature(collect_loss_curvature(
-            *calibration_, {.sample = plan_.measured_ranks, .progress = options_.progress}));
-        return nlohmann::json();
-      });
-    }
+    if (by_loss()) measure_curvature();
     if (plan_.measured_ranks) measure_ranks();
     writer_.emplace(base_, sections_.all(), work_.output(), options_.max_shard_bytes,
                     tensors_written());
@@ -220,13 +220,24 @@ class Conversion {
                              plan_.layers, [](const LayerPlan& layer) { return layer.q_rank > 0; });
   }
 
+  // An unfinished run goes on as it began.
+  void choose_loss_pass() {
+    const nlohmann::json* begun = work_.result(kLossPassStep);
+    layers_at_once_ = begun != nullptr ? begun->get<bool>()
+                                       : !options_.low_memory &&
+                                             loss_pass_fits(*calibration_, plan_.measured_ranks);
+  }
+
   void preflight_disk(const std::filesystem::path& out) const {
     uint64_t needed = 8u << 20;  // the small files
     for (const Shard& shard : plan_shards(sections_.all(), options_.max_shard_bytes)) {
       needed += SafetensorsWriter::file_bytes(shard.entries, output_metadata());
     }
     if (calibration_) needed += 2 * calibration_->state_bytes();  // of two layers at a time
-    if (by_loss()) needed += curvature_bytes(config_, plan_.measured_ranks);
+    if (by_loss()) {
+      needed += curvature_bytes(config_, plan_.measured_ranks);
+      if (!layers_at_once_) needed += loss_pass_disk_bytes(*calibration_);
+    }
     const uint64_t present = folder_bytes(work_.output());
     needed -= std::min(needed, present);
     const uint64_t free = free_space(out);
@@ -253,6 +264,102 @@ class Conversion {
       writer_->sync();
       return nlohmann::json();
     });
+  }
+
+  // ---- the loss's curvature ----
+
+  void measure_curvature() {
+    work_.step(kLossPassStep, [this] { return nlohmann::json(layers_at_once_); });
+    if (!layers_at_once_) return measure_curvature_by_layer();
+    work_.step(kCurvatureStep, [this] {
+      const std::vector<LossCurvature> curvature = collect_loss_curvature(
+          *calibration_, {.sample = plan_.measured_ranks, .progress = options_.progress});
+      for (size_t i = 0; i < curvature.size(); ++i) {
+        save_curvature(static_cast<int64_t>(i), curvature[i]);
+      }
+      return nlohmann::json();
+    });
+  }
+
+  // Every layer is a step, forward and back.
+  void measure_curvature_by_layer() {
+    const int64_t layers = config_.num_hidden_layers;
+    Progress progress("reading the loss", 2 * layers, options_.progress);
+    std::vector<at::Tensor> states;  // empty: still to be read
+    const auto step = [&](const std::string& name, const std::filesystem::path& from,
+                          const auto& action) {
+      throw_if_interrupted();
+      work_.step(name, [&] {
+        if (states.empty()) states = load_tensor_list(from, options_.device);
+        action();
+        return nlohmann::json();
+      });
+    };
+    work_.step(kLossInputStep, [&] {
+      for (size_t i = 0; i < calibration_->sequences(); ++i) {
+        states.push_back(calibration_->embedded(i));
+      }
+      save_tensor_list(loss_input(0), states);
+      return nlohmann::json();
+    });
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      step(forward_step(layer), loss_input(layer), [&] {
+        advance(*calibration_, layer, states);
+        save_tensor_list(loss_input(layer + 1), states);
+      });
+      base_.release_pages();
+      progress.advance(1);
+    }
+    step(kLossGradientStep, loss_input(layers), [&] {
+      loss_gradient(*calibration_, states);
+      save_tensor_list(loss_output_gradient(layers - 1), states);
+    });
+    std::filesystem::remove(loss_input(layers));
+    for (int64_t layer = layers; layer-- > 0;) {
+      step(backward_step(layer), loss_output_gradient(layer), [&] {
+        const std::vector<at::Tensor> hidden = load_tensor_list(loss_input(layer), options_.device);
+        save_curvature(layer,
+                       loss_curvature(*calibration_, layer, hidden, states, plan_.measured_ranks));
+        if (layer > 0) save_tensor_list(loss_output_gradient(layer - 1), states);
+      });
+      std::filesystem::remove(loss_input(layer));
+      std::filesystem::remove(loss_output_gradient(layer));
+      base_.release_pages();
+      progress.advance(1);
+    }
+    progress.finish();
+  }
+
+  std::filesystem::path loss_input(int64_t layer) const {
+    return work_.scratch() / ("loss_input_" + std::to_string(layer) + ".safetensors");
+  }
+  std::filesystem::path loss_output_gradient(int64_t layer) const {
+    return work_.scratch() / ("loss_output_gradient_" + std::to_string(layer) + ".safetensors");
+  }
+  std::filesystem::path curvature_file(int64_t layer) const {
+    return work_.scratch() / ("curvature_" + std::to_string(layer) + ".safetensors");
+  }
+
+  void save_curvature(int64_t layer, const LossCurvature& curvature) const {
+    std::vector<std::pair<std::string, at::Tensor>> tensors = {{"output", curvature.output},
+                                                               {"input", curvature.input}};
+    if (plan_.measured_ranks) {
+      tensors.emplace_back("sample_gradient", curvature.sample_gradient);
+      tensors.emplace_back("sample_input", curvature.sample_input);
+    }
+    save_tensors(curvature_file(layer), tensors);
+  }
+
+  void read_curvature(int64_t layer, LayerStatistics& statistics) const {
+    const auto reader = SafetensorsReader::open(curvature_file(layer));
+    statistics.loss_output = load_tensor(reader, "output");
+    statistics.loss_input = load_tensor(reader, "input");
+  }
+
+  void read_drawn_tokens(int64_t layer, LayerStatistics& statistics) const {
+    const auto reader = SafetensorsReader::open(curvature_file(layer));
+    statistics.sample_gradient = load_tensor(reader, "sample_gradient");
+    statistics.sample_input = load_tensor(reader, "sample_input");
   }
 
   // ---- how many floats each layer gets ----
@@ -288,8 +395,10 @@ class Conversion {
     const int64_t total =
         search_floats(budget, std::log1p(*options_.target_ppl_increase), [&](int64_t floats) {
           const ConversionPlan plan = with_floats(plan_, curves, budget.share(floats));
-          const double found = perplexity(
-              trial_step(floats), [&](int64_t layer) { return converted_attention(plan, layer); });
+          const ModelConfig hla = planned_config(config_, plan);
+          const double found = perplexity(trial_step(floats), [&](int64_t layer) {
+            return converted_attention(plan, hla, layer);
+          });
           report.trials.push_back({floats, found});
           progress.advance(1);
           return std::log(found / report.base_perplexity);
@@ -299,11 +408,14 @@ class Conversion {
     return total;
   }
 
-  std::shared_ptr<Attention> converted_attention(const ConversionPlan& plan, int64_t layer) const {
+  // A layer's attention after this plan, of which `config` is the planned_config().
+  std::shared_ptr<Attention> converted_attention(const ConversionPlan& plan, ModelConfig config,
+                                                 int64_t layer) const {
+    LayerStatistics statistics;
+    read_curvature(layer, statistics);
     const LayerFactors made =
-        factorize_layer(config_, attention_weights(base_, config_, layer), loss_statistics(layer),
-                        plan.rope, plan.layers[static_cast<size_t>(layer)], options_.factors);
-    ModelConfig config = planned_config(config_, plan);
+        factorize_layer(config_, attention_weights(base_, config_, layer), statistics, plan.rope,
+                        plan.layers[static_cast<size_t>(layer)], options_.factors);
     config.hla->layers[static_cast<size_t>(layer)] = made.config;
     return calibration_->load_converted(layer, config, full_names(layer, made.tensors), dtype_);
   }
@@ -314,45 +426,17 @@ class Conversion {
     Progress progress("predicting the loss", config_.num_hidden_layers, options_.progress);
     for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
       throw_if_interrupted();
+      LayerStatistics statistics;
+      read_curvature(layer, statistics);
+      read_drawn_tokens(layer, statistics);
       curves.push_back(to_json(
-          predict_loss(config_, attention_weights(base_, config_, layer), loss_statistics(layer),
-                       plan_.rope, plan_.layers[static_cast<size_t>(layer)].fast_frequencies)));
+          predict_loss(config_, attention_weights(base_, config_, layer), statistics, plan_.rope,
+                       plan_.layers[static_cast<size_t>(layer)].fast_frequencies)));
       base_.release_pages();
       progress.advance(1);
     }
     progress.finish();
     return curves;
-  }
-
-  std::filesystem::path curvature_file() const { return work_.scratch() / "curvature.safetensors"; }
-
-  void save_curvature(const std::vector<LossCurvature>& curvature) const {
-    std::vector<std::pair<std::string, at::Tensor>> tensors;
-    for (size_t i = 0; i < curvature.size(); ++i) {
-      const std::string layer = std::to_string(i);
-      tensors.emplace_back("output." + layer, curvature[i].output);
-      tensors.emplace_back("input." + layer, curvature[i].input);
-      if (!plan_.measured_ranks) continue;
-      tensors.emplace_back("sample_gradient." + layer, curvature[i].sample_gradient);
-      tensors.emplace_back("sample_input." + layer, curvature[i].sample_input);
-    }
-    save_tensors(curvature_file(), tensors);
-  }
-
-  // What collect_loss_curvature() found for a layer.
-  LayerStatistics loss_statistics(int64_t layer) const {
-    const auto reader = SafetensorsReader::open(curvature_file());
-    const auto get = [&](const char* name) {
-      return load_tensor(reader, name + ("." + std::to_string(layer)));
-    };
-    LayerStatistics statistics;
-    statistics.loss_output = get("output");
-    statistics.loss_input = get("input");
-    if (plan_.measured_ranks) {
-      statistics.sample_gradient = get("sample_gradient");
-      statistics.sample_input = get("sample_input");
-    }
-    return statistics;
   }
 
   // Where the calibration's states before a layer are kept.
@@ -395,11 +479,7 @@ class Conversion {
         statistics = collect_statistics(config_, layer, *decoder, calibration_->rope(),
                                         calibration_->state().base_hidden);
       }
-      if (by_loss()) {
-        const LayerStatistics loss = loss_statistics(layer);
-        statistics.loss_output = loss.loss_output;
-        statistics.loss_input = loss.loss_input;
-      }
+      if (by_loss()) read_curvature(layer, statistics);
     } else {
       statistics = weight_only_statistics(config_, weights.q, weights.k);
     }
@@ -470,6 +550,7 @@ class Conversion {
   ConversionPlan plan_;
   OutputSections sections_;
   std::optional<Calibration> calibration_;
+  bool layers_at_once_ = true;   // in the loss pass
   int64_t calibration_at_ = -1;  // the layer that its states lie before
   std::optional<ConversionWriter> writer_;
   ConvertReport report_;

@@ -135,12 +135,16 @@ uint64_t estimated_peak_memory(const Checkpoint& base, const ModelConfig& hla,
   double by_loss = 0;
   if (calibrated && options.objective() == Objective::kLoss) {
     // Every layer takes part, and the output matrix.
-    const double weights_used = static_cast<double>(hla.num_hidden_layers) * s.parameters +
-                                static_cast<double>(hla.vocab_size) * s.hidden;
+    const auto layers = static_cast<double>(hla.num_hidden_layers);
+    const double held = options.low_memory ? 1 : layers;
+    const double weights_used =
+        held * s.parameters + static_cast<double>(hla.vocab_size) * s.hidden;
     by_loss = weights_used * (stored + (is_converted(base, options) ? sizeof(float) : 0)) +
-              static_cast<double>(
-                  curvature_bytes(hla, options.measures_ranks()) +
-                  loss_pass_bytes(hla, static_cast<int64_t>(s.length), options.device.is_cpu()));
+              held / layers * static_cast<double>(curvature_bytes(hla, options.measures_ranks())) +
+              static_cast<double>(loss_pass_bytes(hla, static_cast<int64_t>(s.length),
+                                                  options.device.is_cpu(), options.low_memory));
+    // A layer at a time: the states of all sequences and their gradients, or a copy to disk.
+    if (options.low_memory) by_loss += 3 * s.tokens * s.hidden * sizeof(float);
   }
   return static_cast<uint64_t>(kProgramBytes + std::max({kCopyBytes, layer + forward, by_loss}));
 }
@@ -170,6 +174,7 @@ double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int
       // Forward; backward, which needs no gradients of weights and costs as much; the sums.
       layer += 2 * 2 * s.tokens * s.parameters + 3.5 * attention +
                2 * s.tokens * (4 * s.kv * s.kv + s.hidden * s.hidden);
+      if (options.low_memory) layer += forward;
     }
     if (options.measures_ranks()) layer += factorization_work(s, options);
     if (options.target_ppl_increase) {
@@ -191,7 +196,8 @@ double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int
 }
 
 ConversionEstimate estimate_conversion(const Checkpoint& base, const std::filesystem::path& out,
-                                       const ConvertOptions& options) {
+                                       const ConvertOptions& asked) {
+  ConvertOptions options = asked;
   ConversionEstimate estimate;
   estimate.base = convertible_config(base);
   const at::ScalarType dtype = options.dtype.value_or(stored_dtype(base));
@@ -206,7 +212,10 @@ ConversionEstimate estimate_conversion(const Checkpoint& base, const std::filesy
     estimate.calib_tokens = calibration.tokens();
     estimate.scratch_bytes = 2 * calibration.state_bytes();
     if (options.objective() == Objective::kLoss) {
-      estimate.scratch_bytes += curvature_bytes(estimate.base, estimate.plan.measured_ranks);
+      const bool sample = estimate.plan.measured_ranks;
+      options.low_memory = options.low_memory || !loss_pass_fits(calibration, sample);
+      estimate.scratch_bytes += curvature_bytes(estimate.base, sample);
+      if (options.low_memory) estimate.scratch_bytes += loss_pass_disk_bytes(calibration);
     }
   }
   const OutputSections sections = output_sections(base, estimate.hla, options.dtype, dtype);

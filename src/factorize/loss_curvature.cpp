@@ -21,7 +21,18 @@ namespace hla {
 namespace {
 
 constexpr int64_t kRows = 512;  // tokens whose logits are held at once
-constexpr uint64_t kSeed = 20240229;
+
+// Labels and tokens are drawn by sequence and layer, so that they do not depend on the order in
+// which these are taken.
+at::Generator generator_of(int64_t sequence, int64_t draw) {
+  constexpr uint64_t kSeed = 20240229;
+  return at::detail::createCPUGenerator(kSeed + (static_cast<uint64_t>(draw) << 32) +
+                                        static_cast<uint64_t>(sequence));
+}
+at::Generator label_generator(int64_t sequence) { return generator_of(sequence, 0); }
+at::Generator token_generator(int64_t sequence, int64_t layer) {
+  return generator_of(sequence, layer + 1);
+}
 
 // A layer's forward of one sequence, with what its backward needs.
 struct Tape {
@@ -62,7 +73,7 @@ class SampledLoss {
   }
 
   // hidden (T, D) -> (T, D)
-  at::Tensor gradient(const at::Tensor& hidden, at::Generator& generator) {
+  at::Tensor gradient(const at::Tensor& hidden, at::Generator generator) {
     const at::NoGradGuard no_gradients;
     at::Tensor result = at::empty_like(hidden);
     for (int64_t begin = 0; begin < hidden.size(0); begin += kRows) {
@@ -85,6 +96,15 @@ class SampledLoss {
   at::Tensor table_;
   at::Tensor logits_;  // (kRows, V), for fp32 on the CPU
 };
+
+// The loss's gradient by a sequence's states after the last layer, (1, T, D) both.
+at::Tensor gradient_of_last(SampledLoss& loss, const RmsNorm& norm, const at::Tensor& hidden,
+                            int64_t sequence) {
+  const at::Tensor last = hidden.detach().requires_grad_(true);
+  const at::Tensor normed = norm.forward(last);
+  const at::Tensor seed = loss.gradient(normed.detach().squeeze(0), label_generator(sequence));
+  return torch::autograd::grad({normed}, {last}, {seed.unsqueeze(0)})[0];
+}
 
 // sum += hᵀ h, of which one of the two equal corners is computed. sum (n, n), h (T, n).
 void add_gram(at::Tensor& sum, const at::Tensor& h) {
@@ -109,7 +129,7 @@ struct Sequence {
 
 // Draws this sequence's tokens by ‖g‖² (LossCurvature). norm (T, 1) is ‖g‖.
 void draw(LossCurvature& sums, const at::Tensor& x, const at::Tensor& g, const at::Tensor& norm,
-          const Sequence& sequence, at::Generator& generator) {
+          const Sequence& sequence, at::Generator generator) {
   const at::Tensor share = norm.squeeze(1).cpu().to(at::kDouble).square();
   const auto total = share.sum().item<double>();
   if (!std::isfinite(total)) return;  // which the sums will show
@@ -125,9 +145,10 @@ void draw(LossCurvature& sums, const at::Tensor& x, const at::Tensor& g, const a
       .copy_(g.cpu().index_select(0, drawn) * scale.unsqueeze(1));
 }
 
-// Adds one sequence: gradients by rotated keys and by values, and the normed input.
+// Adds one sequence's part of the mean over all tokens: gradients by rotated keys and by values,
+// and the normed input.
 void add(LossCurvature& sums, const Tape& tape, const at::Tensor& keys, const at::Tensor& values,
-         const RopeTables& rope, const Sequence& sequence, at::Generator& generator) {
+         const RopeTables& rope, const Sequence& sequence, int64_t layer) {
   // The adjoint of a rotation turns back.
   const at::Tensor unrotated = apply_rope_to_temporary(keys, {rope.cos, -rope.sin});
   const at::Tensor g =
@@ -135,9 +156,61 @@ void add(LossCurvature& sums, const Tape& tape, const at::Tensor& keys, const at
   const at::Tensor x = tape.normed.detach().squeeze(0).to(at::kFloat);
   const at::Tensor norm = g.norm(2, /*dim=*/-1, /*keepdim=*/true).clamp_min(1e-20);
   const at::Tensor root = norm.sqrt();
-  add_gram(sums.output, g / root);
-  add_gram(sums.input, x * root);
-  if (sums.sample_input.defined()) draw(sums, x, g, norm, sequence, generator);
+  const double share = 1 / std::sqrt(static_cast<double>(sequence.count * x.size(0)));
+  add_gram(sums.output, g * (share / root));
+  add_gram(sums.input, x * (share * root));
+  if (sums.sample_input.defined()) {
+    draw(sums, x, g, norm, sequence, token_generator(sequence.number, layer));
+  }
+}
+
+// Back through one layer: its part of the sums, and the loss's gradient by the layer's input from
+// that by its output. Nobody asks for the gradient by the embeddings.
+at::Tensor back(LossCurvature& sums, const Tape& tape, const at::Tensor& gradient,
+                const RopeTables& rope, const Sequence& sequence, int64_t layer) {
+  std::vector<at::Tensor> inputs = {tape.keys, tape.values};
+  if (layer > 0) inputs.push_back(tape.input);
+  const auto by = torch::autograd::grad({tape.output}, inputs, {gradient});
+  const at::NoGradGuard no_gradients;
+  add(sums, tape, by[0], by[1], rope, sequence, layer);
+  return layer > 0 ? by[2] : at::Tensor();
+}
+
+LossCurvature no_sums(const Calibration& calibration, bool sample) {
+  const ModelConfig& config = calibration.config();
+  const auto wide = at::TensorOptions(at::kDouble).device(calibration.rope().cos.device());
+  const int64_t rows = 2 * config.kv_size();
+  LossCurvature sums;
+  sums.output = at::zeros({rows, rows}, wide);
+  sums.input = at::zeros({config.hidden_size, config.hidden_size}, wide);
+  if (!sample) return sums;
+  const auto sequences = static_cast<int64_t>(calibration.sequences());
+  const int64_t drawn = sequences * draws(sequences);
+  const auto narrow = at::TensorOptions(at::kBFloat16);
+  sums.sample_input = at::empty({drawn, config.hidden_size}, narrow);
+  sums.sample_gradient = at::empty({drawn, rows}, narrow);
+  return sums;
+}
+
+void check_finite(LossCurvature& sums, int64_t layer) {
+  for (at::Tensor* sum : {&sums.output, &sums.input}) {
+    *sum = sum->cpu();
+    if (!sum->isfinite().all().item<bool>()) {
+      throw Error(ExitCode::kNonFinite, "calibration: layer " + std::to_string(layer) +
+                                            " has NaN or Inf in the gradients of its keys or "
+                                            "values");
+    }
+  }
+}
+
+// Inference tensors cannot take part in a backward pass; callers work with them.
+struct WithGradients {
+  const c10::InferenceMode leave{false};
+  const at::AutoGradMode gradients{true};
+};
+
+RopeTables own_rope(const Calibration& calibration) {
+  return {calibration.rope().cos.clone(), calibration.rope().sin.clone()};
 }
 
 // What a tape holds on to: inputs of norms, of attention and of the activation, and its output;
@@ -148,12 +221,6 @@ uint64_t layer_activation_bytes(const ModelConfig& config, int64_t length, bool 
                                : 8 * config.hidden_size + 3 * config.q_size() +
                                      4 * config.kv_size() + 4 * config.intermediate_size;
   return static_cast<uint64_t>(length * floats) * sizeof(float);
-}
-
-bool activations_fit(const ModelConfig& config, int64_t length, bool fused) {
-  return static_cast<uint64_t>(config.num_hidden_layers) *
-             layer_activation_bytes(config, length, fused) <
-         available_memory_bytes() / 4;
 }
 
 bool is_fused(const at::Tensor& example) {
@@ -171,87 +238,90 @@ uint64_t curvature_bytes(const ModelConfig& config, bool sample) {
   return static_cast<uint64_t>(config.num_hidden_layers) * bytes;
 }
 
-uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length, bool fused) {
-  const auto layers = static_cast<uint64_t>(config.num_hidden_layers);
-  const uint64_t kept = activations_fit(config, length, fused) ? layers : 1;
-  const uint64_t inputs =
-      layers * static_cast<uint64_t>(length * config.hidden_size) * sizeof(float);
+uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length, bool fused, bool by_layer) {
+  const uint64_t kept = by_layer ? 1 : static_cast<uint64_t>(config.num_hidden_layers);
   const auto logits = static_cast<uint64_t>(kRows * config.vocab_size) * sizeof(float);
   // One more layer for the gradients of the one that is read back.
-  return inputs + (kept + 1) * layer_activation_bytes(config, length, fused) +
-         (fused ? 1 : 3) * logits;
+  return (kept + 1) * layer_activation_bytes(config, length, fused) + (fused ? 1 : 3) * logits;
+}
+
+uint64_t loss_pass_disk_bytes(const Calibration& calibration) {
+  constexpr uint64_t kGradients = 2;
+  const auto states = static_cast<uint64_t>(calibration.config().num_hidden_layers) + 1;
+  return (states + kGradients) * calibration.text_state_bytes();
+}
+
+bool loss_pass_fits(const Calibration& calibration, bool sample) {
+  const uint64_t bytes = curvature_bytes(calibration.config(), sample) +
+                         loss_pass_bytes(calibration.config(), calibration.rope().cos.size(0),
+                                         is_fused(calibration.rope().cos), /*by_layer=*/false);
+  return bytes < available_memory_bytes() / 2;
 }
 
 std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration,
-                                                  const LossCurvatureOptions& options) {
-  preflight_memory(curvature_bytes(calibration.config(), options.sample) +
-                       loss_pass_bytes(calibration.config(), calibration.rope().cos.size(0),
-                                       is_fused(calibration.rope().cos)),
-                   "the loss's curvature (--objective attention needs less)");
-  // Inference tensors cannot take part in a backward pass; callers work with them.
-  const c10::InferenceMode leave(false);
-  const at::AutoGradMode gradients(true);
-  const ModelConfig& config = calibration.config();
-  const RopeTables rope = {calibration.rope().cos.clone(), calibration.rope().sin.clone()};
-  const auto layers = static_cast<size_t>(config.num_hidden_layers);
-  const bool keep =
-      options.keep.value_or(activations_fit(config, rope.cos.size(0), is_fused(rope.cos)));
+                                                  const LossPassOptions& options) {
+  const WithGradients mode;
+  const RopeTables rope = own_rope(calibration);
+  const auto layers = static_cast<size_t>(calibration.config().num_hidden_layers);
+  const auto sequences = static_cast<int64_t>(calibration.sequences());
   SampledLoss loss(calibration.output_matrix());
   const auto final_norm = calibration.load_final_norm();
-  at::Generator generator = at::detail::createCPUGenerator(kSeed);
-
-  const auto wide = at::TensorOptions(at::kDouble).device(rope.cos.device());
-  const auto sequences = static_cast<int64_t>(calibration.sequences());
-  const int64_t rows = 2 * config.kv_size();
-  std::vector<LossCurvature> sums(layers);
-  for (LossCurvature& layer : sums) {
-    layer.output = at::zeros({rows, rows}, wide);
-    layer.input = at::zeros({config.hidden_size, config.hidden_size}, wide);
-    if (!options.sample) continue;
-    const auto narrow = at::TensorOptions(at::kBFloat16);
-    layer.sample_input = at::empty({sequences * draws(sequences), config.hidden_size}, narrow);
-    layer.sample_gradient = at::empty({sequences * draws(sequences), rows}, narrow);
-  }
+  std::vector<LossCurvature> sums;
+  for (size_t l = 0; l < layers; ++l) sums.push_back(no_sums(calibration, options.sample));
   Progress bar("reading the loss", sequences, options.progress);
-  for (size_t i = 0; i < calibration.sequences(); ++i) {
+  for (int64_t i = 0; i < sequences; ++i) {
     std::vector<Tape> tapes(layers);
-    at::Tensor hidden = calibration.embedded(i);
+    at::Tensor hidden = calibration.embedded(static_cast<size_t>(i));
     for (size_t l = 0; l < layers; ++l) {
       throw_if_interrupted();
-      tapes[l].input = hidden;
-      Tape tape = record(*calibration.load_layer(static_cast<int64_t>(l)), hidden, rope);
-      hidden = tape.output.detach();
-      if (keep) tapes[l] = std::move(tape);
+      tapes[l] = record(*calibration.load_layer(static_cast<int64_t>(l)), hidden, rope);
+      hidden = tapes[l].output.detach();
     }
-    const at::Tensor last = hidden.requires_grad_(true);
-    const at::Tensor normed = final_norm->forward(last);
-    const at::Tensor seed = loss.gradient(normed.detach().squeeze(0), generator);
-    at::Tensor gradient = torch::autograd::grad({normed}, {last}, {seed.unsqueeze(0)})[0];
+    at::Tensor gradient = gradient_of_last(loss, *final_norm, hidden, i);
     for (size_t l = layers; l-- > 0;) {
       throw_if_interrupted();
-      const Tape tape =
-          keep ? std::move(tapes[l])
-               : record(*calibration.load_layer(static_cast<int64_t>(l)), tapes[l].input, rope);
-      std::vector<at::Tensor> inputs = {tape.keys, tape.values};
-      if (l > 0) inputs.push_back(tape.input);  // nobody asks for the embeddings' gradient
-      const auto by = torch::autograd::grad({tape.output}, inputs, {gradient});
-      const at::NoGradGuard no_gradients;
-      add(sums[l], tape, by[0], by[1], rope, {static_cast<int64_t>(i), sequences}, generator);
-      if (l > 0) gradient = by[2];
+      const Tape tape = std::move(tapes[l]);
+      gradient = back(sums[l], tape, gradient, rope, {i, sequences}, static_cast<int64_t>(l));
     }
     bar.advance(1);
   }
-  const at::NoGradGuard no_gradients;
-  for (size_t layer = 0; layer < layers; ++layer) {
-    for (at::Tensor* sum : {&sums[layer].output, &sums[layer].input}) {
-      *sum = (*sum / static_cast<double>(calibration.tokens())).cpu();
-      if (!sum->isfinite().all().item<bool>()) {
-        throw Error(ExitCode::kNonFinite, "calibration: layer " + std::to_string(layer) +
-                                              " has NaN or Inf in the gradients of its keys or "
-                                              "values");
-      }
-    }
+  for (size_t l = 0; l < layers; ++l) check_finite(sums[l], static_cast<int64_t>(l));
+  return sums;
+}
+
+void advance(const Calibration& calibration, int64_t layer, std::vector<at::Tensor>& hidden) {
+  const auto decoder = calibration.load_layer(layer);
+  for (at::Tensor& states : hidden) {
+    throw_if_interrupted();
+    states.copy_(decoder->forward(states, calibration.rope()));
   }
+}
+
+void loss_gradient(const Calibration& calibration, std::vector<at::Tensor>& hidden) {
+  const WithGradients mode;
+  SampledLoss loss(calibration.output_matrix());
+  const auto final_norm = calibration.load_final_norm();
+  for (size_t i = 0; i < hidden.size(); ++i) {
+    throw_if_interrupted();
+    hidden[i] = gradient_of_last(loss, *final_norm, hidden[i].clone(), static_cast<int64_t>(i));
+  }
+}
+
+LossCurvature loss_curvature(const Calibration& calibration, int64_t layer,
+                             const std::vector<at::Tensor>& hidden,
+                             std::vector<at::Tensor>& gradient, bool sample) {
+  const WithGradients mode;
+  const RopeTables rope = own_rope(calibration);
+  const auto sequences = static_cast<int64_t>(hidden.size());
+  const auto decoder = calibration.load_layer(layer);
+  LossCurvature sums = no_sums(calibration, sample);
+  for (int64_t i = 0; i < sequences; ++i) {
+    throw_if_interrupted();
+    const auto index = static_cast<size_t>(i);
+    const Tape tape = record(*decoder, hidden[index].clone(), rope);
+    gradient[index] = back(sums, tape, gradient[index].clone(), rope, {i, sequences}, layer);
+  }
+  check_finite(sums, layer);
   return sums;
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <nlohmann/json.hpp>
 
 #include "hla/factorize/linalg.h"
@@ -33,6 +34,9 @@ class LossProblem {
             .index_select(0, order)
             .index_select(1, order);
     sigma = add_ridge(statistics.loss_input);
+    if (split == 0) return;
+    pull_ = at::linalg_solve(square(split, w.size(0)), m.slice(0, split).slice(1, 0, split),
+                             /*left=*/true);
   }
 
   at::Tensor square(int64_t begin, int64_t end) const {
@@ -43,30 +47,11 @@ class LossProblem {
   OutputWeight rest_weight() const {
     return OutputWeight::blocks(square(split, w.size(0)).unsqueeze(0));
   }
-  OutputWeight fast_weight() const { return OutputWeight::blocks(square(0, split).unsqueeze(0)); }
 
-  // Rows (K·2·c, n) of fast keys as complex numbers by frequency (c, K, n), and back.
-  at::Tensor to_complex(const at::Tensor& rows) const {
-    const at::Tensor halves = rows.unflatten(0, {kv_heads, 2, fast});  // (K, 2, c, n)
-    return at::complex(halves.select(1, 0).contiguous(), halves.select(1, 1).contiguous())
-        .transpose(0, 1)
-        .contiguous();
-  }
-  static at::Tensor to_rows(const at::Tensor& by_frequency) {
-    const at::Tensor made = by_frequency.transpose(0, 1);  // (K, c, n)
-    return at::stack({at::real(made), at::imag(made)}, /*dim=*/1).flatten(0, 2);
-  }
-
-  // Of M only what an error that commutes with the rotation feels counts: per frequency the
-  // Hermitian form eᴴ M_f e, e (K) complex.
-  OutputWeight complex_weight() const {
-    const at::Tensor blocks = square(0, split)
-                                  .view({kv_heads, 2, fast, kv_heads, 2, fast})
-                                  .diagonal(0, 2, 5);  // (K, 2, K, 2, c)
-    const auto block = [&](int64_t a, int64_t b) { return blocks.select(1, a).select(2, b); };
-    return OutputWeight::blocks(at::complex((block(0, 0) + block(1, 1)).contiguous() / 2,
-                                            (block(1, 0) - block(0, 1)).contiguous() / 2)
-                                    .permute({2, 0, 1}));  // (c, K, K)
+  // What the other rows should be, given what was made of the fast ones: completes the square in M.
+  at::Tensor compensated_target(const at::Tensor& fast_made) const {
+    if (split == 0) return rest_rows();
+    return rest_rows() + pull_.matmul(fast_rows() - fast_made);
   }
 
   int64_t fast;
@@ -76,53 +61,116 @@ class LossProblem {
   at::Tensor w;      // (2·K·d, D)
   at::Tensor m;      // (2·K·d, 2·K·d)
   at::Tensor sigma;  // (D, D)
+
+ private:
+  at::Tensor pull_;  // M_rr⁻¹ M_rf, r the rest and f the fast rows
 };
 
-// Weights of frequencies (c, K, n) by a weight whose blocks are frequencies.
-at::Tensor apply_by_frequency(const OutputWeight& weight, const at::Tensor& by_frequency) {
-  return weight.apply(by_frequency.flatten(0, 1)).view_as(by_frequency);
-}
+// The latent that the fast keys have of their own, best first, so that any rank is a part of it.
+class FastLatent {
+ public:
+  virtual ~FastLatent() = default;
+  virtual at::Tensor approximation(int64_t rank) const = 0;  // Ŵ of the fast rows
+  virtual void store(int64_t rank, LayerFactors& out) const = 0;
+};
 
-// Returns Ŵ of the fast rows.
-at::Tensor fast_complex(const LossProblem& problem, int64_t total_rank, LayerFactors& out) {
-  const OutputWeight weight = problem.complex_weight();
-  const at::Tensor weighted = apply_by_frequency(weight, problem.to_complex(problem.fast_rows()));
-  const ComplexSpectrum spectrum = complex_spectrum(weighted, problem.sigma);
-  const std::vector<int64_t> ranks = ranks_by_energy(spectrum.energies, total_rank);
-  out.config.k_ranks = ranks;
-  if (total_rank == 0) return at::zeros_like(problem.fast_rows());
-  const ComplexLowRank factors = best_complex_low_rank(weighted, spectrum, ranks);
-  // All columns at once: those beyond a frequency's rank are dropped again.
-  const at::Tensor vectors = weight.undo(spectrum.vectors.flatten(0, 1)).view_as(spectrum.vectors);
-  std::vector<at::Tensor> ups;
-  std::vector<at::Tensor> products;
-  for (int64_t f = 0; f < problem.fast; ++f) {
-    const auto index = static_cast<size_t>(f);
-    ups.push_back(vectors[f].slice(1, 0, ranks[index]));
-    products.push_back(ups.back().matmul(factors.down[index]));
+// Rotated where it is cached: complex ranks, shared out over the frequencies by energy.
+class ComplexLatent : public FastLatent {
+ public:
+  explicit ComplexLatent(const LossProblem& problem)
+      : kv_heads_(problem.kv_heads), fast_(problem.fast) {
+    const OutputWeight weight = output_weight(problem);
+    const at::Tensor rows = to_complex(problem.fast_rows());
+    const at::Tensor weighted = weight.apply(rows.flatten(0, 1)).view_as(rows);
+    const ComplexSpectrum spectrum = complex_spectrum(weighted, problem.sigma);
+    energies_ = spectrum.energies;
+    up_ = weight.undo(spectrum.vectors.flatten(0, 1)).view_as(spectrum.vectors);
+    down_ = spectrum.vectors.mH().matmul(weighted);
   }
-  out.store_complex(ups, factors.down);
-  return LossProblem::to_rows(at::stack(products));
+
+  at::Tensor approximation(int64_t rank) const override {
+    const std::vector<int64_t> ranks = ranks_by_energy(energies_, rank);
+    const at::Tensor number = at::arange(kv_heads_, at::TensorOptions(at::kLong));
+    const at::Tensor kept = number < at::tensor(ranks).unsqueeze(1);  // (c, K)
+    const at::Tensor made = (up_ * kept.unsqueeze(1)).matmul(down_);  // (c, K, D)
+    const at::Tensor by_head = made.transpose(0, 1);                  // (K, c, D)
+    return at::stack({at::real(by_head), at::imag(by_head)}, 1).flatten(0, 2);
+  }
+
+  void store(int64_t rank, LayerFactors& out) const override {
+    out.config.k_ranks = ranks_by_energy(energies_, rank);
+    std::vector<at::Tensor> ups;
+    std::vector<at::Tensor> downs;
+    for (int64_t f = 0; f < fast_; ++f) {
+      const int64_t kept = out.config.k_ranks[static_cast<size_t>(f)];
+      ups.push_back(up_[f].slice(1, 0, kept));
+      downs.push_back(down_[f].slice(0, 0, kept));
+    }
+    if (rank > 0) out.store_complex(ups, downs);
+  }
+
+ private:
+  // Of M only what an error that commutes with the rotation feels counts: per frequency the
+  // Hermitian form eᴴ M_f e, e (K) complex.
+  static OutputWeight output_weight(const LossProblem& problem) {
+    const int64_t heads = problem.kv_heads;
+    const at::Tensor blocks = problem.square(0, problem.split)
+                                  .view({heads, 2, problem.fast, heads, 2, problem.fast})
+                                  .diagonal(0, 2, 5);  // (K, 2, K, 2, c)
+    const auto block = [&](int64_t a, int64_t b) { return blocks.select(1, a).select(2, b); };
+    return OutputWeight::blocks(at::complex((block(0, 0) + block(1, 1)).contiguous() / 2,
+                                            (block(1, 0) - block(0, 1)).contiguous() / 2)
+                                    .permute({2, 0, 1}));  // (c, K, K)
+  }
+
+  // Rows (K·2·c, D) as complex numbers by frequency (c, K, D).
+  at::Tensor to_complex(const at::Tensor& rows) const {
+    const at::Tensor halves = rows.unflatten(0, {kv_heads_, 2, fast_});  // (K, 2, c, D)
+    return at::complex(halves.select(1, 0).contiguous(), halves.select(1, 1).contiguous())
+        .transpose(0, 1)
+        .contiguous();
+  }
+
+  int64_t kv_heads_;
+  int64_t fast_;
+  at::Tensor energies_;  // (c, K)
+  at::Tensor up_;        // (c, K, K)
+  at::Tensor down_;      // (c, K, D)
+};
+
+// Not rotated: one real basis.
+class RealLatent : public FastLatent {
+ public:
+  RealLatent(const LossProblem& problem, int64_t most) {
+    const OutputWeight weight = OutputWeight::blocks(problem.square(0, problem.split).unsqueeze(0));
+    factors_ = best_low_rank(weight.apply(problem.fast_rows()), problem.sigma, most);
+    factors_.up = weight.undo(factors_.up);
+  }
+
+  at::Tensor approximation(int64_t rank) const override { return up(rank).matmul(down(rank)); }
+
+  void store(int64_t rank, LayerFactors& out) const override {
+    if (rank == 0) return;
+    out.tensors["k_up.weight"] = up(rank);
+    out.tensors["k_down.weight"] = down(rank);
+  }
+
+ private:
+  at::Tensor up(int64_t rank) const { return factors_.up.slice(1, 0, rank); }
+  at::Tensor down(int64_t rank) const { return factors_.down.slice(0, 0, rank); }
+
+  LowRank factors_;
+};
+
+int64_t most_fast_rank(const LossProblem& problem, HlaRope rope) {
+  return rope == HlaRope::kLatent ? problem.split / 2 : std::min(problem.split, problem.w.size(1));
 }
 
-// Returns Ŵ of the fast rows.
-at::Tensor fast_real(const LossProblem& problem, int64_t rank, LayerFactors& out) {
-  if (rank == 0) return at::zeros_like(problem.fast_rows());
-  const OutputWeight weight = problem.fast_weight();
-  const LowRank factors = best_low_rank(weight.apply(problem.fast_rows()), problem.sigma, rank);
-  out.tensors["k_up.weight"] = weight.undo(factors.up);
-  out.tensors["k_down.weight"] = factors.down;
-  return out.tensors["k_up.weight"].matmul(factors.down);
-}
-
-// Completing the square in M: what the other rows should be, given the error of the fast ones.
-at::Tensor compensated_target(const LossProblem& problem, const at::Tensor& fast_made) {
-  if (problem.split == 0) return problem.rest_rows();
-  const int64_t split = problem.split;
-  const at::Tensor error = problem.fast_rows() - fast_made;
-  const at::Tensor pull = problem.m.slice(0, split).slice(1, 0, split).matmul(error);
-  return problem.rest_rows() +
-         at::linalg_solve(problem.square(split, problem.w.size(0)), pull, /*left=*/true);
+// Null where no keys are fast.
+std::unique_ptr<FastLatent> fast_latent(const LossProblem& problem, HlaRope rope) {
+  if (problem.split == 0) return nullptr;
+  if (rope == HlaRope::kLatent) return std::make_unique<ComplexLatent>(problem);
+  return std::make_unique<RealLatent>(problem, most_fast_rank(problem, rope));
 }
 
 // What leaving out all components from r on adds to gᵀ (W - Ŵ) x, a component being a column of up
@@ -152,14 +200,15 @@ void factorize_by_loss(const ModelConfig& config, const AttentionWeights& weight
   const int64_t split = problem.split;
   const int64_t kv = config.kv_size();
   at::Tensor made = at::zeros_like(problem.w);
-  const at::Tensor fast_made = rope == HlaRope::kLatent
-                                   ? fast_complex(problem, plan.complex_rank, out)
-                                   : fast_real(problem, plan.k_rank, out);
-  made.slice(0, 0, split).copy_(fast_made);
+  if (const auto fast = fast_latent(problem, rope)) {
+    const int64_t rank = rope == HlaRope::kLatent ? plan.complex_rank : plan.k_rank;
+    fast->store(rank, out);
+    made.slice(0, 0, split).copy_(fast->approximation(rank));
+  }
   if (plan.kv_rank > 0) {
     const OutputWeight weight = problem.rest_weight();
-    const LowRank factors = best_low_rank(weight.apply(compensated_target(problem, fast_made)),
-                                          problem.sigma, plan.kv_rank);
+    const at::Tensor target = problem.compensated_target(made.slice(0, 0, split));
+    const LowRank factors = best_low_rank(weight.apply(target), problem.sigma, plan.kv_rank);
     out.tensors["kv_up.weight"] = weight.undo(factors.up);
     out.tensors["kv_down.weight"] = factors.down;
     made.slice(0, split).copy_(out.tensors["kv_up.weight"].matmul(factors.down));
@@ -182,23 +231,20 @@ LossCurve predict_loss(const ModelConfig& config, const AttentionWeights& weight
   const at::Tensor x = statistics.sample_input.to(at::kDouble);
   const at::Tensor g =
       statistics.sample_gradient.to(at::kDouble).index_select(/*dim=*/1, problem.order);
-  const bool latent = rope == HlaRope::kLatent;
-  const int64_t fast_floats = latent ? 2 : 1;
+  const int64_t fast_floats = rope == HlaRope::kLatent ? 2 : 1;
   const int64_t split = problem.split;
-  const int64_t hidden = config.hidden_size;
-  const int64_t most_shared = std::min(problem.w.size(0) - split, hidden);
-  const int64_t most_fast = latent ? split / 2 : std::min(split, hidden);
+  const int64_t most_shared = std::min(problem.w.size(0) - split, config.hidden_size);
+  const int64_t most_fast = most_fast_rank(problem, rope);
   const at::Tensor own = g.slice(1, 0, split);
   const at::Tensor rest = g.slice(1, split);
   const OutputWeight weight = problem.rest_weight();
+  const auto fast = fast_latent(problem, rope);
   const auto none = LossCurve::Point{.loss = std::numeric_limits<double>::infinity()};
   LossCurve curve;
   curve.points.resize(static_cast<size_t>(most_shared + fast_floats * most_fast), none);
   for (const int64_t rank : fast_candidates(most_fast)) {
-    LayerFactors unused;
-    const at::Tensor made =
-        latent ? fast_complex(problem, rank, unused) : fast_real(problem, rank, unused);
-    const at::Tensor target = compensated_target(problem, made);
+    const at::Tensor made = fast ? fast->approximation(rank) : problem.fast_rows();
+    const at::Tensor target = problem.compensated_target(made);
     const auto product = [&x](const at::Tensor& rows, const at::Tensor& error) {
       return rows.mul(x.matmul(error.t())).sum(1, /*keepdim=*/true);  // (n, 1)
     };

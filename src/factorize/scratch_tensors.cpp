@@ -29,6 +29,21 @@ void save_tensors(const std::filesystem::path& path,
   detail::sync_folder(path.parent_path());
 }
 
+void save_tensor_list(const std::filesystem::path& path, const std::vector<at::Tensor>& tensors) {
+  std::vector<std::pair<std::string, at::Tensor>> named;
+  for (const at::Tensor& tensor : tensors) named.emplace_back(std::to_string(named.size()), tensor);
+  save_tensors(path, named);
+}
+
+std::vector<at::Tensor> load_tensor_list(const std::filesystem::path& path, at::Device device) {
+  const auto reader = SafetensorsReader::open(path);
+  std::vector<at::Tensor> tensors;
+  for (size_t i = 0; i < reader.tensors().size(); ++i) {
+    tensors.push_back(load_tensor(reader, std::to_string(i)).to(device));
+  }
+  return tensors;
+}
+
 at::Tensor load_tensor(const SafetensorsReader& reader, const std::string& name) {
   const TensorView view = reader.view(name);
   at::Tensor tensor = at::empty(view.shape, at::TensorOptions(to_scalar_type(view.dtype)));

@@ -44,13 +44,29 @@ TEST_F(LossCurvatureTest, IsPositiveAndOfTheRightShape) {
   }
 }
 
-TEST_F(LossCurvatureTest, RecomputedActivationsGiveTheSame) {
+TEST_F(LossCurvatureTest, IsTheSameALayerAtATime) {
+  const c10::InferenceMode caller;
   const Calibration calibration(base_, config_, small_calibration());
-  const auto kept = collect_loss_curvature(calibration, {.progress = false, .keep = true});
-  const auto again = collect_loss_curvature(calibration, {.progress = false, .keep = false});
-  for (size_t i = 0; i < kept.size(); ++i) {
-    EXPECT_TRUE(kept[i].output.equal(again[i].output)) << i;
-    EXPECT_TRUE(kept[i].input.equal(again[i].input)) << i;
+  const auto at_once = collect_loss_curvature(calibration, {.sample = true, .progress = false});
+  std::vector<at::Tensor> states;
+  for (size_t i = 0; i < calibration.sequences(); ++i) states.push_back(calibration.embedded(i));
+  ASSERT_EQ(states.size(), 2u);
+  std::vector<std::vector<at::Tensor>> inputs;
+  for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
+    inputs.emplace_back();
+    for (const at::Tensor& hidden : states) inputs.back().push_back(hidden.clone());
+    advance(calibration, layer, states);
+  }
+  loss_gradient(calibration, states);
+  for (int64_t layer = config_.num_hidden_layers; layer-- > 0;) {
+    const auto index = static_cast<size_t>(layer);
+    const LossCurvature found =
+        loss_curvature(calibration, layer, inputs[index], states, /*sample=*/true);
+    const LossCurvature& expected = at_once[index];
+    EXPECT_TRUE(found.output.equal(expected.output)) << layer;
+    EXPECT_TRUE(found.input.equal(expected.input)) << layer;
+    EXPECT_TRUE(found.sample_input.equal(expected.sample_input)) << layer;
+    EXPECT_TRUE(found.sample_gradient.equal(expected.sample_gradient)) << layer;
   }
 }
 

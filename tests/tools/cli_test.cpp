@@ -358,14 +358,16 @@ size_t complete_steps(const std::filesystem::path& steps) {
   return text.empty() ? 0 : nlohmann::json::parse(text)["steps"].size();
 }
 
-// SIGKILL at random instants: the same command then gives the bytes of a run that nobody disturbed.
+// SIGKILL at random instants: the same command then gives the bytes of a run that nobody disturbed,
+// whether the loss is read at once or a layer at a time.
 TEST(CliTest, KilledConversionGoesOnToTheSameBytes) {
   const TempDir folder;
   const std::string options =
       " --rope latent --calib-tokens 2048 --calib-length 256 --max-shard-size 150KB --threads 2 "
       "--report-perplexity --target-ppl-increase 10%";
-  const auto command = [&](const std::filesystem::path& out) {
-    return std::string(HLA_BINARY) + " convert " + stories() + " " + out.string() + options;
+  const auto command = [&](const std::filesystem::path& out, bool low_memory = false) {
+    return std::string(HLA_BINARY) + " convert " + stories() + " " + out.string() + options +
+           (low_memory ? " --low-memory" : "");
   };
   const auto start = std::chrono::steady_clock::now();
   ASSERT_EQ(run_command(command(folder / "whole")).code, 0);
@@ -374,20 +376,23 @@ TEST(CliTest, KilledConversionGoesOnToTheSameBytes) {
   ASSERT_TRUE(whole.contains("model.safetensors.index.json"));
   ASSERT_EQ(run_hla("info " + (folder / "whole").string()).code, 0);
 
-  // Curvature, predicted loss, held-out perplexity of the base, trials; what stands before the
-  // layers, the base's perplexity, five layers, what follows them.
-  const size_t whole_steps =
-      11 + nlohmann::json::parse(whole.at("hla_report.json"))["budget"]["trials"].size();
+  // How the loss is read, curvature, predicted loss, held-out perplexity of the base, trials; what
+  // stands before the layers, the base's perplexity, five layers, what follows them. A layer at a
+  // time, curvature is: the embedded text, five layers, the loss's gradient, five layers.
+  const size_t steps_at_once =
+      12 + nlohmann::json::parse(whole.at("hla_report.json"))["budget"]["trials"].size();
   std::mt19937 random(20);
   int resumed = 0;
-  for (int round = 0; round < 5; ++round) {
+  for (int round = 0; round < 8; ++round) {
+    const bool low_memory = round % 2 == 0;
+    const size_t whole_steps = steps_at_once + (low_memory ? 11 : 0);
     const auto out = folder / ("out" + std::to_string(round));
     const auto steps = folder.path() / ("." + out.filename().string() + ".hla-partial/steps.json");
     const size_t after_steps = random() % (whole_steps - 1);
     const auto pause = whole_time / whole_steps * (random() % 100) / 100;
     const pid_t child = fork();
     if (child == 0) {
-      const std::string line = "exec " + command(out) + " >/dev/null 2>&1";
+      const std::string line = "exec " + command(out, low_memory) + " >/dev/null 2>&1";
       execl("/bin/sh", "sh", "-c", line.c_str(), nullptr);
       _exit(127);
     }
@@ -401,7 +406,7 @@ TEST(CliTest, KilledConversionGoesOnToTheSameBytes) {
       const size_t complete = complete_steps(steps);
       // As if it had been killed while it wrote the small files.
       if (complete > 0) write_file(steps.parent_path() / "output" / "config.json", "{");
-      const CommandResult result = run_command(command(out));
+      const CommandResult result = run_command(command(out, low_memory));
       ASSERT_EQ(result.code, 0) << result.err;
       if (complete > 0) {
         ++resumed;

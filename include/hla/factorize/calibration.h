@@ -50,7 +50,9 @@ class Calibration {
   int64_t held_out_tokens() const;
   // Of the sequences that are moved through the converted layers, too.
   int64_t followed_tokens() const;
-  uint64_t state_bytes() const;                     // of all hidden states
+  uint64_t state_bytes() const;  // of all hidden states
+  // Of the hidden states of all sequences through one model, carried or not.
+  uint64_t text_state_bytes() const;
   const RopeTables& rope() const { return rope_; }  // of one sequence
   const CalibrationState& state() const { return state_; }
 
@@ -95,6 +97,7 @@ class Calibration {
   void read_texts(const ConvertOptions& options, const Tokenizer& tokenizer);
   const char* output_matrix_name() const;
   at::Tensor embed(const at::Tensor& ids) const;
+  void finish(std::vector<at::Tensor>& states, int64_t layer, const AttentionOf& attention) const;
   double perplexity_of(const std::vector<at::Tensor>& hidden,
                        const std::vector<at::Tensor>& ids) const;
   double sum_nll(const at::Tensor& rows, const at::Tensor& targets) const;

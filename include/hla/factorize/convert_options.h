@@ -58,6 +58,9 @@ struct ConvertOptions {
   // Also report the perplexity of some calibration sequences after each layer. Every layer costs a
   // forward of those that follow it.
   bool report_perplexity = false;
+  // The loss's curvature is read a layer at a time, as it is anyway where it would take more than
+  // half of the available memory: one forward more, and every layer's states on disk.
+  bool low_memory = false;
   bool restart = false;  // start over where an unfinished conversion to the same folder lies
   bool force = false;
   bool progress = true;

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "hla/factorize/calibration.h"
@@ -29,24 +28,38 @@ struct LossCurvature {
 
 constexpr int64_t kSampledTokens = 4096;
 
-struct LossCurvatureOptions {
-  bool sample = false;
-  bool progress = true;
-  // The layers' activations are kept for the backward pass, or computed again in it; absent: kept
-  // where they fit in a quarter of the available memory.
-  std::optional<bool> keep = std::nullopt;
-};
-
 // Of what is collected of all layers.
 uint64_t curvature_bytes(const ModelConfig& config, bool sample);
 // Memory that collecting it takes beside the weights and the above, for sequences of `length`;
 // `fused`: in fp32 on the CPU (autograd_functions.h).
-uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length, bool fused);
+uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length, bool fused, bool by_layer);
+// What the states and gradients of all sequences take on disk, by layer.
+uint64_t loss_pass_disk_bytes(const Calibration& calibration);
+// Whether collect_loss_curvature() takes less than half of the available memory.
+bool loss_pass_fits(const Calibration& calibration, bool sample);
 
-// One forward and one backward of the base over the calibration text, a sequence at a time. The
-// loss is the model's own: labels are drawn from its predictions (fixed seed), so that E[g gᵀ] is
-// the Fisher information and needs no text to be right. Throws kNonFinite naming the layer.
+struct LossPassOptions {
+  bool sample = false;
+  bool progress = true;
+};
+
+// One forward and one backward of the base over the calibration text, a sequence at a time through
+// all layers. The loss is the model's own: labels are drawn from its predictions (fixed seed), so
+// that E[g gᵀ] is the Fisher information and needs no text to be right. Throws kNonFinite naming
+// the layer.
 std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration,
-                                                  const LossCurvatureOptions& options);
+                                                  const LossPassOptions& options);
+
+// The same, to the last bit, a layer at a time through all sequences, which takes one forward more:
+// advance() from layer to layer with every layer's input kept, loss_gradient() once, then
+// loss_curvature() from the last layer to the first. Tensors are (1, T, D), one per sequence.
+void advance(const Calibration& calibration, int64_t layer, std::vector<at::Tensor>& hidden);
+// Replaces the states after the last layer by the loss's gradient by them.
+void loss_gradient(const Calibration& calibration, std::vector<at::Tensor>& hidden);
+// Of the layer that `hidden` enters; replaces the gradient by its output by that by its input
+// (undefined below the first layer).
+LossCurvature loss_curvature(const Calibration& calibration, int64_t layer,
+                             const std::vector<at::Tensor>& hidden,
+                             std::vector<at::Tensor>& gradient, bool sample);
 
 }  // namespace hla
