@@ -131,6 +131,7 @@ void run_convert(ConvertArguments& arguments) {
     options.calib.assign(arguments.calib.begin(), arguments.calib.end());
     if (options.calib.empty()) {
       options.calib = {data_file("wikitext-2/wiki.valid.txt"),
+                       data_file("calibration/wikipedia.txt"),
                        data_file("calibration/smollm2_samples.txt")};
     }
   }
@@ -206,7 +207,7 @@ void add_convert(CLI::App& app) {
   command
       ->add_option("--calib", arguments->calib,
                    "Calibration text, several for equal shares; default: the WikiText-2 "
-                   "validation split and text sampled from SmolLM2")
+                   "validation split, Wikipedia, and text sampled from SmolLM2")
       ->take_all();
   command->add_option("--calib-tokens", options.calib_tokens, "Tokens of all texts together")
       ->check(CLI::PositiveNumber)
