@@ -235,6 +235,8 @@ void add_convert(CLI::App& app) {
                        "Weight of the values against the keys in a joint basis")
           ->check(CLI::PositiveNumber)
           ->capture_default_str()};
+  command->add_flag("--refit-output,!--no-refit-output", options.refit_output,
+                    "Fit W_o to what is left of keys and values (default with --objective loss)");
   command->add_option(
       "--plan", arguments->plan,
       "Sizes of every layer, as --dry-run --json writes them, instead of the above");

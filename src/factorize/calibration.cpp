@@ -42,8 +42,6 @@ class FactorSource : public ParameterSource {
   at::ScalarType dtype_;
 };
 
-double energy(const at::Tensor& x) { return x.to(at::kDouble).square().sum().item<double>(); }
-
 // The tensors of a state by the names that they have in a file.
 std::vector<std::pair<std::string, at::Tensor*>> named(CalibrationState& state) {
   std::vector<std::pair<std::string, at::Tensor*>> result;
@@ -57,6 +55,13 @@ std::vector<std::pair<std::string, at::Tensor*>> named(CalibrationState& state) 
 }
 
 }  // namespace
+
+size_t output_sequences(const ConvertOptions& options, size_t sequences) {
+  if (!options.refits_output()) {
+    return std::min(sequences, static_cast<size_t>(kReportSequences));
+  }
+  return std::min((sequences + 1) / 2, static_cast<size_t>(kRefitSequences));
+}
 
 Calibration::Calibration(const Checkpoint& base, const ModelConfig& config,
                          const ConvertOptions& options)
@@ -225,25 +230,27 @@ std::shared_ptr<Attention> Calibration::load_converted(
   return std::make_shared<HlaAttention>(source, layer_prefix(layer) + ".self_attn", hla, layer);
 }
 
-double Calibration::advance(const DecoderLayer& layer, const Attention& converted) {
-  double error = 0;
-  double total = 0;
-  for (size_t i = 0; i < state_.base_hidden.size(); ++i) {
+OutputRefit Calibration::advance_base(const DecoderLayer& layer, const Attention& converted) {
+  OutputRefit refit(config_.hidden_size, config_.q_size(), device_);
+  for (at::Tensor& base : state_.base_hidden) {
     throw_if_interrupted();
-    // New states take the memory of the old ones: as tensors of their own, between what a layer
-    // allocates and frees, they would leave the heap full of holes.
-    at::Tensor& base = state_.base_hidden[i];
     const at::Tensor x = layer.input_layernorm().forward(base);
     at::Tensor output = layer.self_attn().forward(x, rope_);
-    total += energy(output);
-    error += energy(converted.forward(x, rope_) - output);
+    const at::Tensor context = Attention::context(converted.project(x, rope_));
+    refit.add(context, output, converted.output(context));
+    // New states take the memory of the old ones: as tensors of their own, between what a layer
+    // allocates and frees, they would leave the heap full of holes.
     base.copy_(layer.finish(base, std::move(output)));
-    if (i < followed_) {
-      at::Tensor& hla = state_.hla_hidden[i];
-      hla.copy_(layer.finish(hla, converted.forward(layer.input_layernorm().forward(hla), rope_)));
-    }
   }
-  return total > 0 ? std::sqrt(error / total) : 0;
+  return refit;
+}
+
+void Calibration::advance_converted(const DecoderLayer& layer, const Attention& converted) {
+  for (at::Tensor& hidden : state_.hla_hidden) {
+    throw_if_interrupted();
+    const at::Tensor x = layer.input_layernorm().forward(hidden);
+    hidden.copy_(layer.finish(hidden, converted.forward(x, rope_)));
+  }
 }
 
 double Calibration::perplexity(int64_t layer) const {

@@ -199,6 +199,7 @@ json ConvertReport::to_json(const ConvertOptions& options, bool measured) const 
                  {"base_name_or_path", base_name},
                  {"rope", to_string(options.rope)},
                  {"objective", to_string(options.objective())},
+                 {"refit_output", options.refits_output()},
                  {"key_weighting", to_string(options.factors.key_weighting)},
                  {"value_weighting", to_string(options.factors.value_weighting)},
                  {"value_weight", options.factors.value_weight},

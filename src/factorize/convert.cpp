@@ -210,8 +210,10 @@ class Conversion {
     report_.calib_texts = calibration_->texts();
     report_.calib_tokens = calibration_->tokens();
     report_.perplexity_tokens = calibration_->followed_tokens();
-    // The factors are made from the curvature; what is left to measure are errors, for the report.
-    if (!needs_attention_statistics()) calibration_->carry_only(kReportSequences);
+    // The factors are made from the curvature; what is left to measure are errors of the output.
+    if (!needs_attention_statistics()) {
+      calibration_->carry_only(output_sequences(options_, calibration_->sequences()));
+    }
   }
 
   bool by_loss() const { return options_.objective() == Objective::kLoss; }
@@ -408,16 +410,21 @@ class Conversion {
     return total;
   }
 
-  // A layer's attention after this plan, of which `config` is the planned_config().
-  std::shared_ptr<Attention> converted_attention(const ConversionPlan& plan, ModelConfig config,
-                                                 int64_t layer) const {
+  // A layer's attention after this plan, of which `hla` is the planned_config(). Where W_o is
+  // refitted, to be called layer by layer: moves the base's states.
+  std::shared_ptr<Attention> converted_attention(const ConversionPlan& plan, ModelConfig hla,
+                                                 int64_t layer) {
     LayerStatistics statistics;
     read_curvature(layer, statistics);
-    const LayerFactors made =
+    LayerFactors made =
         factorize_layer(config_, attention_weights(base_, config_, layer), statistics, plan.rope,
                         plan.layers[static_cast<size_t>(layer)], options_.factors);
-    config.hla->layers[static_cast<size_t>(layer)] = made.config;
-    return calibration_->load_converted(layer, config, full_names(layer, made.tensors), dtype_);
+    hla.hla->layers[static_cast<size_t>(layer)] = made.config;
+    if (options_.refits_output()) {
+      if (layer == 0) calibration_->embed();
+      measure_output(hla, layer, *calibration_->load_layer(layer), made);
+    }
+    return load_converted(hla, layer, made);
   }
 
   // The curves of all layers.
@@ -483,28 +490,42 @@ class Conversion {
     } else {
       statistics = weight_only_statistics(config_, weights.q, weights.k);
     }
-    const LayerFactors made =
-        factorize_layer(config_, weights, statistics, plan_.rope,
-                        plan_.layers[static_cast<size_t>(layer)], options_.factors);
+    LayerFactors made = factorize_layer(config_, weights, statistics, plan_.rope,
+                                        plan_.layers[static_cast<size_t>(layer)], options_.factors);
     report.config = made.config;
     report.key_error = made.key_error;
     report.value_error = made.value_error;
     report.query_error = made.query_error;
-    const std::map<std::string, at::Tensor> factors = full_names(layer, made.tensors);
-    if (calibration_) advance_calibration(layer, *decoder, factors, report);
-    return factors;
+    if (calibration_) advance_calibration(layer, *decoder, made, report);
+    return full_names(layer, made.tensors);
   }
 
-  void advance_calibration(int64_t layer, const DecoderLayer& decoder,
-                           const std::map<std::string, at::Tensor>& factors, LayerReport& report) {
-    ModelConfig config = report_.hla;
-    config.hla->layers[static_cast<size_t>(layer)] = report.config;
-    const auto converted = calibration_->load_converted(layer, config, factors, dtype_);
-    report.attention_output_error = calibration_->advance(decoder, *converted);
+  std::shared_ptr<Attention> load_converted(const ModelConfig& hla, int64_t layer,
+                                            const LayerFactors& made) const {
+    return calibration_->load_converted(layer, hla, full_names(layer, made.tensors), dtype_);
+  }
+
+  // Moves the base's states through the layer, and fits W_o to what they show if that is asked for.
+  // Returns the error of the attention output.
+  double measure_output(const ModelConfig& hla, int64_t layer, const DecoderLayer& decoder,
+                        LayerFactors& made) {
+    const OutputRefit refit =
+        calibration_->advance_base(decoder, *load_converted(hla, layer, made));
+    if (!options_.refits_output()) return refit.relative_error();
+    const at::Tensor change = refit.change();
+    made.tensors["o_proj.weight"] = made.tensors["o_proj.weight"] + change;
+    return refit.relative_error(change);
+  }
+
+  void advance_calibration(int64_t layer, const DecoderLayer& decoder, LayerFactors& made,
+                           LayerReport& report) {
+    ModelConfig hla = report_.hla;
+    hla.hla->layers[static_cast<size_t>(layer)] = report.config;
+    report.attention_output_error = measure_output(hla, layer, decoder, made);
     calibration_at_ = layer + 1;
-    if (options_.report_perplexity) {
-      report.calibration_perplexity = calibration_->perplexity(layer + 1);
-    }
+    if (!options_.report_perplexity) return;
+    calibration_->advance_converted(decoder, *load_converted(hla, layer, made));
+    report.calibration_perplexity = calibration_->perplexity(layer + 1);
   }
 
   // ---- after the last step ----

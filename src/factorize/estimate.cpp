@@ -162,13 +162,20 @@ double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int
         2 * s.tokens * (s.query + 2 * s.kv) * s.hidden + 2 * pairs * s.query +
         2 * s.heads * pairs * s.hidden + 2 * s.heads * s.tokens * s.hidden * s.hidden +
         4 * s.tokens * s.hidden * s.hidden + kAttentionElementCost * s.heads * pairs;
+    const auto sequences = static_cast<size_t>(std::max(1.0, s.tokens / s.length));
     const bool by_loss = options.objective() == Objective::kLoss;
     const bool factors_queries =
         std::any_of(hla.hla->layers.begin(), hla.hla->layers.end(),
                     [](const HlaLayerConfig& config) { return config.q_rank > 0; });
     const double reported =
-        by_loss && !factors_queries ? std::min(1.0, kReportSequences * s.length / s.tokens) : 1;
+        by_loss && !factors_queries
+            ? static_cast<double>(output_sequences(options, sequences)) * s.length / s.tokens
+            : 1;
     layer += reported * (forward + converted);
+    if (options.refits_output()) {
+      layer += reported * 2 * s.tokens * s.query * (s.query + s.hidden) +
+               kWideCost * s.query * s.query * (s.query + s.hidden);
+    }
     if (!by_loss || factors_queries) layer += statistics;
     if (by_loss) {
       // Forward; backward, which needs no gradients of weights and costs as much; the sums.
@@ -179,7 +186,8 @@ double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int
     if (options.measures_ranks()) layer += factorization_work(s, options);
     if (options.target_ppl_increase) {
       const double held_out = kHeldOutSequences * s.length / s.tokens;
-      layer += kExpectedTrials * (factorization_work(s, options) + held_out * forward);
+      const double refitted = options.refits_output() ? reported * (forward + converted) : 0;
+      layer += kExpectedTrials * (factorization_work(s, options) + held_out * forward + refitted);
     }
   }
   const auto layers = static_cast<double>(hla.num_hidden_layers);

@@ -61,6 +61,7 @@ json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& option
                  {"key_weighting", to_string(options.factors.key_weighting)},
                  {"value_weighting", to_string(options.factors.value_weighting)},
                  {"value_weight", options.factors.value_weight},
+                 {"refit_output", options.refits_output()},
                  {"dtype", options.dtype ? json(dtype_label(*options.dtype)) : json()},
                  {"max_shard_bytes", options.max_shard_bytes}};
   json calibration;

@@ -76,7 +76,9 @@ std::string model_card(const nlohmann::json& report) {
           report["parameters"].dump() + " |\n\n";
   card += "`rope: " + rope + "`. " + rope_text(rope) + "\n\n";
   card += "Calibration: " + calibration["text"].get<std::string>() + ", " +
-          calibration["tokens"].dump() + " tokens. " + objective_text(report) + "\n\n";
+          calibration["tokens"].dump() + " tokens. " + objective_text(report) +
+          (report["refit_output"].get<bool>() ? " W_o is fitted to what is left of them." : "") +
+          "\n\n";
   card += kUse;
   card +=
       "## Layers\n\nErrors are relative: of keys and values in the norm that was minimised, of the "

@@ -45,10 +45,11 @@ at::Tensor Attention::forward(const at::Tensor& x, const RopeTables& rope) const
   return attend(project(x, rope));
 }
 
-at::Tensor Attention::attend(const Qkv& qkv) const {
-  const at::Tensor context = causal_attention(qkv);  // (B, T, H, d)
-  return o_proj_->forward(context.flatten(/*start_dim=*/2));
+at::Tensor Attention::context(const Qkv& qkv) {
+  return causal_attention(qkv).flatten(/*start_dim=*/2);
 }
+
+at::Tensor Attention::output(const at::Tensor& context) const { return o_proj_->forward(context); }
 
 LlamaAttention::LlamaAttention(ParameterSource& source, const std::string& prefix,
                                const ModelConfig& config)

@@ -424,17 +424,35 @@ TEST(ConvertTest, ReportsTheAttentionOutput) {
   double error = 0;
   double energy = 0;
   auto sequences = calibration_sequences(tokenizer->encode(text), 4, 256);
-  sequences.resize(kReportSequences);
+  sequences.resize(output_sequences(options, sequences.size()));
   for (const at::Tensor& ids : sequences) {
     const at::Tensor hidden = base->embed(ids);
-    const at::Tensor expected = base->layers()[0]->attention_output(hidden, base->rope(256));
-    const at::Tensor got = made->layers()[0]->attention_output(hidden, base->rope(256));
+    const auto output = [&](const LlamaForCausalLM& model) {
+      return model.layers()[0]->attention_output(hidden, base->rope(256)).slice(1, 1);
+    };
+    const at::Tensor expected = output(*base);
+    const at::Tensor got = output(*made);
     error += (got - expected).to(at::kDouble).square().sum().item<double>();
     energy += expected.to(at::kDouble).square().sum().item<double>();
   }
   ASSERT_TRUE(report.layers[0].attention_output_error);
   EXPECT_NEAR(*report.layers[0].attention_output_error, std::sqrt(error / energy), 1e-4);
   EXPECT_GT(error, 0);
+
+  // Fitting W_o is what makes it so small.
+  ConvertOptions kept = options;
+  kept.refit_output = false;
+  const ConvertReport unfitted = convert(stories(), folder / "kept", kept);
+  for (size_t i = 0; i < report.layers.size(); ++i) {
+    EXPECT_LT(*report.layers[i].attention_output_error,
+              0.97 * *unfitted.layers[i].attention_output_error)
+        << i;
+  }
+  const Checkpoint as_it_was = Checkpoint::open((folder / "kept").string());
+  for (int i = 0; i < 5; ++i) {
+    const std::string name = "model.layers." + std::to_string(i) + ".self_attn.o_proj.weight";
+    EXPECT_TRUE(checkpoint_tensor(as_it_was, name).equal(checkpoint_tensor(stories(), name)));
+  }
 
   ConvertOptions whole = options;
   whole.kv_ratio = 1.0;

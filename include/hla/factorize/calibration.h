@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "hla/factorize/convert_options.h"
+#include "hla/factorize/output_refit.h"
 #include "hla/io/checkpoint.h"
 #include "hla/model/llama.h"
 #include "hla/text/tokenizer.h"
@@ -22,6 +23,10 @@ namespace hla {
 constexpr int64_t kPerplexitySequences = 4;
 // Sequences on which errors of the attention output are taken where nothing asks for more.
 constexpr int64_t kReportSequences = 2;
+// Sequences on which W_o is fitted: half of all, up to so many.
+constexpr int64_t kRefitSequences = 16;
+// How many of `sequences` an Objective::kLoss takes outputs of attention on.
+size_t output_sequences(const ConvertOptions& options, size_t sequences);
 // Sequences of held-out text, for a target_ppl_increase.
 constexpr int64_t kHeldOutSequences = 16;
 
@@ -79,10 +84,12 @@ class Calibration {
                                             const std::map<std::string, at::Tensor>& factors,
                                             at::ScalarType written) const;
 
-  // Moves the states through a layer and its conversion (whose norms and MLP are the base's).
-  // Returns the relative error of the attention output on the base's states, ‖y - ŷ‖ / ‖y‖ over all
-  // tokens with y = W_o · attention + bias.
-  double advance(const DecoderLayer& layer, const Attention& converted);
+  // Moves the base's states through a layer. Returns what the converted attention makes of the same
+  // inputs.
+  OutputRefit advance_base(const DecoderLayer& layer, const Attention& converted);
+  // Moves the followed states through a layer whose attention is converted; norms and MLP are the
+  // base's.
+  void advance_converted(const DecoderLayer& layer, const Attention& converted);
 
   // Perplexity of the followed sequences after the base's layers from `layer` on: the conversion's
   // as it stands when the states lie before that layer. Reads all those layers.

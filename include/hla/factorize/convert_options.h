@@ -42,6 +42,10 @@ struct ConvertOptions {
   // calibration then does without.
   std::optional<std::filesystem::path> valid;
 
+  // W_o is fitted anew, by least squares, to what is left of keys and values (OutputRefit). Absent:
+  // with Objective::kLoss. Needs calibration text.
+  std::optional<bool> refit_output;
+
   double rotary_fraction = 1.0;  // paper: share of the latent pairs that turn
 
   FactorOptions factors;
@@ -49,7 +53,7 @@ struct ConvertOptions {
   // Calibration texts, of equal shares; none: weights only (--no-calib). `paper` never looks at
   // them.
   std::vector<std::filesystem::path> calib;
-  int64_t calib_tokens = 32768;  // of all texts together
+  int64_t calib_tokens = 65536;  // of all texts together
   int64_t calib_length = 1024;   // tokens per sequence
 
   at::Device device = at::Device(at::kCPU);  // of the calibration forward
@@ -68,6 +72,9 @@ struct ConvertOptions {
   // What the factors minimise: the loss only with calibration text.
   Objective objective() const { return calibrated() ? factors.objective : Objective::kAttention; }
   bool calibrated() const { return !calib.empty() && rope != HlaRope::kPaper; }
+  bool refits_output() const {
+    return calibrated() && refit_output.value_or(objective() == Objective::kLoss);
+  }
   bool measures_ranks() const {
     return objective() == Objective::kLoss && (target_ratio || target_bytes || target_ppl_increase);
   }

@@ -28,7 +28,10 @@ class Attention : public torch::nn::Module {
   at::Tensor forward(const at::Tensor& x, const RopeTables& rope) const;
 
   // The second half of forward(): attention and W_o, (B, T, D).
-  at::Tensor attend(const Qkv& qkv) const;
+  at::Tensor attend(const Qkv& qkv) const { return output(context(qkv)); }
+  // The halves of that: what attention gathers (B, T, H·d), and W_o with its bias.
+  static at::Tensor context(const Qkv& qkv);
+  at::Tensor output(const at::Tensor& context) const;
 
   virtual Qkv project(const at::Tensor& x, const RopeTables& rope) const = 0;
 
