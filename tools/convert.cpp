@@ -22,6 +22,8 @@ struct ConvertArguments {
   std::string rope = "original";
   std::vector<std::string> calib;
   bool no_calib = false;
+  bool refit_output = false;
+  bool no_refit_output = false;
   std::string objective = to_string(FactorOptions{}.objective);
   std::string key_weighting = to_string(FactorOptions{}.key_weighting);
   std::string value_weighting = to_string(FactorOptions{}.value_weighting);
@@ -135,6 +137,12 @@ void run_convert(ConvertArguments& arguments) {
                        data_file("calibration/smollm2_samples.txt")};
     }
   }
+  if (arguments.refit_output || arguments.no_refit_output) {
+    options.refit_output = arguments.refit_output;
+  }
+  if (arguments.refit_output && !options.calibrated()) {
+    throw_usage("--refit-output needs calibration");
+  }
   if (!arguments.target_ppl_increase.empty()) {
     options.target_ppl_increase =
         parse_share("--target-ppl-increase", arguments.target_ppl_increase);
@@ -235,8 +243,11 @@ void add_convert(CLI::App& app) {
                        "Weight of the values against the keys in a joint basis")
           ->check(CLI::PositiveNumber)
           ->capture_default_str()};
-  command->add_flag("--refit-output,!--no-refit-output", options.refit_output,
-                    "Fit W_o to what is left of keys and values (default with --objective loss)");
+  CLI::Option* refit =
+      command->add_flag("--refit-output", arguments->refit_output,
+                        "Fit W_o to what is left of keys and values (default with --objective "
+                        "loss)");
+  command->add_flag("--no-refit-output", arguments->no_refit_output, "Keep W_o")->excludes(refit);
   command->add_option(
       "--plan", arguments->plan,
       "Sizes of every layer, as --dry-run --json writes them, instead of the above");

@@ -60,7 +60,7 @@ size_t output_sequences(const ConvertOptions& options, size_t sequences) {
   if (!options.refits_output()) {
     return std::min(sequences, static_cast<size_t>(kReportSequences));
   }
-  return std::min((sequences + 1) / 2, static_cast<size_t>(kRefitSequences));
+  return (sequences + 1) / 2;
 }
 
 Calibration::Calibration(const Checkpoint& base, const ModelConfig& config,

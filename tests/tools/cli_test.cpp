@@ -509,6 +509,29 @@ TEST(CliTest, WeightingsImplyTheAttentionObjective) {
   EXPECT_EQ(objective("--no-calib"), "attention");
 }
 
+TEST(CliTest, ConvertFitsTheOutputUnlessToldNotTo) {
+  const TempDir folder;
+  const auto out = folder / "out";
+  const auto convert = [&](const std::string& options) {
+    return run_hla("convert " + stories() + " " + out.string() +
+                   " --force --calib-tokens 1024 --calib-length 256 " + options)
+        .code;
+  };
+  const auto fitted = [&](const std::string& options) {
+    EXPECT_EQ(convert(options), 0) << options;
+    return read_json_file(out / "hla_report.json")["refit_output"].get<bool>();
+  };
+  EXPECT_TRUE(fitted(""));
+  EXPECT_FALSE(fitted("--no-refit-output"));
+  EXPECT_FALSE(fitted("--objective attention"));
+  EXPECT_TRUE(fitted("--objective attention --refit-output"));
+  EXPECT_EQ(convert("--refit-output --no-refit-output"), 2);
+  EXPECT_EQ(
+      run_hla("convert --no-calib --refit-output " + stories() + " " + (folder / "no").string())
+          .code,
+      2);
+}
+
 TEST(CliTest, ConvertShowsAndDrawsTheLayers) {
   const TempDir folder;
   const std::string plot = (folder / "plot.svg").string();

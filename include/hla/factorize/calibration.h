@@ -23,9 +23,8 @@ namespace hla {
 constexpr int64_t kPerplexitySequences = 4;
 // Sequences on which errors of the attention output are taken where nothing asks for more.
 constexpr int64_t kReportSequences = 2;
-// Sequences on which W_o is fitted: half of all, up to so many.
-constexpr int64_t kRefitSequences = 16;
-// How many of `sequences` an Objective::kLoss takes outputs of attention on.
+// How many of `sequences` an Objective::kLoss takes outputs of attention on: half of them where W_o
+// is fitted to these.
 size_t output_sequences(const ConvertOptions& options, size_t sequences);
 // Sequences of held-out text, for a target_ppl_increase.
 constexpr int64_t kHeldOutSequences = 16;
