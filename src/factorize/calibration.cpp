@@ -60,7 +60,7 @@ size_t output_sequences(const ConvertOptions& options, size_t sequences) {
   if (!options.refits_output()) {
     return std::min(sequences, static_cast<size_t>(kReportSequences));
   }
-  return (sequences + 1) / 2;
+  return (sequences + 2) / 3;
 }
 
 Calibration::Calibration(const Checkpoint& base, const ModelConfig& config,
@@ -163,10 +163,6 @@ uint64_t Calibration::text_state_bytes() const {
   return static_cast<uint64_t>(tokens() * config_.hidden_size) * c10::elementSize(dtype_);
 }
 
-void Calibration::carry_only(size_t sequences) {
-  carried_ = std::min(std::max(sequences, followed_), ids_.size());
-}
-
 at::Tensor Calibration::embedded(size_t sequence) const { return embed(ids_[sequence]); }
 
 at::Tensor Calibration::embed(const at::Tensor& ids) const {
@@ -191,10 +187,8 @@ const char* Calibration::output_matrix_name() const {
 void Calibration::embed() {
   state_ = {};
   for (size_t i = 0; i < carried_; ++i) state_.base_hidden.push_back(embedded(i));
+  for (size_t i = 0; i < followed_; ++i) state_.hla_hidden.push_back(embedded(i));
   base_.release_pages();
-  for (size_t i = 0; i < followed_; ++i) {
-    state_.hla_hidden.push_back(state_.base_hidden[i].clone());
-  }
 }
 
 void Calibration::save(const std::filesystem::path& path) const {
@@ -230,14 +224,28 @@ std::shared_ptr<Attention> Calibration::load_converted(
   return std::make_shared<HlaAttention>(source, layer_prefix(layer) + ".self_attn", hla, layer);
 }
 
+// Returns the base's output, and adds both to `refit`.
+at::Tensor Calibration::compare_one(const DecoderLayer& layer, const Attention& converted,
+                                    const at::Tensor& hidden, OutputRefit& refit) const {
+  throw_if_interrupted();
+  const at::Tensor x = layer.input_layernorm().forward(hidden);
+  at::Tensor output = layer.self_attn().forward(x, rope_);
+  const at::Tensor context = Attention::context(converted.project(x, rope_));
+  refit.add(context, output, converted.output(context));
+  return output;
+}
+
+OutputRefit Calibration::compare(const DecoderLayer& layer, const Attention& converted,
+                                 const std::vector<at::Tensor>& inputs) const {
+  OutputRefit refit(config_.hidden_size, config_.q_size(), device_);
+  for (const at::Tensor& hidden : inputs) compare_one(layer, converted, hidden, refit);
+  return refit;
+}
+
 OutputRefit Calibration::advance_base(const DecoderLayer& layer, const Attention& converted) {
   OutputRefit refit(config_.hidden_size, config_.q_size(), device_);
   for (at::Tensor& base : state_.base_hidden) {
-    throw_if_interrupted();
-    const at::Tensor x = layer.input_layernorm().forward(base);
-    at::Tensor output = layer.self_attn().forward(x, rope_);
-    const at::Tensor context = Attention::context(converted.project(x, rope_));
-    refit.add(context, output, converted.output(context));
+    at::Tensor output = compare_one(layer, converted, base, refit);
     // New states take the memory of the old ones: as tensors of their own, between what a layer
     // allocates and frees, they would leave the heap full of holes.
     base.copy_(layer.finish(base, std::move(output)));

@@ -181,6 +181,7 @@ class Conversion {
       const nlohmann::json result =
           work_.step(layer_step(layer), [&] { return to_json(convert_layer(layer)); });
       std::filesystem::remove(activations(layer));  // those of the next layer are there
+      std::filesystem::remove(loss_input(layer));
       report_.layers.push_back(layer_report_from_json(result));
       report_.hla.hla->layers[static_cast<size_t>(layer)] = report_.layers.back().config;
       progress.advance(1);
@@ -210,16 +211,13 @@ class Conversion {
     report_.calib_texts = calibration_->texts();
     report_.calib_tokens = calibration_->tokens();
     report_.perplexity_tokens = calibration_->followed_tokens();
-    // The factors are made from the curvature; what is left to measure are errors of the output.
-    if (!needs_attention_statistics()) {
-      calibration_->carry_only(output_sequences(options_, calibration_->sequences()));
-    }
+    // The loss pass leaves the inputs of every layer.
+    if (by_loss()) calibration_->follow_only();
   }
 
   bool by_loss() const { return options_.objective() == Objective::kLoss; }
   bool needs_attention_statistics() const {
-    return !by_loss() || std::ranges::any_of(
-                             plan_.layers, [](const LayerPlan& layer) { return layer.q_rank > 0; });
+    return !by_loss() || factors_queries(plan_);
   }
 
   // An unfinished run goes on as it began.
@@ -237,8 +235,8 @@ class Conversion {
     }
     if (calibration_) needed += 2 * calibration_->state_bytes();  // of two layers at a time
     if (by_loss()) {
-      needed += curvature_bytes(config_, plan_.measured_ranks);
-      if (!layers_at_once_) needed += loss_pass_disk_bytes(*calibration_);
+      needed += curvature_bytes(config_, plan_.measured_ranks) +
+                loss_pass_disk_bytes(*calibration_, kept_inputs(), layers_at_once_);
     }
     const uint64_t present = folder_bytes(work_.output());
     needed -= std::min(needed, present);
@@ -274,8 +272,12 @@ class Conversion {
     work_.step(kLossPassStep, [this] { return nlohmann::json(layers_at_once_); });
     if (!layers_at_once_) return measure_curvature_by_layer();
     work_.step(kCurvatureStep, [this] {
+      const auto keep = [this](int64_t sequence, const std::vector<at::Tensor>& inputs) {
+        if (sequence < kept_inputs()) save_tensor_list(sequence_inputs(sequence), inputs);
+      };
       const std::vector<LossCurvature> curvature = collect_loss_curvature(
-          *calibration_, {.sample = plan_.measured_ranks, .progress = options_.progress});
+          *calibration_,
+          {.sample = plan_.measured_ranks, .progress = options_.progress, .inputs = keep});
       for (size_t i = 0; i < curvature.size(); ++i) {
         save_curvature(static_cast<int64_t>(i), curvature[i]);
       }
@@ -324,7 +326,6 @@ class Conversion {
                        loss_curvature(*calibration_, layer, hidden, states, plan_.measured_ranks));
         if (layer > 0) save_tensor_list(loss_output_gradient(layer - 1), states);
       });
-      std::filesystem::remove(loss_input(layer));
       std::filesystem::remove(loss_output_gradient(layer));
       base_.release_pages();
       progress.advance(1);
@@ -332,6 +333,33 @@ class Conversion {
     progress.finish();
   }
 
+  // Sequences whose inputs of every layer are kept for what is measured layer by layer.
+  int64_t kept_inputs() const {
+    const size_t all = calibration_->sequences();
+    return static_cast<int64_t>(needs_attention_statistics() ? all
+                                                             : output_sequences(options_, all));
+  }
+
+  // Those of a layer.
+  std::vector<at::Tensor> layer_inputs(int64_t layer) const {
+    std::vector<at::Tensor> inputs;
+    const auto add = [&](const std::filesystem::path& file, int64_t number) {
+      const auto reader = SafetensorsReader::open(file);
+      inputs.push_back(load_tensor(reader, std::to_string(number)).to(options_.device));
+    };
+    for (int64_t i = 0; i < kept_inputs(); ++i) {
+      if (layers_at_once_) {
+        add(sequence_inputs(i), layer);
+      } else {
+        add(loss_input(layer), i);
+      }
+    }
+    return inputs;
+  }
+
+  std::filesystem::path sequence_inputs(int64_t sequence) const {
+    return work_.scratch() / ("inputs_of_sequence_" + std::to_string(sequence) + ".safetensors");
+  }
   std::filesystem::path loss_input(int64_t layer) const {
     return work_.scratch() / ("loss_input_" + std::to_string(layer) + ".safetensors");
   }
@@ -410,10 +438,9 @@ class Conversion {
     return total;
   }
 
-  // A layer's attention after this plan, of which `hla` is the planned_config(). Where W_o is
-  // refitted, to be called layer by layer: moves the base's states.
+  // A layer's attention after this plan, of which `hla` is the planned_config().
   std::shared_ptr<Attention> converted_attention(const ConversionPlan& plan, ModelConfig hla,
-                                                 int64_t layer) {
+                                                 int64_t layer) const {
     LayerStatistics statistics;
     read_curvature(layer, statistics);
     LayerFactors made =
@@ -421,8 +448,10 @@ class Conversion {
                         plan.layers[static_cast<size_t>(layer)], options_.factors);
     hla.hla->layers[static_cast<size_t>(layer)] = made.config;
     if (options_.refits_output()) {
-      if (layer == 0) calibration_->embed();
-      measure_output(hla, layer, *calibration_->load_layer(layer), made);
+      const auto decoder = calibration_->load_layer(layer);
+      fit_output(
+          calibration_->compare(*decoder, *load_converted(hla, layer, made), layer_inputs(layer)),
+          made);
     }
     return load_converted(hla, layer, made);
   }
@@ -452,7 +481,7 @@ class Conversion {
   }
 
   void prepare_calibration(int64_t layer) {
-    if (calibration_at_ == layer) return;
+    if (calibration_at_ == layer || !calibration_->moves()) return;
     if (layer == 0) {
       calibration_->embed();
     } else {
@@ -466,7 +495,7 @@ class Conversion {
     const std::map<std::string, at::Tensor> factors = factorize(layer, report);
     writer_->write(sections_.layers[static_cast<size_t>(layer)], factors);
     writer_->sync();
-    if (calibration_ && layer + 1 < config_.num_hidden_layers) {
+    if (calibration_ && calibration_->moves() && layer + 1 < config_.num_hidden_layers) {
       calibration_->save(activations(layer + 1));
     }
     release_free_memory();
@@ -479,12 +508,14 @@ class Conversion {
     const AttentionWeights weights = attention_weights(base_, config_, layer);
     std::shared_ptr<DecoderLayer> decoder;
     LayerStatistics statistics;
+    std::vector<at::Tensor> inputs;  // of kLoss; else the base's states are the calibration's
     if (calibration_) {
       prepare_calibration(layer);
       decoder = calibration_->load_layer(layer);
+      if (by_loss()) inputs = layer_inputs(layer);
       if (needs_attention_statistics()) {
         statistics = collect_statistics(config_, layer, *decoder, calibration_->rope(),
-                                        calibration_->state().base_hidden);
+                                        by_loss() ? inputs : calibration_->state().base_hidden);
       }
       if (by_loss()) read_curvature(layer, statistics);
     } else {
@@ -496,7 +527,7 @@ class Conversion {
     report.key_error = made.key_error;
     report.value_error = made.value_error;
     report.query_error = made.query_error;
-    if (calibration_) advance_calibration(layer, *decoder, made, report);
+    if (calibration_) advance_calibration(layer, *decoder, inputs, made, report);
     return full_names(layer, made.tensors);
   }
 
@@ -505,23 +536,23 @@ class Conversion {
     return calibration_->load_converted(layer, hla, full_names(layer, made.tensors), dtype_);
   }
 
-  // Moves the base's states through the layer, and fits W_o to what they show if that is asked for.
-  // Returns the error of the attention output.
-  double measure_output(const ModelConfig& hla, int64_t layer, const DecoderLayer& decoder,
-                        LayerFactors& made) {
-    const OutputRefit refit =
-        calibration_->advance_base(decoder, *load_converted(hla, layer, made));
+  // Fits W_o if that is asked for. Returns the error of the attention output.
+  double fit_output(const OutputRefit& refit, LayerFactors& made) const {
     if (!options_.refits_output()) return refit.relative_error();
     const at::Tensor change = refit.change();
     made.tensors["o_proj.weight"] = made.tensors["o_proj.weight"] + change;
     return refit.relative_error(change);
   }
 
-  void advance_calibration(int64_t layer, const DecoderLayer& decoder, LayerFactors& made,
+  void advance_calibration(int64_t layer, const DecoderLayer& decoder,
+                           const std::vector<at::Tensor>& inputs, LayerFactors& made,
                            LayerReport& report) {
     ModelConfig hla = report_.hla;
     hla.hla->layers[static_cast<size_t>(layer)] = report.config;
-    report.attention_output_error = measure_output(hla, layer, decoder, made);
+    const auto converted = load_converted(hla, layer, made);
+    const OutputRefit refit = by_loss() ? calibration_->compare(decoder, *converted, inputs)
+                                        : calibration_->advance_base(decoder, *converted);
+    report.attention_output_error = fit_output(refit, made);
     calibration_at_ = layer + 1;
     if (!options_.report_perplexity) return;
     calibration_->advance_converted(decoder, *load_converted(hla, layer, made));

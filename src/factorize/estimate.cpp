@@ -164,19 +164,20 @@ double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int
         4 * s.tokens * s.hidden * s.hidden + kAttentionElementCost * s.heads * pairs;
     const auto sequences = static_cast<size_t>(std::max(1.0, s.tokens / s.length));
     const bool by_loss = options.objective() == Objective::kLoss;
-    const bool factors_queries =
+    const bool has_q_rank =
         std::any_of(hla.hla->layers.begin(), hla.hla->layers.end(),
                     [](const HlaLayerConfig& config) { return config.q_rank > 0; });
     const double reported =
-        by_loss && !factors_queries
+        by_loss && !has_q_rank
             ? static_cast<double>(output_sequences(options, sequences)) * s.length / s.tokens
             : 1;
-    layer += reported * (forward + converted);
+    // The loss pass leaves the inputs of every layer: only attention is made again.
+    layer += reported * ((by_loss ? converted : forward) + converted);
     if (options.refits_output()) {
       layer += reported * 2 * s.tokens * s.query * (s.query + s.hidden) +
                kWideCost * s.query * s.query * (s.query + s.hidden);
     }
-    if (!by_loss || factors_queries) layer += statistics;
+    if (!by_loss || has_q_rank) layer += statistics;
     if (by_loss) {
       // Forward; backward, which needs no gradients of weights and costs as much; the sums.
       layer += 2 * 2 * s.tokens * s.parameters + 3.5 * attention +
@@ -186,7 +187,7 @@ double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int
     if (options.measures_ranks()) layer += factorization_work(s, options);
     if (options.target_ppl_increase) {
       const double held_out = kHeldOutSequences * s.length / s.tokens;
-      const double refitted = options.refits_output() ? reported * (forward + converted) : 0;
+      const double refitted = options.refits_output() ? reported * 2 * converted : 0;
       layer += kExpectedTrials * (factorization_work(s, options) + held_out * forward + refitted);
     }
   }
@@ -216,14 +217,19 @@ ConversionEstimate estimate_conversion(const Checkpoint& base, const std::filesy
   estimate.base_parameters = parameter_count(estimate.base);
   estimate.hla_parameters = parameter_count(estimate.hla);
   if (options.calibrated()) {
-    const Calibration calibration(base, estimate.base, options);
+    Calibration calibration(base, estimate.base, options);
     estimate.calib_tokens = calibration.tokens();
+    if (options.objective() == Objective::kLoss) calibration.follow_only();
     estimate.scratch_bytes = 2 * calibration.state_bytes();
     if (options.objective() == Objective::kLoss) {
       const bool sample = estimate.plan.measured_ranks;
       options.low_memory = options.low_memory || !loss_pass_fits(calibration, sample);
       estimate.scratch_bytes += curvature_bytes(estimate.base, sample);
-      if (options.low_memory) estimate.scratch_bytes += loss_pass_disk_bytes(calibration);
+      const size_t sequences = calibration.sequences();
+      const size_t kept =
+          factors_queries(estimate.plan) ? sequences : output_sequences(options, sequences);
+      estimate.scratch_bytes +=
+          loss_pass_disk_bytes(calibration, static_cast<int64_t>(kept), !options.low_memory);
     }
   }
   const OutputSections sections = output_sections(base, estimate.hla, options.dtype, dtype);

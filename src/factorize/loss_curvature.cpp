@@ -245,10 +245,12 @@ uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length, bool fused, 
   return (kept + 1) * layer_activation_bytes(config, length, fused) + (fused ? 1 : 3) * logits;
 }
 
-uint64_t loss_pass_disk_bytes(const Calibration& calibration) {
+uint64_t loss_pass_disk_bytes(const Calibration& calibration, int64_t kept_inputs, bool at_once) {
+  const auto layers = static_cast<uint64_t>(calibration.config().num_hidden_layers);
+  const uint64_t all = calibration.text_state_bytes();
+  if (at_once) return layers * all / calibration.sequences() * static_cast<uint64_t>(kept_inputs);
   constexpr uint64_t kGradients = 2;
-  const auto states = static_cast<uint64_t>(calibration.config().num_hidden_layers) + 1;
-  return (states + kGradients) * calibration.text_state_bytes();
+  return (layers + 1 + kGradients) * all;
 }
 
 bool loss_pass_fits(const Calibration& calibration, bool sample) {
@@ -276,6 +278,11 @@ std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration
       throw_if_interrupted();
       tapes[l] = record(*calibration.load_layer(static_cast<int64_t>(l)), hidden, rope);
       hidden = tapes[l].output.detach();
+    }
+    if (options.inputs) {
+      std::vector<at::Tensor> inputs;
+      for (const Tape& tape : tapes) inputs.push_back(tape.input.detach());
+      options.inputs(i, inputs);
     }
     at::Tensor gradient = gradient_of_last(loss, *final_norm, hidden, i);
     for (size_t l = layers; l-- > 0;) {

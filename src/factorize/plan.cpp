@@ -244,6 +244,10 @@ ConversionPlan plan_conversion(const ModelConfig& base, const ConvertOptions& op
   return plan;
 }
 
+bool factors_queries(const ConversionPlan& plan) {
+  return std::ranges::any_of(plan.layers, [](const LayerPlan& layer) { return layer.q_rank > 0; });
+}
+
 ConversionPlan with_floats(ConversionPlan plan, const std::vector<LossCurve>& curves,
                            const std::vector<int64_t>& floats) {
   for (size_t i = 0; i < plan.layers.size(); ++i) {

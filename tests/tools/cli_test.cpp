@@ -477,7 +477,7 @@ TEST(CliTest, DryRunWritesNothing) {
                               " --rope latent --kv-ratio 0.25 --calib-tokens 1024 --dry-run";
   const CommandResult text = run_hla(command);
   EXPECT_EQ(text.code, 0) << text.err;
-  for (const char* part : {"0-4", "25.0 %", "at the peak", "GFLOP/s", "1024 tokens"}) {
+  for (const char* part : {"0-4", "25.0 %", "at the peak", "GFLOP/s", "1536 tokens"}) {
     EXPECT_NE(text.out.find(part), std::string::npos) << part << "\n" << text.out;
   }
   EXPECT_TRUE(std::filesystem::is_empty(folder.path()));

@@ -23,8 +23,8 @@ namespace hla {
 constexpr int64_t kPerplexitySequences = 4;
 // Sequences on which errors of the attention output are taken where nothing asks for more.
 constexpr int64_t kReportSequences = 2;
-// How many of `sequences` an Objective::kLoss takes outputs of attention on: half of them where W_o
-// is fitted to these.
+// How many of `sequences` an Objective::kLoss takes outputs of attention on: a third of them where
+// W_o is fitted to these.
 size_t output_sequences(const ConvertOptions& options, size_t sequences);
 // Sequences of held-out text, for a target_ppl_increase.
 constexpr int64_t kHeldOutSequences = 16;
@@ -60,9 +60,11 @@ class Calibration {
   const RopeTables& rope() const { return rope_; }  // of one sequence
   const CalibrationState& state() const { return state_; }
 
-  // Moves only the first `sequences`, or those that are followed if these are more, through the
-  // layers from now on; to be called before embed().
-  void carry_only(size_t sequences);
+  // Moves none but the followed sequences through the layers, and these only through converted
+  // ones; to be called before embed().
+  void follow_only() { carried_ = 0; }
+  // Whether any are moved.
+  bool moves() const { return carried_ + followed_ > 0; }
   // The states before the first layer.
   void embed();
   // The states in a file, which is durable when save() returns.
@@ -83,8 +85,10 @@ class Calibration {
                                             const std::map<std::string, at::Tensor>& factors,
                                             at::ScalarType written) const;
 
-  // Moves the base's states through a layer. Returns what the converted attention makes of the same
-  // inputs.
+  // What a layer's attention and the converted one make of the same hidden states (1, T, D).
+  OutputRefit compare(const DecoderLayer& layer, const Attention& converted,
+                      const std::vector<at::Tensor>& inputs) const;
+  // The same of the base's states, which move through the layer.
   OutputRefit advance_base(const DecoderLayer& layer, const Attention& converted);
   // Moves the followed states through a layer whose attention is converted; norms and MLP are the
   // base's.
@@ -104,6 +108,8 @@ class Calibration {
   const char* output_matrix_name() const;
   at::Tensor embed(const at::Tensor& ids) const;
   void finish(std::vector<at::Tensor>& states, int64_t layer, const AttentionOf& attention) const;
+  at::Tensor compare_one(const DecoderLayer& layer, const Attention& converted,
+                         const at::Tensor& hidden, OutputRefit& refit) const;
   double perplexity_of(const std::vector<at::Tensor>& hidden,
                        const std::vector<at::Tensor>& ids) const;
   double sum_nll(const at::Tensor& rows, const at::Tensor& targets) const;
@@ -115,8 +121,8 @@ class Calibration {
   std::vector<CalibrationText> texts_;
   std::vector<at::Tensor> ids_;       // (1, T) each
   std::vector<at::Tensor> held_out_;  // the same
-  size_t carried_ = 0;                // sequences that are moved through the layers
-  size_t followed_ = 0;               // of these, through the converted ones, too
+  size_t carried_ = 0;                // sequences that are moved through the base's layers
+  size_t followed_ = 0;               // and through the converted ones
   RopeTables rope_;
   CalibrationState state_;
 };

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "hla/factorize/calibration.h"
@@ -33,14 +34,17 @@ uint64_t curvature_bytes(const ModelConfig& config, bool sample);
 // Memory that collecting it takes beside the weights and the above, for sequences of `length`;
 // `fused`: in fp32 on the CPU (autograd_functions.h).
 uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length, bool fused, bool by_layer);
-// What the states and gradients of all sequences take on disk, by layer.
-uint64_t loss_pass_disk_bytes(const Calibration& calibration);
+// What it leaves on disk: every layer's inputs of so many sequences; of all, and gradients by them,
+// where it goes a layer at a time.
+uint64_t loss_pass_disk_bytes(const Calibration& calibration, int64_t kept_inputs, bool at_once);
 // Whether collect_loss_curvature() takes less than half of the available memory.
 bool loss_pass_fits(const Calibration& calibration, bool sample);
 
 struct LossPassOptions {
   bool sample = false;
   bool progress = true;
+  // Told of the hidden states (1, T, D) that enter every layer, by sequence.
+  std::function<void(int64_t sequence, const std::vector<at::Tensor>& inputs)> inputs = {};
 };
 
 // One forward and one backward of the base over the calibration text, a sequence at a time through

@@ -25,6 +25,8 @@ struct ConversionPlan {
   int64_t target_floats = 0;  // then: cached per token, of all layers; 0: to be searched for
 };
 
+bool factors_queries(const ConversionPlan& plan);  // of any layer
+
 // The config of a checkpoint that can be converted: a plain Llama whose tensors all fit it. Throws
 // kBadInput listing every problem.
 ModelConfig convertible_config(const Checkpoint& base);
