@@ -116,6 +116,18 @@ OutputWeight OutputWeight::blocks(const at::Tensor& gram) {
   return result;
 }
 
+OutputWeight OutputWeight::block(const at::Tensor& gram) {
+  const auto [lower, info] = at::linalg_cholesky_ex(gram);
+  if (info.item<int32_t>() != 0) return blocks(gram.unsqueeze(0));
+  OutputWeight result;
+  const at::Tensor upper = lower.t();
+  result.forward_ = upper.unsqueeze(0);
+  result.inverse_ = at::linalg_solve_triangular(upper, at::eye(gram.size(0), gram.options()),
+                                                /*upper=*/true)
+                        .unsqueeze(0);
+  return result;
+}
+
 at::Tensor OutputWeight::apply(const at::Tensor& weight) const {
   if (forward_.dim() == 2) return forward_ * weight;
   return forward_.matmul(weight.unflatten(0, {forward_.size(0), forward_.size(1)})).flatten(0, 1);

@@ -44,9 +44,7 @@ class LossProblem {
   }
   at::Tensor fast_rows() const { return w.slice(0, 0, split); }
   at::Tensor rest_rows() const { return w.slice(0, split); }
-  OutputWeight rest_weight() const {
-    return OutputWeight::blocks(square(split, w.size(0)).unsqueeze(0));
-  }
+  OutputWeight rest_weight() const { return OutputWeight::block(square(split, w.size(0))); }
 
   // What the other rows should be, given what was made of the fast ones: completes the square in M.
   at::Tensor compensated_target(const at::Tensor& fast_made) const {
@@ -142,7 +140,7 @@ class ComplexLatent : public FastLatent {
 class RealLatent : public FastLatent {
  public:
   RealLatent(const LossProblem& problem, int64_t most) {
-    const OutputWeight weight = OutputWeight::blocks(problem.square(0, problem.split).unsqueeze(0));
+    const OutputWeight weight = OutputWeight::block(problem.square(0, problem.split));
     factors_ = best_low_rank(weight.apply(problem.fast_rows()), problem.sigma, most);
     factors_.up = weight.undo(factors_.up);
   }

@@ -83,6 +83,14 @@ TEST(OutputWeightTest, UndoesWhatItApplies) {
       column.slice(0, 0, 3).t().matmul(gram[0]).matmul(column.slice(0, 0, 3)).item<double>() +
       column.slice(0, 3).t().matmul(gram[1]).matmul(column.slice(0, 3)).item<double>();
   EXPECT_NEAR(blocks.apply(column).square().sum().item<double>(), expected, 1e-4);
+  // One block by its Cholesky factor; zeros have none.
+  const at::Tensor rows = weight.slice(0, 0, 3);
+  const OutputWeight block = OutputWeight::block(gram[0]);
+  EXPECT_LE(max_abs_difference(block.undo(block.apply(rows)), rows), 1e-9);
+  EXPECT_LE(max_abs_difference(block.apply(rows).t().matmul(block.apply(rows)),
+                               rows.t().matmul(gram[0]).matmul(rows)),
+            1e-9);
+  EXPECT_TRUE(OutputWeight::block(at::zeros({3, 3}, at::kDouble)).apply(rows).equal(rows));
   const OutputWeight diagonal = OutputWeight::diagonal(at::tensor({1.0, 0.0, 2.0, 3.0, 4.0, 5.0}));
   EXPECT_LE(max_abs_difference(diagonal.undo(diagonal.apply(weight)), weight), 1e-9);
 }

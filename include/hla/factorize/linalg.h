@@ -57,6 +57,9 @@ class OutputWeight {
   // gram (B, n, n), Hermitian where it is complex: squares of the weights; the weight is its
   // Hermitian square root, with a ridge.
   static OutputWeight blocks(const at::Tensor& gram);
+  // One real block (n, n), symmetric, which gets no ridge: the weight is its transposed Cholesky
+  // factor, far cheaper than the root; where it has none, blocks() serves.
+  static OutputWeight block(const at::Tensor& gram);
 
   at::Tensor apply(const at::Tensor& weight) const;  // M W
   at::Tensor undo(const at::Tensor& weight) const;   // M⁻¹ W

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 
 namespace hla {
@@ -19,18 +20,33 @@ class OutputRefit {
   // first token, which attends to itself alone and takes outlying values, is left out.
   void add(const at::Tensor& context, const at::Tensor& base_output, const at::Tensor& output);
 
-  // ΔW (hidden, context), fp64, CPU, with a ridge of so many mean squares of the context.
-  at::Tensor change(double ridge = 1e-2) const;
+  // ΔW (hidden, context), fp64, CPU. Its ridge, and how much of it is taken, are what a fit to
+  // every second sequence shows to be best on the others: few tokens, or an error that has little
+  // to do with the context, give a small change, or none. Zero for a single sequence.
+  at::Tensor change() const;
 
   // √(E‖y - ŷ‖² / E‖y‖²) before and after a change.
   double relative_error() const;
   double relative_error(const at::Tensor& change) const;
 
  private:
-  at::Tensor gram_;   // Σ z zᵀ, fp64
-  at::Tensor cross_;  // Σ (y - ŷ) zᵀ, fp64
-  double energy_ = 0;
-  double error_ = 0;
+  struct Sums {
+    at::Tensor gram;   // Σ z zᵀ, fp64
+    at::Tensor cross;  // Σ (y - ŷ) zᵀ, fp64
+    double energy = 0;
+    double error = 0;
+
+    at::Tensor fit(double ridge) const;
+    // By how much the squared error falls with t · change: t · linear - t² · square.
+    struct Fall {
+      double linear, square;
+    };
+    Fall fall(const at::Tensor& change) const;
+  };
+  Sums all() const;
+
+  std::array<Sums, 2> folds_;  // sequences take turns
+  int64_t sequences_ = 0;
 };
 
 }  // namespace hla
