@@ -111,6 +111,15 @@ void run_dry(const ConvertArguments& arguments, const Checkpoint& checkpoint) {
   }
 }
 
+// Of the cache, to be shared out over the layers.
+constexpr double kDefaultRatio = 0.5;
+
+bool has_size(const ConvertOptions& options) {
+  return options.kv_ratio || options.k_rank || options.v_rank || options.fast_floats ||
+         options.plan || options.target_ratio || options.target_bytes ||
+         options.target_ppl_increase;
+}
+
 void run_convert(ConvertArguments& arguments) {
   ConvertOptions& options = arguments.options;
   const auto rope = hla_rope_from_string(arguments.rope);
@@ -149,6 +158,9 @@ void run_convert(ConvertArguments& arguments) {
   }
   if (!arguments.valid.empty()) options.valid = arguments.valid;
   if (!arguments.plan.empty()) options.plan = arguments.plan;
+  if (!has_size(options) && options.objective() == Objective::kLoss) {
+    options.target_ratio = kDefaultRatio;
+  }
   check_output_target("--json", arguments.json, options.force);
   check_output_target("--plot", arguments.plot, options.force);
   if (arguments.plot == "-") throw_usage("[--plot] expected a file, got -");
@@ -188,10 +200,13 @@ void add_convert(CLI::App& app) {
                    "original: keys rebuilt from unrotated latents; latent: rotated latents, no "
                    "key need be rebuilt; paper: the seed's method")
       ->capture_default_str();
-  command->add_option("--kv-ratio", options.kv_ratio,
-                      "Cached floats relative to the base, K and V on one basis (default 0.5)");
+  command->add_option(
+      "--kv-ratio", options.kv_ratio,
+      "Cached floats relative to the base, K and V on one basis, the same for every "
+      "layer (default with --no-calib or --objective attention: 0.5)");
   command->add_option("--target-ratio", options.target_ratio,
-                      "The same, but shared out over the layers by the loss that their ranks cost");
+                      "The same, but shared out over the layers by the loss that their ranks cost "
+                      "(default with --objective loss: 0.5)");
   command->add_option("--target-bytes-per-token", options.target_bytes,
                       "The same for at most so many cached bytes per token of all layers");
   command->add_option("--target-ppl-increase", arguments->target_ppl_increase,
