@@ -36,12 +36,17 @@ TEST(OutputRefitTest, FindsTheMap) {
 // smaller on these tokens.
 TEST(OutputRefitTest, LeavesNoiseAlone) {
   at::manual_seed(2);
-  OutputRefit refit(kHidden, kContext, at::kCPU);
-  for (int i = 0; i < 4; ++i) {
-    const at::Tensor output = at::randn({1, 16, kHidden});
-    refit.add(at::randn({1, 16, kContext}), output + at::randn({1, 16, kHidden}), output);
+  constexpr int kTrials = 50;
+  double mean = 0;
+  for (int trial = 0; trial < kTrials; ++trial) {
+    OutputRefit refit(kHidden, kContext, at::kCPU);
+    for (int i = 0; i < 4; ++i) {
+      const at::Tensor output = at::randn({1, 16, kHidden});
+      refit.add(at::randn({1, 16, kContext}), output + at::randn({1, 16, kHidden}), output);
+    }
+    mean += frobenius(refit.change()) / kTrials;
   }
-  EXPECT_LE(frobenius(refit.change()), 0.1);  // least squares give about 0.7
+  EXPECT_LE(mean, 0.12);  // 0.38 where whole fits are taken or left
 
   OutputRefit one(kHidden, kContext, at::kCPU);  // nothing to try it on
   one.add(at::randn({1, 16, kContext}), at::randn({1, 16, kHidden}), at::randn({1, 16, kHidden}));
