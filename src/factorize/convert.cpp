@@ -216,9 +216,7 @@ class Conversion {
   }
 
   bool by_loss() const { return options_.objective() == Objective::kLoss; }
-  bool needs_attention_statistics() const {
-    return !by_loss() || factors_queries(plan_);
-  }
+  bool needs_attention_statistics() const { return !by_loss() || factors_queries(plan_); }
 
   // An unfinished run goes on as it began.
   void choose_loss_pass() {
