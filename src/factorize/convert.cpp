@@ -224,6 +224,7 @@ class Conversion {
     layers_at_once_ = begun != nullptr ? begun->get<bool>()
                                        : !options_.low_memory &&
                                              loss_pass_fits(*calibration_, plan_.measured_ranks);
+    if (!layers_at_once_) preflight_loss_by_layer(*calibration_, plan_.measured_ranks);
   }
 
   void preflight_disk(const std::filesystem::path& out) const {

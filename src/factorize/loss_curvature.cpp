@@ -260,6 +260,17 @@ bool loss_pass_fits(const Calibration& calibration, bool sample) {
   return bytes < available_memory_bytes() / 2;
 }
 
+void preflight_loss_by_layer(const Calibration& calibration, bool sample) {
+  const ModelConfig& config = calibration.config();
+  // States and gradients of all sequences, and a copy on its way to disk.
+  preflight_memory(
+      curvature_bytes(config, sample) / static_cast<uint64_t>(config.num_hidden_layers) +
+          loss_pass_bytes(config, calibration.rope().cos.size(0), is_fused(calibration.rope().cos),
+                          /*by_layer=*/true) +
+          3 * calibration.text_state_bytes(),
+      "the loss's curvature (--objective attention or fewer --calib-tokens need less)");
+}
+
 std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration,
                                                   const LossPassOptions& options) {
   const WithGradients mode;

@@ -58,8 +58,8 @@ at::Tensor OutputRefit::change() const {
 }
 
 double OutputRefit::relative_error() const {
-  const Sums sums = all();
-  return hla::relative_error(sums.error, sums.energy);
+  return hla::relative_error(folds_[0].error + folds_[1].error,
+                             folds_[0].energy + folds_[1].energy);
 }
 
 double OutputRefit::relative_error(const at::Tensor& change) const {
