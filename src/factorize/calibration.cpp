@@ -68,7 +68,8 @@ Calibration::Calibration(const Checkpoint& base, const ModelConfig& config,
     : base_(base),
       config_(config),
       device_(options.device),
-      dtype_(resolve_dtype(std::nullopt, stored_dtype(base), options.device)) {
+      dtype_(resolve_dtype(std::nullopt, stored_dtype(base), options.device)),
+      refits_output_(options.refits_output()) {
   if (!base.tokenizer_path()) {
     throw_bad_input(base.path().string() +
                     ": no tokenizer to read the calibration text with\n  hint: --no-calib "
@@ -237,13 +238,13 @@ at::Tensor Calibration::compare_one(const DecoderLayer& layer, const Attention& 
 
 OutputRefit Calibration::compare(const DecoderLayer& layer, const Attention& converted,
                                  const std::vector<at::Tensor>& inputs) const {
-  OutputRefit refit(config_.hidden_size, config_.q_size(), device_);
+  OutputRefit refit(config_.hidden_size, config_.q_size(), device_, refits_output_);
   for (const at::Tensor& hidden : inputs) compare_one(layer, converted, hidden, refit);
   return refit;
 }
 
 OutputRefit Calibration::advance_base(const DecoderLayer& layer, const Attention& converted) {
-  OutputRefit refit(config_.hidden_size, config_.q_size(), device_);
+  OutputRefit refit(config_.hidden_size, config_.q_size(), device_, refits_output_);
   for (at::Tensor& base : state_.base_hidden) {
     at::Tensor output = compare_one(layer, converted, base, refit);
     // New states take the memory of the old ones: as tensors of their own, between what a layer

@@ -18,7 +18,7 @@
 #include "hla/factorize/calibration.h"
 #include "hla/factorize/conversion_writer.h"
 #include "hla/factorize/fingerprint.h"
-#include "hla/factorize/loss_curvature.h"
+#include "hla/factorize/loss_pass.h"
 #include "hla/factorize/model_card.h"
 #include "hla/factorize/plan.h"
 #include "hla/factorize/scratch_tensors.h"
@@ -108,14 +108,8 @@ std::string layer_step(int64_t layer) { return "layer " + std::to_string(layer);
 constexpr const char* kFirstStep = "before the layers";
 constexpr const char* kLastStep = "after the layers";
 constexpr const char* kBasePerplexityStep = "base perplexity";
-constexpr const char* kLossPassStep = "loss pass of all layers at once";
-constexpr const char* kCurvatureStep = "loss curvature";
-constexpr const char* kLossInputStep = "loss input";
-constexpr const char* kLossGradientStep = "loss gradient";
 constexpr const char* kRanksStep = "predicted loss";
 constexpr const char* kHeldOutStep = "held-out perplexity";
-std::string forward_step(int64_t layer) { return "loss forward " + std::to_string(layer); }
-std::string backward_step(int64_t layer) { return "loss backward " + std::to_string(layer); }
 std::string trial_step(int64_t floats) { return "trial of " + std::to_string(floats) + " floats"; }
 
 // The factors of a layer by their full names.
@@ -144,7 +138,9 @@ class Conversion {
     set_plan(plan_conversion(config_, options, report_.element_size));
     read_calibration();
     work_.begin(conversion_fingerprint(base, options, plan_, report_.calib_texts), options.restart);
-    if (by_loss()) choose_loss_pass();
+    if (by_loss()) {
+      loss_pass_.emplace(base, *calibration_, options, work_, plan_.measured_ranks, kept_inputs());
+    }
     preflight_disk(out);
   }
 
@@ -163,7 +159,7 @@ class Conversion {
 
  private:
   void run_steps() {
-    if (by_loss()) measure_curvature();
+    if (loss_pass_) loss_pass_->run();
     if (plan_.measured_ranks) measure_ranks();
     writer_.emplace(base_, sections_.all(), work_.output(), options_.max_shard_bytes,
                     tensors_written());
@@ -181,12 +177,13 @@ class Conversion {
       const nlohmann::json result =
           work_.step(layer_step(layer), [&] { return to_json(convert_layer(layer)); });
       std::filesystem::remove(activations(layer));  // those of the next layer are there
-      std::filesystem::remove(loss_input(layer));
+      if (loss_pass_) loss_pass_->forget_inputs(layer);
       report_.layers.push_back(layer_report_from_json(result));
       report_.hla.hla->layers[static_cast<size_t>(layer)] = report_.layers.back().config;
       progress.advance(1);
     }
     progress.finish();
+    loss_pass_.reset();
     calibration_.reset();
     write_step(kLastStep, sections_.after);
     remove_small_files();
@@ -218,13 +215,11 @@ class Conversion {
   bool by_loss() const { return options_.objective() == Objective::kLoss; }
   bool needs_attention_statistics() const { return !by_loss() || factors_queries(plan_); }
 
-  // An unfinished run goes on as it began.
-  void choose_loss_pass() {
-    const nlohmann::json* begun = work_.result(kLossPassStep);
-    layers_at_once_ = begun != nullptr ? begun->get<bool>()
-                                       : !options_.low_memory &&
-                                             loss_pass_fits(*calibration_, plan_.measured_ranks);
-    if (!layers_at_once_) preflight_loss_by_layer(*calibration_, plan_.measured_ranks);
+  // Sequences whose inputs of every layer are kept for what is measured layer by layer.
+  int64_t kept_inputs() const {
+    const size_t all = calibration_->sequences();
+    return static_cast<int64_t>(needs_attention_statistics() ? all
+                                                             : output_sequences(options_, all));
   }
 
   void preflight_disk(const std::filesystem::path& out) const {
@@ -233,10 +228,7 @@ class Conversion {
       needed += SafetensorsWriter::file_bytes(shard.entries, output_metadata());
     }
     if (calibration_) needed += 2 * calibration_->state_bytes();  // of two layers at a time
-    if (by_loss()) {
-      needed += curvature_bytes(config_, plan_.measured_ranks) +
-                loss_pass_disk_bytes(*calibration_, kept_inputs(), layers_at_once_);
-    }
+    if (loss_pass_) needed += loss_pass_->disk_bytes();
     const uint64_t present = folder_bytes(work_.output());
     needed -= std::min(needed, present);
     const uint64_t free = free_space(out);
@@ -263,132 +255,6 @@ class Conversion {
       writer_->sync();
       return nlohmann::json();
     });
-  }
-
-  // ---- the loss's curvature ----
-
-  void measure_curvature() {
-    work_.step(kLossPassStep, [this] { return nlohmann::json(layers_at_once_); });
-    if (!layers_at_once_) return measure_curvature_by_layer();
-    work_.step(kCurvatureStep, [this] {
-      const auto keep = [this](int64_t sequence, const std::vector<at::Tensor>& inputs) {
-        if (sequence < kept_inputs()) save_tensor_list(sequence_inputs(sequence), inputs);
-      };
-      const std::vector<LossCurvature> curvature = collect_loss_curvature(
-          *calibration_,
-          {.sample = plan_.measured_ranks, .progress = options_.progress, .inputs = keep});
-      for (size_t i = 0; i < curvature.size(); ++i) {
-        save_curvature(static_cast<int64_t>(i), curvature[i]);
-      }
-      return nlohmann::json();
-    });
-  }
-
-  // Every layer is a step, forward and back.
-  void measure_curvature_by_layer() {
-    const int64_t layers = config_.num_hidden_layers;
-    Progress progress("reading the loss", 2 * layers, options_.progress);
-    std::vector<at::Tensor> states;  // empty: still to be read
-    const auto step = [&](const std::string& name, const std::filesystem::path& from,
-                          const auto& action) {
-      throw_if_interrupted();
-      work_.step(name, [&] {
-        if (states.empty()) states = load_tensor_list(from, options_.device);
-        action();
-        return nlohmann::json();
-      });
-    };
-    work_.step(kLossInputStep, [&] {
-      for (size_t i = 0; i < calibration_->sequences(); ++i) {
-        states.push_back(calibration_->embedded(i));
-      }
-      save_tensor_list(loss_input(0), states);
-      return nlohmann::json();
-    });
-    for (int64_t layer = 0; layer < layers; ++layer) {
-      step(forward_step(layer), loss_input(layer), [&] {
-        advance(*calibration_, layer, states);
-        save_tensor_list(loss_input(layer + 1), states);
-      });
-      base_.release_pages();
-      progress.advance(1);
-    }
-    step(kLossGradientStep, loss_input(layers), [&] {
-      loss_gradient(*calibration_, states);
-      save_tensor_list(loss_output_gradient(layers - 1), states);
-    });
-    std::filesystem::remove(loss_input(layers));
-    for (int64_t layer = layers; layer-- > 0;) {
-      step(backward_step(layer), loss_output_gradient(layer), [&] {
-        const std::vector<at::Tensor> hidden = load_tensor_list(loss_input(layer), options_.device);
-        save_curvature(layer,
-                       loss_curvature(*calibration_, layer, hidden, states, plan_.measured_ranks));
-        if (layer > 0) save_tensor_list(loss_output_gradient(layer - 1), states);
-      });
-      std::filesystem::remove(loss_output_gradient(layer));
-      base_.release_pages();
-      progress.advance(1);
-    }
-    progress.finish();
-  }
-
-  // Sequences whose inputs of every layer are kept for what is measured layer by layer.
-  int64_t kept_inputs() const {
-    const size_t all = calibration_->sequences();
-    return static_cast<int64_t>(needs_attention_statistics() ? all
-                                                             : output_sequences(options_, all));
-  }
-
-  // Those of a layer.
-  std::vector<at::Tensor> layer_inputs(int64_t layer) const {
-    std::vector<at::Tensor> inputs;
-    const auto add = [&](const std::filesystem::path& file, int64_t number) {
-      const auto reader = SafetensorsReader::open(file);
-      inputs.push_back(load_tensor(reader, std::to_string(number)).to(options_.device));
-    };
-    for (int64_t i = 0; i < kept_inputs(); ++i) {
-      if (layers_at_once_) {
-        add(sequence_inputs(i), layer);
-      } else {
-        add(loss_input(layer), i);
-      }
-    }
-    return inputs;
-  }
-
-  std::filesystem::path sequence_inputs(int64_t sequence) const {
-    return work_.scratch() / ("inputs_of_sequence_" + std::to_string(sequence) + ".safetensors");
-  }
-  std::filesystem::path loss_input(int64_t layer) const {
-    return work_.scratch() / ("loss_input_" + std::to_string(layer) + ".safetensors");
-  }
-  std::filesystem::path loss_output_gradient(int64_t layer) const {
-    return work_.scratch() / ("loss_output_gradient_" + std::to_string(layer) + ".safetensors");
-  }
-  std::filesystem::path curvature_file(int64_t layer) const {
-    return work_.scratch() / ("curvature_" + std::to_string(layer) + ".safetensors");
-  }
-
-  void save_curvature(int64_t layer, const LossCurvature& curvature) const {
-    std::vector<std::pair<std::string, at::Tensor>> tensors = {{"output", curvature.output},
-                                                               {"input", curvature.input}};
-    if (plan_.measured_ranks) {
-      tensors.emplace_back("sample_gradient", curvature.sample_gradient);
-      tensors.emplace_back("sample_input", curvature.sample_input);
-    }
-    save_tensors(curvature_file(layer), tensors);
-  }
-
-  void read_curvature(int64_t layer, LayerStatistics& statistics) const {
-    const auto reader = SafetensorsReader::open(curvature_file(layer));
-    statistics.loss_output = load_tensor(reader, "output");
-    statistics.loss_input = load_tensor(reader, "input");
-  }
-
-  void read_drawn_tokens(int64_t layer, LayerStatistics& statistics) const {
-    const auto reader = SafetensorsReader::open(curvature_file(layer));
-    statistics.sample_gradient = load_tensor(reader, "sample_gradient");
-    statistics.sample_input = load_tensor(reader, "sample_input");
   }
 
   // ---- how many floats each layer gets ----
@@ -441,16 +307,16 @@ class Conversion {
   std::shared_ptr<Attention> converted_attention(const ConversionPlan& plan, ModelConfig hla,
                                                  int64_t layer) const {
     LayerStatistics statistics;
-    read_curvature(layer, statistics);
+    loss_pass_->read_curvature(layer, statistics);
     LayerFactors made =
         factorize_layer(config_, attention_weights(base_, config_, layer), statistics, plan.rope,
                         plan.layers[static_cast<size_t>(layer)], options_.factors);
     hla.hla->layers[static_cast<size_t>(layer)] = made.config;
     if (options_.refits_output()) {
       const auto decoder = calibration_->load_layer(layer);
-      fit_output(
-          calibration_->compare(*decoder, *load_converted(hla, layer, made), layer_inputs(layer)),
-          made);
+      fit_output(calibration_->compare(*decoder, *load_converted(hla, layer, made),
+                                       loss_pass_->inputs(layer)),
+                 made);
     }
     return load_converted(hla, layer, made);
   }
@@ -462,8 +328,8 @@ class Conversion {
     for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
       throw_if_interrupted();
       LayerStatistics statistics;
-      read_curvature(layer, statistics);
-      read_drawn_tokens(layer, statistics);
+      loss_pass_->read_curvature(layer, statistics);
+      loss_pass_->read_drawn_tokens(layer, statistics);
       curves.push_back(to_json(
           predict_loss(config_, attention_weights(base_, config_, layer), statistics, plan_.rope,
                        plan_.layers[static_cast<size_t>(layer)].fast_frequencies)));
@@ -511,12 +377,12 @@ class Conversion {
     if (calibration_) {
       prepare_calibration(layer);
       decoder = calibration_->load_layer(layer);
-      if (by_loss()) inputs = layer_inputs(layer);
+      if (by_loss()) inputs = loss_pass_->inputs(layer);
       if (needs_attention_statistics()) {
         statistics = collect_statistics(config_, layer, *decoder, calibration_->rope(),
                                         by_loss() ? inputs : calibration_->state().base_hidden);
       }
-      if (by_loss()) read_curvature(layer, statistics);
+      if (by_loss()) loss_pass_->read_curvature(layer, statistics);
     } else {
       statistics = weight_only_statistics(config_, weights.q, weights.k);
     }
@@ -601,7 +467,7 @@ class Conversion {
   ConversionPlan plan_;
   OutputSections sections_;
   std::optional<Calibration> calibration_;
-  bool layers_at_once_ = true;   // in the loss pass
+  std::optional<LossPass> loss_pass_;
   int64_t calibration_at_ = -1;  // the layer that its states lie before
   std::optional<ConversionWriter> writer_;
   ConvertReport report_;

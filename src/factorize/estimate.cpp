@@ -194,7 +194,8 @@ double estimated_work(const ModelConfig& hla, const ConvertOptions& options, int
   const auto layers = static_cast<double>(hla.num_hidden_layers);
   double work = layers * layer;
   if (tokens > 0 && options.objective() == Objective::kLoss) {
-    work += 2 * 2 * s.tokens * static_cast<double>(hla.vocab_size) * s.hidden;
+    work += 2 * 2 * s.tokens / static_cast<double>(label_stride(tokens)) *
+            static_cast<double>(hla.vocab_size) * s.hidden;
   }
   if (tokens > 0 && options.report_perplexity) {
     const double followed = std::min(s.tokens, kPerplexitySequences * s.length);

@@ -31,6 +31,17 @@ at::Tensor add_ridge(const at::Tensor& covariance, double ridge) {
   return covariance + ridge * mean * at::eye(size, covariance.options());
 }
 
+void add_gram(at::Tensor& sum, const at::Tensor& h) {
+  const int64_t middle = sum.size(0) / 2;
+  const at::Tensor left = h.slice(1, 0, middle);
+  const at::Tensor right = h.slice(1, middle);
+  const at::Tensor corner = left.t().matmul(right);
+  sum.slice(0, 0, middle).slice(1, 0, middle).add_(left.t().matmul(left));
+  sum.slice(0, 0, middle).slice(1, middle).add_(corner);
+  sum.slice(0, middle).slice(1, 0, middle).add_(corner.t());
+  sum.slice(0, middle).slice(1, middle).add_(right.t().matmul(right));
+}
+
 LowRank best_low_rank(const at::Tensor& weight, const at::Tensor& covariance, int64_t rank) {
   const int64_t rows = weight.size(0);
   const int64_t cols = weight.size(1);

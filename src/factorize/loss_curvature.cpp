@@ -15,6 +15,7 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"
 #include "hla/core/progress.h"
+#include "hla/factorize/linalg.h"
 #include "hla/model/cpu_kernels.h"
 
 namespace hla {
@@ -63,11 +64,13 @@ at::Tensor minus_drawn_label(const at::Tensor& logits, const at::Tensor& uniform
 }
 
 // The model's own loss: of the sum over tokens of -ln p(label), label ~ p, the gradient by the
-// hidden states after the final norm.
+// hidden states after the final norm. The sum is estimated by every `stride`-th of its terms: as
+// labels are independent of each other, E[g gᵀ] stays what it is, for less of the costliest
+// product.
 class SampledLoss {
  public:
   // table (V, D)
-  explicit SampledLoss(at::Tensor table) : table_(std::move(table)) {
+  SampledLoss(at::Tensor table, int64_t stride) : table_(std::move(table)), stride_(stride) {
     // One block for all: memory of its size would be taken from the system anew each time.
     if (cpu::applies(table_)) logits_ = at::empty({kRows, table_.size(0)}, table_.options());
   }
@@ -75,10 +78,13 @@ class SampledLoss {
   // hidden (T, D) -> (T, D)
   at::Tensor gradient(const at::Tensor& hidden, at::Generator generator) {
     const at::NoGradGuard no_gradients;
-    at::Tensor result = at::empty_like(hidden);
-    for (int64_t begin = 0; begin < hidden.size(0); begin += kRows) {
-      const at::Tensor rows = hidden.slice(0, begin, begin + kRows);
-      at::Tensor out = result.slice(0, begin, begin + kRows);
+    const auto first = at::randint(stride_, {1}, generator, at::kLong).item<int64_t>();
+    const auto every = [&](const at::Tensor& x) { return x.slice(0, first, x.size(0), stride_); };
+    const at::Tensor states = every(hidden).contiguous();
+    at::Tensor by_states = at::empty_like(states);
+    for (int64_t begin = 0; begin < states.size(0); begin += kRows) {
+      const at::Tensor rows = states.slice(0, begin, begin + kRows);
+      at::Tensor out = by_states.slice(0, begin, begin + kRows);
       const at::Tensor uniform = at::rand({rows.size(0)}, generator, at::kFloat);
       if (logits_.defined()) {
         at::Tensor block = logits_.slice(0, 0, rows.size(0));
@@ -89,11 +95,15 @@ class SampledLoss {
         out.copy_(minus_drawn_label(at::linear(rows, table_), uniform).matmul(table_));
       }
     }
+    if (stride_ == 1) return by_states;
+    at::Tensor result = at::zeros_like(hidden);
+    every(result).copy_(by_states.mul_(std::sqrt(static_cast<double>(stride_))));
     return result;
   }
 
  private:
   at::Tensor table_;
+  int64_t stride_;
   at::Tensor logits_;  // (kRows, V), for fp32 on the CPU
 };
 
@@ -104,18 +114,6 @@ at::Tensor gradient_of_last(SampledLoss& loss, const RmsNorm& norm, const at::Te
   const at::Tensor normed = norm.forward(last);
   const at::Tensor seed = loss.gradient(normed.detach().squeeze(0), label_generator(sequence));
   return torch::autograd::grad({normed}, {last}, {seed.unsqueeze(0)})[0];
-}
-
-// sum += hᵀ h, of which one of the two equal corners is computed. sum (n, n), h (T, n).
-void add_gram(at::Tensor& sum, const at::Tensor& h) {
-  const int64_t middle = sum.size(0) / 2;
-  const at::Tensor left = h.slice(1, 0, middle);
-  const at::Tensor right = h.slice(1, middle);
-  const at::Tensor corner = left.t().matmul(right);
-  sum.slice(0, 0, middle).slice(1, 0, middle).add_(left.t().matmul(left));
-  sum.slice(0, 0, middle).slice(1, middle).add_(corner);
-  sum.slice(0, middle).slice(1, 0, middle).add_(corner.t());
-  sum.slice(0, middle).slice(1, middle).add_(right.t().matmul(right));
 }
 
 // Tokens that are drawn from each of so many sequences.
@@ -229,6 +227,11 @@ bool is_fused(const at::Tensor& example) {
 
 }  // namespace
 
+int64_t label_stride(int64_t tokens) {
+  constexpr int64_t kLongest = 4;
+  return std::clamp<int64_t>(tokens / kSampledTokens, 1, kLongest);
+}
+
 uint64_t curvature_bytes(const ModelConfig& config, bool sample) {
   const int64_t rows = 2 * config.kv_size();
   const int64_t hidden = config.hidden_size;
@@ -277,7 +280,7 @@ std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration
   const RopeTables rope = own_rope(calibration);
   const auto layers = static_cast<size_t>(calibration.config().num_hidden_layers);
   const auto sequences = static_cast<int64_t>(calibration.sequences());
-  SampledLoss loss(calibration.output_matrix());
+  SampledLoss loss(calibration.output_matrix(), label_stride(calibration.tokens()));
   const auto final_norm = calibration.load_final_norm();
   std::vector<LossCurvature> sums;
   for (size_t l = 0; l < layers; ++l) sums.push_back(no_sums(calibration, options.sample));
@@ -317,7 +320,7 @@ void advance(const Calibration& calibration, int64_t layer, std::vector<at::Tens
 
 void loss_gradient(const Calibration& calibration, std::vector<at::Tensor>& hidden) {
   const WithGradients mode;
-  SampledLoss loss(calibration.output_matrix());
+  SampledLoss loss(calibration.output_matrix(), label_stride(calibration.tokens()));
   const auto final_norm = calibration.load_final_norm();
   for (size_t i = 0; i < hidden.size(); ++i) {
     throw_if_interrupted();

@@ -12,11 +12,16 @@ namespace {
 // Ridges that are tried, in mean squares of the context.
 constexpr std::array<double, 3> kRidges = {0.01, 0.1, 1.0};
 
-double energy(const at::Tensor& x) { return x.to(at::kDouble).square().sum().item<double>(); }
+double energy(const at::Tensor& x) {
+  const at::Tensor flat = x.flatten();
+  return flat.dot(flat).item<double>();
+}
 
 }  // namespace
 
-OutputRefit::OutputRefit(int64_t hidden, int64_t context, at::Device device) {
+OutputRefit::OutputRefit(int64_t hidden, int64_t context, at::Device device, bool fits)
+    : fits_(fits) {
+  if (!fits) return;
   const auto wide = at::TensorOptions(at::kDouble).device(device);
   for (Sums& sums : folds_) {
     sums.gram = at::zeros({context, context}, wide);
@@ -29,11 +34,12 @@ void OutputRefit::add(const at::Tensor& context, const at::Tensor& base_output,
   const auto rest = [](const at::Tensor& x) { return x.squeeze(0).slice(0, 1).to(at::kFloat); };
   const at::Tensor y = rest(base_output);
   const at::Tensor error = y - rest(output);
-  const at::Tensor z = rest(context);
   Sums& sums = folds_[static_cast<size_t>(sequences_++ % 2)];
   sums.energy += energy(y);
   sums.error += energy(error);
-  sums.gram.add_(z.t().matmul(z));
+  if (!fits_) return;
+  const at::Tensor z = rest(context);
+  add_gram(sums.gram, z);
   sums.cross.add_(error.t().matmul(z));
 }
 
@@ -75,9 +81,11 @@ OutputRefit::Sums OutputRefit::all() const {
           .error = folds_[0].error + folds_[1].error};
 }
 
-// ΔW (gram + ridge) = cross, and gram is symmetric.
+// ΔW (gram + ridge) = cross, and gram is symmetric. A gram of zeros fits nothing.
 at::Tensor OutputRefit::Sums::fit(double ridge) const {
-  return at::linalg_solve(add_ridge(gram, ridge), cross.t()).t();
+  const auto [lower, info] = at::linalg_cholesky_ex(add_ridge(gram, ridge));
+  if (info.item<int32_t>() != 0) return at::zeros_like(cross);
+  return at::cholesky_solve(cross.t(), lower).t();
 }
 
 OutputRefit::Sums::Fall OutputRefit::Sums::fall(const at::Tensor& change) const {

@@ -41,9 +41,7 @@ class SiluMulFunction : public torch::autograd::Function<SiluMulFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& gate,
                             const at::Tensor& up) {
     context->save_for_backward({gate, up});
-    const at::Tensor product = gate.clone();
-    cpu::silu_mul_(product, up);
-    return product;
+    return cpu::silu_mul(gate, up);
   }
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     refuse_second_derivatives();
@@ -58,21 +56,17 @@ class RopeFunction : public torch::autograd::Function<RopeFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& cos,
                             const at::Tensor& sin) {
     context->save_for_backward({cos, sin});
-    return rotated(x, cos, sin);
+    return cpu::rope(x, cos, sin);
   }
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     refuse_second_derivatives();
     const variable_list saved = context->get_saved_variables();
     // The adjoint of a rotation turns back.
-    return {rotated(gradients[0], saved[0], -saved[1]), at::Tensor(), at::Tensor()};
+    return {cpu::rope(dense(gradients[0]), saved[0], -saved[1]), at::Tensor(), at::Tensor()};
   }
 
  private:
-  static at::Tensor rotated(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
-    const at::Tensor y = x.clone(at::MemoryFormat::Contiguous);
-    cpu::rope_(y, cos, sin);
-    return y;
-  }
+  static at::Tensor dense(const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); }
 };
 
 }  // namespace

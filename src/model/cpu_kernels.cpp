@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/record_function.h>
 
@@ -145,27 +146,25 @@ void silu_mul_backward_range(const float* gradient, const float* gate, const flo
 HLA_INLINE Floats silu_mul(Floats gate, Floats up) { return gate / (1.0F + exp_fp32(-gate)) * up; }
 
 HLA_MULTIVERSION
-void silu_mul_range(float* gate, const float* up, int64_t n) {
+void silu_mul_range(const float* gate, const float* up, float* out, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    *reinterpret_cast<Floats*>(gate + i) = silu_mul(load(gate + i), load(up + i));
+    *reinterpret_cast<Floats*>(out + i) = silu_mul(load(gate + i), load(up + i));
   }
   const Floats last = silu_mul(load_tail(gate + i, n - i, 0), load_tail(up + i, n - i, 0));
-  for (int64_t lane = 0; i + lane < n; ++lane) gate[i + lane] = last[lane];
+  for (int64_t lane = 0; i + lane < n; ++lane) out[i + lane] = last[lane];
 }
 
 HLA_MULTIVERSION
-void rope_row(float* x, int64_t head_stride, const float* cos, const float* sin, int64_t heads,
-              int64_t f) {
-  for (int64_t head = 0; head < heads; ++head, x += head_stride) {
-    float* first = x;
-    float* second = x + f;
+void rope_row(const float* x, int64_t x_stride, float* y, int64_t y_stride, const float* cos,
+              const float* sin, int64_t heads, int64_t f) {
+  for (int64_t head = 0; head < heads; ++head, x += x_stride, y += y_stride) {
 #pragma omp simd
     for (int64_t i = 0; i < f; ++i) {
-      const float a = first[i];
-      const float b = second[i];
-      first[i] = a * cos[i] - b * sin[i];
-      second[i] = b * cos[i] + a * sin[i];
+      const float a = x[i];
+      const float b = x[f + i];
+      y[i] = a * cos[i] - b * sin[i];
+      y[f + i] = b * cos[i] + a * sin[i];
     }
   }
 }
@@ -301,6 +300,41 @@ void for_rows(const at::Tensor& logits, const Action& action) {
   });
 }
 
+void silu_mul_out(const at::Tensor& out, const at::Tensor& gate, const at::Tensor& up) {
+  RECORD_FUNCTION("hla::silu_mul", {});
+  const float* g = gate.const_data_ptr<float>();
+  const float* u = up.const_data_ptr<float>();
+  float* y = out.mutable_data_ptr<float>();
+  at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    silu_mul_range(g + begin, u + begin, y + begin, end - begin);
+  });
+}
+
+void rope_out(const at::Tensor& y, const at::Tensor& x, const at::Tensor& cos,
+              const at::Tensor& sin) {
+  RECORD_FUNCTION("hla::rope", {});
+  const int64_t length = x.size(1);
+  const int64_t heads = x.size(2);
+  const int64_t f = x.size(3) / 2;
+  const float* in = x.const_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  const float* c = cos.const_data_ptr<float>();
+  const float* s = sin.const_data_ptr<float>();
+  const at::IntArrayRef from = x.strides();
+  const at::IntArrayRef to = y.strides();
+  const int64_t cos_stride = cos.stride(0);
+  const int64_t sin_stride = sin.stride(0);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(heads * 2 * f, 1));
+  at::parallel_for(0, x.size(0) * length, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / length;
+      const int64_t t = row % length;
+      rope_row(in + b * from[0] + t * from[1], from[2], out + b * to[0] + t * to[1], to[2],
+               c + t * cos_stride, s + t * sin_stride, heads, f);
+    }
+  });
+}
+
 }  // namespace
 
 bool applies(const at::Tensor& x) { return is_plain_fp32(x) && x.is_contiguous(); }
@@ -356,13 +390,12 @@ std::pair<at::Tensor, at::Tensor> silu_mul_backward(const at::Tensor& gradient,
   return {by_gate, by_up};
 }
 
-void silu_mul_(const at::Tensor& gate, const at::Tensor& up) {
-  RECORD_FUNCTION("hla::silu_mul", {});
-  float* g = gate.mutable_data_ptr<float>();
-  const float* u = up.const_data_ptr<float>();
-  at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    silu_mul_range(g + begin, u + begin, end - begin);
-  });
+void silu_mul_(const at::Tensor& gate, const at::Tensor& up) { silu_mul_out(gate, gate, up); }
+
+at::Tensor silu_mul(const at::Tensor& gate, const at::Tensor& up) {
+  at::Tensor result = at::empty_like(gate);
+  silu_mul_out(result, gate, up);
+  return result;
 }
 
 bool can_rotate_in_place(const at::Tensor& x) {
@@ -370,24 +403,13 @@ bool can_rotate_in_place(const at::Tensor& x) {
 }
 
 void rope_(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
-  RECORD_FUNCTION("hla::rope", {});
-  const int64_t length = x.size(1);
-  const int64_t heads = x.size(2);
-  const int64_t f = x.size(3) / 2;
-  float* data = x.mutable_data_ptr<float>();
-  const float* c = cos.const_data_ptr<float>();
-  const float* s = sin.const_data_ptr<float>();
-  const at::IntArrayRef strides = x.strides();
-  const int64_t cos_stride = cos.stride(0);
-  const int64_t sin_stride = sin.stride(0);
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(heads * 2 * f, 1));
-  at::parallel_for(0, x.size(0) * length, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t t = row % length;
-      rope_row(data + row / length * strides[0] + t * strides[1], strides[2], c + t * cos_stride,
-               s + t * sin_stride, heads, f);
-    }
-  });
+  rope_out(x, x, cos, sin);
+}
+
+at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  rope_out(y, x, cos, sin);
+  return y;
 }
 
 void update_log_sum_exp(const at::Tensor& logits, int64_t first_column, const int64_t* targets,

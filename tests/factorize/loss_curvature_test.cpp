@@ -70,5 +70,28 @@ TEST_F(LossCurvatureTest, IsTheSameALayerAtATime) {
   }
 }
 
+// Labels at every second position instead of all: the gradients' mean square stays.
+TEST_F(LossCurvatureTest, FewerLabelsAreMadeUpFor) {
+  const c10::InferenceMode caller;
+  const auto mean_square = [&](int64_t tokens) {
+    ConvertOptions options = small_calibration();
+    options.calib_tokens = tokens;
+    const Calibration calibration(base_, config_, options);
+    std::vector<double> result;
+    for (const LossCurvature& layer :
+         collect_loss_curvature(calibration, {.sample = true, .progress = false})) {
+      // Rows are scaled so that their squares add up to the mean over all tokens.
+      result.push_back(layer.sample_gradient.to(at::kDouble).square().sum().item<double>());
+    }
+    return result;
+  };
+  ASSERT_EQ(label_stride(4096), 1);
+  ASSERT_EQ(label_stride(8192), 2);
+  EXPECT_EQ(label_stride(1 << 20), 4);
+  const std::vector<double> all = mean_square(4096);
+  const std::vector<double> second = mean_square(8192);
+  for (size_t i = 0; i < all.size(); ++i) EXPECT_NEAR(second[i] / all[i], 1, 0.2) << i;
+}
+
 }  // namespace
 }  // namespace hla

@@ -76,6 +76,10 @@ TEST(OutputRefitTest, KnowsItsError) {
   EXPECT_NEAR(refit.relative_error(), frobenius(error) / frobenius(rest(bases)), 1e-6);
   EXPECT_NEAR(refit.relative_error(change), frobenius(left) / frobenius(rest(bases)), 1e-6);
   EXPECT_LT(frobenius(left), 0.9 * frobenius(error));
+
+  OutputRefit only_error(kHidden, kContext, at::kCPU, /*fits=*/false);
+  for (size_t i = 0; i < 3; ++i) only_error.add(contexts[i], bases[i], outputs[i]);
+  EXPECT_EQ(only_error.relative_error(), refit.relative_error());
 }
 
 }  // namespace

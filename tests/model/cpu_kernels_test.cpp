@@ -56,7 +56,9 @@ TEST_F(CpuKernelsTest, SiluMul) {
     at::Tensor gate = at::linspace(-100, 100, size);
     const at::Tensor up = at::randn({size});
     const at::Tensor expected = at::silu(gate.to(at::kDouble)) * up.to(at::kDouble);
+    const at::Tensor product = kernels::silu_mul(gate, up);
     kernels::silu_mul_(gate, up);
+    EXPECT_TRUE(product.equal(gate)) << size;
     // What is below 1e-29 (gates under -65) counts as nothing.
     const at::Tensor error = (gate.to(at::kDouble) - expected).abs() / (expected.abs() + 1e-29);
     EXPECT_LE(error.max().item<double>(), 1e-6) << size;
@@ -137,8 +139,10 @@ TEST_F(CpuKernelsTest, RopeOfStridedHeads) {
     ASSERT_TRUE(kernels::can_rotate_in_place(x));
     const at::Tensor expected = apply_rope(x, tables);
     const at::Tensor untouched = whole.slice(2, 3 * 2 * half).clone();
+    const at::Tensor rotated = kernels::rope(x, tables.cos, tables.sin);
     kernels::rope_(x, tables.cos, tables.sin);
     EXPECT_LE(max_abs_difference(x, expected), 1e-6) << half;
+    EXPECT_TRUE(rotated.equal(x)) << half;
     EXPECT_EQ(max_abs_difference(whole.slice(2, 3 * 2 * half), untouched), 0);
   }
 }

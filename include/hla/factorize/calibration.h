@@ -118,6 +118,7 @@ class Calibration {
   const ModelConfig& config_;
   at::Device device_;
   at::ScalarType dtype_;  // of the computation
+  bool refits_output_;
   std::vector<CalibrationText> texts_;
   std::vector<at::Tensor> ids_;       // (1, T) each
   std::vector<at::Tensor> held_out_;  // the same

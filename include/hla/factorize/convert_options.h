@@ -18,14 +18,14 @@ struct ConvertOptions {
 
   // Sizes. Either the ratio of cached floats to the base's 2·K·d (K and V share one basis), or
   // ranks in floats per token and layer (K and V have a basis each; an absent one stays whole).
-  std::optional<double> kv_ratio;  // 0 < ratio <= 1; default 0.5 when no rank is given
+  std::optional<double> kv_ratio;  // 0 < ratio <= 1; 0.5 where nothing below says more
   std::optional<int64_t> k_rank;
   std::optional<int64_t> v_rank;
   std::optional<int64_t> q_rank;  // absent: W_q stays whole (paper: half its rows)
 
-  // With kv_ratio: how many of the fastest frequencies keep a k latent of their own, and its
-  // floats. Default: none for `original`; for `latent` those that turn by 0.1 rad or more per
-  // token, with their share kv_ratio of the floats.
+  // How many of the fastest frequencies keep a k latent of their own. Default: none for `original`;
+  // for `latent` those that turn by 0.3 rad or more per token. Its floats: with kv_ratio that share
+  // of them, with a target what the predicted loss says.
   std::optional<int64_t> fast_frequencies;
   std::optional<int64_t> fast_floats;
 

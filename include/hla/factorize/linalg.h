@@ -20,6 +20,9 @@ struct LowRank {
 // calibration text never used from being thrown away for nothing.
 at::Tensor add_ridge(const at::Tensor& covariance, double ridge = 1e-6);
 
+// sum += hᵀ h, of which one of the two equal corners is computed. sum (n, n), h (T, n).
+void add_gram(at::Tensor& sum, const at::Tensor& h);
+
 // √(error / energy) of an error's energy; 0 where there is no energy.
 double relative_error(double error, double energy);
 

@@ -29,6 +29,10 @@ struct LossCurvature {
 
 constexpr int64_t kSampledTokens = 4096;
 
+// Of so many tokens, every how many have a label drawn in the loss pass: up to every fourth, as
+// long as there are kSampledTokens labels. On SmolLM2 that is no worse (docs/experiments.md).
+int64_t label_stride(int64_t tokens);
+
 // Of what is collected of all layers.
 uint64_t curvature_bytes(const ModelConfig& config, bool sample);
 // Memory that collecting it takes beside the weights and the above, for sequences of `length`;

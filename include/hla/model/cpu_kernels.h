@@ -28,16 +28,18 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 at::Tensor rms_norm_backward(const at::Tensor& gradient, const at::Tensor& x,
                              const at::Tensor& weight, double eps);
 
-// silu(gate) · up, written into gate. Same shape.
+// silu(gate) · up of the same shape, contiguous; with an underscore written into gate.
+at::Tensor silu_mul(const at::Tensor& gate, const at::Tensor& up);
 void silu_mul_(const at::Tensor& gate, const at::Tensor& up);
 // Of a gradient by the product, those by gate and by up. All contiguous fp32.
 std::pair<at::Tensor, at::Tensor> silu_mul_backward(const at::Tensor& gradient,
                                                     const at::Tensor& gate, const at::Tensor& up);
 
-// RoPE in place: x (B, T, heads, 2F), half-split; cos and sin (T, F). Only the last dimensions
-// must be dense, as can_rotate_in_place says for x.
+// RoPE: x (B, T, heads, 2F), half-split; cos and sin (T, F). Only the last dimensions must be
+// dense. With an underscore in place, where can_rotate_in_place(); else the result is contiguous.
 bool can_rotate_in_place(const at::Tensor& x);
 void rope_(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
+at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
 
 // Running log-sum-exp of one row over blocks of its logits.
 struct LogSumExp {
