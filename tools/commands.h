@@ -7,6 +7,7 @@
 namespace hla::tools {
 
 void add_convert(CLI::App& app);
+void add_generate(CLI::App& app);
 void add_info(CLI::App& app);
 void add_ppl(CLI::App& app);
 void add_tokenize(CLI::App& app);

@@ -1,12 +1,16 @@
 #include "hla/model/attention.h"
 
+#include <ATen/ops/cat.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/stack.h>
+
+#include <optional>
 
 namespace hla {
 namespace {
 
-// One sequence: q (T, H, d), k and v (T, K, d) -> (T, H, d). The kv heads stand where the batch
+// One sequence: q (T, H, d), k and v (L, K, d) -> (T, H, d). The kv heads stand where the batch
 // was, and each is repeated for its group of queries with stride 0, so that nothing is copied: the
 // attention kernels read through strides.
 at::Tensor sequence_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
@@ -16,8 +20,14 @@ at::Tensor sequence_attention(const at::Tensor& q, const at::Tensor& k, const at
     return x.transpose(0, 1).unsqueeze(1).expand({kv_heads, group, x.size(0), x.size(2)});
   };
   const at::Tensor queries = q.unflatten(1, {kv_heads, group}).permute({1, 2, 0, 3});
-  return at::scaled_dot_product_attention(queries, repeat(k), repeat(v), /*attn_mask=*/{},
-                                          /*dropout_p=*/0.0, /*is_causal=*/true)
+  const int64_t length = k.size(0);
+  const int64_t before = length - q.size(0);
+  std::optional<at::Tensor> mask;  // (T, L): LibTorch's own causal one is for T = L
+  if (before > 0 && q.size(0) > 1) {
+    mask = at::ones({q.size(0), length}, q.options().dtype(at::kBool)).tril(before);
+  }
+  return at::scaled_dot_product_attention(queries, repeat(k), repeat(v), mask,
+                                          /*dropout_p=*/0.0, /*is_causal=*/before == 0)
       .permute({2, 0, 1, 3})  // (T, K, G, d)
       .flatten(1, 2);
 }
@@ -66,10 +76,30 @@ LlamaAttention::LlamaAttention(ParameterSource& source, const std::string& prefi
   o_proj_ = linear("o_proj", config.q_size(), hidden);
 }
 
+at::Tensor LlamaAttention::heads(const at::Tensor& x) const {
+  return x.unflatten(/*dim=*/-1, {-1, head_dim_});
+}
+
+at::Tensor LlamaAttention::queries(const at::Tensor& x, const RopeTables& rope) const {
+  return apply_rope_to_temporary(heads(q_proj_->forward(x)), rope);
+}
+
+at::Tensor LlamaAttention::keys(const at::Tensor& x, const RopeTables& rope) const {
+  return apply_rope_to_temporary(heads(k_proj_->forward(x)), rope);
+}
+
 Qkv LlamaAttention::project(const at::Tensor& x, const RopeTables& rope) const {
-  const auto heads = [&](const at::Tensor& t) { return t.unflatten(/*dim=*/-1, {-1, head_dim_}); };
-  return {apply_rope_to_temporary(heads(q_proj_->forward(x)), rope),
-          apply_rope_to_temporary(heads(k_proj_->forward(x)), rope), heads(v_proj_->forward(x))};
+  return {queries(x, rope), keys(x, rope), heads(v_proj_->forward(x))};
+}
+
+at::Tensor LlamaAttention::records(const at::Tensor& x, const RopeTables& rope) const {
+  return at::cat({keys(x, rope).flatten(/*start_dim=*/2), v_proj_->forward(x)}, /*dim=*/-1);
+}
+
+std::pair<at::Tensor, at::Tensor> LlamaAttention::rebuild(const at::Tensor& records,
+                                                          const RopeTables&) const {
+  const std::vector<at::Tensor> halves = records.chunk(2, /*dim=*/-1);
+  return {heads(halves[0]), heads(halves[1])};
 }
 
 }  // namespace hla

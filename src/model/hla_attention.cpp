@@ -139,11 +139,11 @@ at::Tensor HlaAttention::rotated_k_latent(const at::Tensor& x, const RopeTables&
       .squeeze(-2);
 }
 
-HlaLatents HlaAttention::latents(const at::Tensor& x, const RopeTables& rope) const {
-  HlaLatents result;
-  if (k_down_) result.k = rotated_k_latent(x, rope);
-  if (kv_down_) result.kv = kv_down_->forward(x);
-  return result;
+at::Tensor HlaAttention::records(const at::Tensor& x, const RopeTables& rope) const {
+  std::vector<at::Tensor> latents;
+  if (k_down_) latents.push_back(rotated_k_latent(x, rope));
+  if (kv_down_) latents.push_back(kv_down_->forward(x));
+  return latents.size() == 1 ? latents[0] : at::cat(latents, /*dim=*/-1);
 }
 
 // Rotated keys of the fast frequencies, (B, T, K, 2c), from the cached k latent.
@@ -196,11 +196,14 @@ std::pair<at::Tensor, at::Tensor> HlaAttention::assemble(at::Tensor fast, const 
   return {keys, values};
 }
 
-std::pair<at::Tensor, at::Tensor> HlaAttention::rebuild(const HlaLatents& latents,
+std::pair<at::Tensor, at::Tensor> HlaAttention::rebuild(const at::Tensor& records,
                                                         const RopeTables& rope) const {
-  return assemble(latents.k.defined() ? fast_keys(latents.k, rope) : at::Tensor(),
-                  latents.kv.defined() ? kv_up_->forward(latents.kv) : at::Tensor(),
-                  latents.kv.defined() ? latents.kv : latents.k, rope);
+  const int64_t k_floats = layer_.k_floats();
+  at::Tensor fast;
+  at::Tensor up;
+  if (k_down_) fast = fast_keys(records.slice(-1, 0, k_floats), rope);
+  if (kv_down_) up = kv_up_->forward(records.slice(-1, k_floats));
+  return assemble(std::move(fast), up, records, rope);
 }
 
 Qkv HlaAttention::project(const at::Tensor& x, const RopeTables& rope) const {

@@ -81,7 +81,7 @@ TEST(HlaAttentionTest, LatentRotationCommutesWithTheUpProjection) {
     const at::Tensor x = at::randn({2, 7, 24}, at::kDouble);
     const at::Tensor positions = random_positions(7);
     const RopeTables rope = rope_tables(config, positions, at::kDouble);
-    const auto [keys, values] = attention.rebuild(attention.latents(x, rope), rope);
+    const auto [keys, values] = attention.rebuild(attention.records(x, rope), rope);
 
     // Unrotated keys, by complex arithmetic per frequency and head.
     const int64_t c = 3;
@@ -127,9 +127,10 @@ TEST(HlaAttentionTest, OriginalRebuildsThenRotates) {
   const at::Tensor x = at::randn({1, 5, 24}, at::kDouble);
   const at::Tensor positions = random_positions(5);
   const RopeTables rope = rope_tables(config, positions, at::kDouble);
-  const HlaLatents latents = attention.latents(x, rope);
-  EXPECT_EQ(latents.k.size(-1) + latents.kv.size(-1), config.cache_floats(0));
-  const auto [keys, values] = attention.rebuild(latents, rope);
+  const at::Tensor records = attention.records(x, rope);
+  EXPECT_EQ(records.size(-1), config.cache_floats(0));
+  EXPECT_EQ(attention.record_floats(), config.cache_floats(0));
+  const auto [keys, values] = attention.rebuild(records, rope);
   // The dense map of all key rows, put together from both latents.
   at::Tensor dense = at::zeros({24, 24}, at::kDouble);
   dense.index_copy_(0, key_rows(3, 8, 0, 1),
@@ -172,7 +173,7 @@ TEST(HlaAttentionTest, ProjectEqualsRebuild) {
           const RopeTables rope = {wide.cos.to(dtype), wide.sin.to(dtype)};
           const Qkv qkv = attention.project(x.to(dtype), rope);
           // The twin: fp64, through the latents.
-          const auto [keys, values] = exact.rebuild(exact.latents(x, wide), wide);
+          const auto [keys, values] = exact.rebuild(exact.records(x, wide), wide);
           EXPECT_LE(max_abs_difference(qkv.k, keys), tolerance) << rank << " " << length;
           EXPECT_LE(max_abs_difference(qkv.v, values), tolerance) << rank << " " << length;
           const auto& made = exact_source.made;

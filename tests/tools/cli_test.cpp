@@ -29,7 +29,7 @@ using testing::write_file;
 std::string stories() { return source_path("data/stories260K/stories260K.bin").string(); }
 
 TEST(CliTest, HelpAndVersion) {
-  for (const char* command : {"", "info ", "ppl ", "convert ", "tokenize "}) {
+  for (const char* command : {"", "info ", "ppl ", "convert ", "generate ", "tokenize "}) {
     const CommandResult result = run_hla(std::string(command) + "--help");
     EXPECT_EQ(result.code, 0);
     EXPECT_NE(result.out.find("Examples:"), std::string::npos) << command;
@@ -599,6 +599,55 @@ TEST(CliTest, FindsModelsInTheHubCache) {
   const std::string prefix = "HF_HUB_CACHE=" + folder.path().string() + " " + HLA_BINARY;
   EXPECT_EQ(run_command(prefix + " info org/tiny").code, 0);
   EXPECT_EQ(run_command(prefix + " info org/other").code, 3);
+}
+
+TEST(CliTest, GenerateContinuesPrompts) {
+  const std::string command = "generate " + stories() + " -n 20 ";
+  const CommandResult one = run_hla(command + "--prompt 'Once upon a time'");
+  ASSERT_EQ(one.code, 0) << one.err;
+  EXPECT_GT(one.out.size(), 20u);
+  EXPECT_NE(one.err.find("tokens/s"), std::string::npos);
+  // However it is asked for and shown, the text is the same.
+  EXPECT_EQ(run_hla(command + "--prompt 'Once upon a time' --stream").out, one.out);
+  EXPECT_EQ(run_hla(command + "--prompt 'Once upon a time' --echo").out,
+            "Once upon a time" + one.out);
+  EXPECT_EQ(
+      run_command("printf 'Once upon a time' | " + std::string(HLA_BINARY) + " " + command).out,
+      one.out);
+  const TempDir folder;
+  write_file(folder / "prompts.txt", "Once upon a time\n\nThe cat\n");
+  const CommandResult two = run_hla(command + "--prompts " + (folder / "prompts.txt").string());
+  EXPECT_EQ(two.out.rfind("--- 1\n" + one.out + "\n--- 2\n", 0), 0u) << two.out;
+  write_file(folder / "prompts.jsonl", "\"Once upon a time\"\n{\"prompt\": \"The\\ncat\"}\n");
+  const auto json = nlohmann::json::parse(
+      run_hla(command + "--json - --prompts " + (folder / "prompts.jsonl").string()).out);
+  ASSERT_EQ(json["continuations"].size(), 2u);
+  EXPECT_EQ(json["continuations"][0]["text"].get<std::string>() + "\n", one.out);
+  EXPECT_EQ(json["continuations"][1]["prompt"], "The\ncat");
+  EXPECT_EQ(json["continuations"][0]["ids"].size(), 20u);
+  EXPECT_EQ(json["decoded_tokens"], 38);
+  // One block of 256 tokens for each sequence: 5 layers of 2 x 32 floats.
+  EXPECT_EQ(json["cache_bytes"], 2 * 256 * 5 * 64 * 4);
+}
+
+TEST(CliTest, GenerateRefuses) {
+  const std::string command = "generate " + stories() + " ";
+  EXPECT_EQ(run_hla(command + "--prompt a --top-p 0").code, 2);
+  EXPECT_EQ(run_hla(command + "--prompt a --prompts b").code, 2);
+  EXPECT_EQ(run_hla(command + "--prompt a --system b").code, 2);
+  EXPECT_EQ(run_hla(command + "--prompt a --chat").code, 3);  // no template
+  const TempDir folder;
+  write_file(folder / "two.txt", "a\nb\n");
+  EXPECT_EQ(run_hla(command + "--stream --prompts " + (folder / "two.txt").string()).code, 2);
+  write_file(folder / "none.txt", "\n");
+  EXPECT_EQ(run_hla(command + "--prompts " + (folder / "none.txt").string()).code, 3);
+  write_file(folder / "bad.jsonl", "{\"text\": 1}\n");
+  const CommandResult bad = run_hla(command + "--prompts " + (folder / "bad.jsonl").string());
+  EXPECT_EQ(bad.code, 3);
+  EXPECT_NE(bad.err.find("line 1"), std::string::npos) << bad.err;
+  const CommandResult longer = run_hla(command + "--prompt 'one two three four' --max-length 3");
+  EXPECT_EQ(longer.code, 3);
+  EXPECT_NE(longer.err.find("--max-length"), std::string::npos) << longer.err;
 }
 
 TEST(CliTest, TokenizeShowsPieces) {

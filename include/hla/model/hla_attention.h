@@ -23,12 +23,6 @@
 
 namespace hla {
 
-// What one layer caches for a sequence.
-struct HlaLatents {
-  at::Tensor k;   // (B, T, k_floats); rotated for `latent` and `paper`. Undefined when empty.
-  at::Tensor kv;  // (B, T, kv_rank), never rotated. Undefined when empty.
-};
-
 // k_up of rope `latent`: a complex matrix (K × r_f) per fast frequency, packed along R.
 class ComplexUp : public torch::nn::Module {
  public:
@@ -57,14 +51,12 @@ class HlaAttention : public Attention {
   // multiplied in whichever order is cheaper.
   Qkv project(const at::Tensor& x, const RopeTables& rope) const override;
 
-  // The cache of a sequence x (B, T, D) at the positions of `rope`.
-  HlaLatents latents(const at::Tensor& x, const RopeTables& rope) const;
-  // Rotated queries (B, T, H, d).
-  at::Tensor queries(const at::Tensor& x, const RopeTables& rope) const;
-  // Rotated keys and the values (B, T, K, d) rebuilt from latents cached at the positions of
-  // `rope`.
-  std::pair<at::Tensor, at::Tensor> rebuild(const HlaLatents& latents,
-                                            const RopeTables& rope) const;
+  // The k latent, rotated for `latent` and `paper`, then the kv latent, never rotated.
+  int64_t record_floats() const override { return layer_.cache_floats(); }
+  at::Tensor records(const at::Tensor& x, const RopeTables& rope) const override;
+  at::Tensor queries(const at::Tensor& x, const RopeTables& rope) const override;
+  std::pair<at::Tensor, at::Tensor> rebuild(const at::Tensor& records,
+                                            const RopeTables& rope) const override;
 
  private:
   at::Tensor rotated_k_latent(const at::Tensor& x, const RopeTables& rope) const;

@@ -1,0 +1,63 @@
+// What attention keeps of the tokens that it has read: one record per token and layer
+// (Attention::records), the base's keys and values or HLA's latents, through the same code.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "hla/model/config.h"
+
+namespace hla {
+
+// Tokens by which a cache grows.
+constexpr int64_t kCacheBlock = 256;
+
+// The records of one layer and one sequence, in blocks of kCacheBlock, so that growing never moves
+// what is there.
+class LayerCache {
+ public:
+  // Records of `floats` numbers with the dtype and device of `options`.
+  LayerCache(int64_t floats, at::TensorOptions options) : floats_(floats), options_(options) {}
+
+  // records (T, floats), which are converted to the cache's dtype.
+  void append(const at::Tensor& records);
+  // Allocates for so many tokens altogether.
+  void reserve(int64_t tokens);
+
+  int64_t length() const { return length_; }
+  // (kCacheBlock, floats) each; those up to length() are filled.
+  const std::vector<at::Tensor>& blocks() const { return blocks_; }
+  // All of them in one piece, (length, floats); a copy where they are in several blocks.
+  at::Tensor records() const;
+  // Of the storages.
+  uint64_t bytes() const;
+
+ private:
+  int64_t floats_;
+  at::TensorOptions options_;
+  std::vector<at::Tensor> blocks_;
+  int64_t length_ = 0;
+};
+
+// The caches of all layers of one sequence.
+class SequenceCache {
+ public:
+  SequenceCache(const ModelConfig& config, at::ScalarType dtype, at::Device device);
+
+  LayerCache& layer(int64_t index) { return layers_[static_cast<size_t>(index)]; }
+  const LayerCache& layer(int64_t index) const { return layers_[static_cast<size_t>(index)]; }
+  // Tokens that all layers have read.
+  int64_t length() const { return layers_.back().length(); }
+  void reserve(int64_t tokens);
+  uint64_t bytes() const;
+
+ private:
+  std::vector<LayerCache> layers_;
+};
+
+// What SequenceCache::bytes() will be after so many tokens.
+uint64_t sequence_cache_bytes(const ModelConfig& config, at::ScalarType dtype, int64_t tokens);
+
+}  // namespace hla

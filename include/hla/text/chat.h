@@ -1,0 +1,29 @@
+// Prompts of models that were tuned on conversations.
+#pragma once
+
+#include <filesystem>
+#include <optional>
+#include <string>
+
+namespace hla {
+
+// A conversation's layout, out of a model's chat template. Templates are Jinja programs; those are
+// understood that write ChatML, <|im_start|>role\ncontent<|im_end|>\n, with or without a system
+// message of their own, as SmolLM2's and many others do.
+class ChatTemplate {
+ public:
+  // Of chat_template.jinja, or of tokenizer_config.json, in a model folder. Throws kBadInput where
+  // there is none, or none that is understood.
+  static ChatTemplate load(const std::filesystem::path& folder);
+  // `name` is that of the file, for messages.
+  static ChatTemplate parse(const std::string& jinja, const std::string& name);
+
+  // What the model has to continue after one message of the user. Absent, the system message is the
+  // template's own.
+  std::string prompt(const std::string& user, const std::optional<std::string>& system = {}) const;
+
+ private:
+  std::string default_system_;  // empty: none
+};
+
+}  // namespace hla

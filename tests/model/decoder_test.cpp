@@ -1,0 +1,175 @@
+// Sequences read bit by bit against the whole at once.
+#include "hla/model/decoder.h"
+
+#include <c10/core/InferenceMode.h>
+
+#include "hla/model/load.h"
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+using testing::error_of;
+using testing::max_abs_difference;
+using testing::source_path;
+
+class RandomSource : public ParameterSource {
+ public:
+  at::Tensor get(const std::string&, at::IntArrayRef shape) override {
+    return at::randn(shape, at::kDouble) * 0.3;
+  }
+};
+
+ModelConfig small_config() {
+  ModelConfig config;
+  config.hidden_size = 24;
+  config.intermediate_size = 32;
+  config.num_hidden_layers = 2;
+  config.num_attention_heads = 6;
+  config.num_key_value_heads = 3;
+  config.head_dim = 8;
+  config.vocab_size = 50;
+  config.max_position_embeddings = 600;
+  return config;
+}
+
+ModelConfig hla_config(HlaRope rope) {
+  ModelConfig config = small_config();
+  config.attention_bias = true;
+  HlaLayerConfig layer;
+  if (rope == HlaRope::kPaper) {
+    layer.fast_frequencies = 4;
+    layer.k_rank = 12;
+    layer.q_rank = 24;
+  } else {
+    layer.fast_frequencies = 2;
+    if (rope == HlaRope::kLatent) layer.k_ranks = {2, 3};
+    if (rope == HlaRope::kOriginal) layer.k_rank = 5;
+  }
+  layer.kv_rank = 11;
+  HlaLayerConfig other = layer;  // layers need not be alike
+  other.kv_rank = 13;
+  config.hla = HlaConfig{rope, 1.0, {layer, other}};
+  return config;
+}
+
+std::vector<int32_t> random_ids(int64_t count) {
+  const at::Tensor ids = at::randint(50, {count}, at::kInt);
+  return {ids.const_data_ptr<int32_t>(), ids.const_data_ptr<int32_t>() + count};
+}
+
+at::Tensor whole(const LlamaForCausalLM& model, const std::vector<int32_t>& ids) {
+  return model.forward(at::tensor(ids, at::kLong).unsqueeze(0)).squeeze(0);
+}
+
+// Of several sequences, each cut into chunks anew, some of which wait while others go on.
+void check_chunks(const LlamaForCausalLM& model, const std::vector<int64_t>& lengths,
+                  int64_t longest_chunk) {
+  const Decoder decoder(model);
+  std::vector<std::vector<int32_t>> ids;
+  std::vector<SequenceCache> caches;
+  std::vector<std::vector<at::Tensor>> got(lengths.size());
+  for (const int64_t length : lengths) {
+    ids.push_back(random_ids(length));
+    caches.push_back(decoder.new_sequence());
+  }
+  for (;;) {
+    std::vector<Decoder::Chunk> chunks;
+    std::vector<size_t> numbers;
+    for (size_t i = 0; i < ids.size(); ++i) {
+      const int64_t done = caches[i].length();
+      const int64_t left = lengths[i] - done;
+      const int64_t count =
+          std::min(left, at::randint(longest_chunk + 1, {1}, at::kLong).item<int64_t>());
+      if (count == 0) continue;
+      chunks.push_back({&caches[i], {ids[i].begin() + done, ids[i].begin() + done + count}});
+      numbers.push_back(i);
+    }
+    if (chunks.empty()) {
+      bool finished = true;
+      for (size_t i = 0; i < ids.size(); ++i) finished &= caches[i].length() == lengths[i];
+      if (finished) break;
+      continue;
+    }
+    const at::Tensor hidden = decoder.read(chunks);
+    int64_t begin = 0;
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      const auto count = static_cast<int64_t>(chunks[i].ids.size());
+      got[numbers[i]].push_back(hidden.slice(0, begin, begin + count));
+      begin += count;
+    }
+  }
+  for (size_t i = 0; i < ids.size(); ++i) {
+    EXPECT_LE(max_abs_difference(at::cat(got[i]), whole(model, ids[i])), 1e-9) << i;
+  }
+}
+
+TEST(DecoderTest, ChunksOfABatchEqualTheWhole) {
+  const c10::InferenceMode guard;
+  at::manual_seed(4);
+  std::vector<ModelConfig> configs = {small_config()};
+  for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent, HlaRope::kPaper}) {
+    configs.push_back(hla_config(rope));
+  }
+  for (size_t i = 0; i < configs.size(); ++i) {
+    SCOPED_TRACE(i);
+    RandomSource source;
+    const LlamaForCausalLM model(source, configs[i]);
+    check_chunks(model, {9}, 1);           // token by token
+    check_chunks(model, {1, 40, 17}, 9);   // ragged
+    check_chunks(model, {300, 530}, 200);  // over several blocks of the cache
+  }
+}
+
+TEST(DecoderTest, NextLogitsAreThoseOfTheLastTokens) {
+  const c10::InferenceMode guard;
+  at::manual_seed(5);
+  RandomSource source;
+  const LlamaForCausalLM model(source, small_config());
+  const Decoder decoder(model);
+  SequenceCache a = decoder.new_sequence();
+  SequenceCache b = decoder.new_sequence();
+  const std::vector<int32_t> first = random_ids(5);
+  const std::vector<int32_t> second = random_ids(3);
+  const at::Tensor logits = decoder.next_logits({{&a, first}, {&b, second}});
+  ASSERT_EQ(logits.sizes(), at::IntArrayRef({2, 50}));
+  EXPECT_EQ(logits.scalar_type(), at::kFloat);
+  EXPECT_LE(max_abs_difference(logits[0], model.logits(whole(model, first)[-1])), 1e-5);
+  EXPECT_LE(max_abs_difference(logits[1], model.logits(whole(model, second)[-1])), 1e-5);
+}
+
+TEST(DecoderTest, RefusesPositionsBeyondTheModel) {
+  const c10::InferenceMode guard;
+  RandomSource source;
+  ModelConfig config = small_config();
+  config.max_position_embeddings = 4;
+  const LlamaForCausalLM model(source, config);
+  const Decoder decoder(model);
+  SequenceCache cache = decoder.new_sequence();
+  decoder.read({{&cache, {1, 2, 3}}});
+  const Error error = error_of([&] { decoder.read({{&cache, {4, 5}}}); });
+  EXPECT_EQ(error.code(), ExitCode::kBadInput);
+  EXPECT_STREQ(error.what(), "[decoder] expected at most 4 tokens in a sequence, got 5");
+  EXPECT_EQ(cache.length(), 3);  // as it was
+  decoder.read({{&cache, {4}}});
+  const Decoder longer(model, {.max_length = 5});
+  longer.read({{&cache, {5}}});
+  EXPECT_EQ(cache.length(), 5);
+}
+
+TEST(DecoderTest, ReadsOnCuda) {
+  if (cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  const c10::InferenceMode guard;
+  const auto model =
+      load_model(Checkpoint::open(source_path("data/stories260K/stories260K.bin").string()),
+                 {.device = at::Device(at::kCUDA, 0), .dtype = at::kFloat});
+  const Decoder decoder(*model);
+  SequenceCache cache = decoder.new_sequence();
+  const std::vector<int32_t> ids = {1, 403, 407, 261};
+  std::vector<at::Tensor> got;
+  for (const int32_t id : ids) got.push_back(decoder.read({{&cache, {id}}}));
+  EXPECT_LE(max_abs_difference(at::cat(got).cpu(), whole(*model, ids).cpu()), 1e-4);
+}
+
+}  // namespace
+}  // namespace hla

@@ -1,0 +1,63 @@
+#include "hla/text/chat.h"
+
+#include <nlohmann/json.hpp>
+
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+using testing::error_of;
+using testing::TempDir;
+using testing::write_file;
+
+// As SmolLM2's tokenizer_config.json has it.
+constexpr const char* kSmolLm2 =
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ "
+    "'<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+    "Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\n' }}{% endif %}";
+constexpr const char* kPlainChatMl =
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\\n' }}{% endif %}";
+
+TEST(ChatTemplateTest, WritesWhatTheTemplateSays) {
+  const ChatTemplate smol = ChatTemplate::parse(kSmolLm2, "x");
+  EXPECT_EQ(smol.prompt("Hi"),
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+            "Face<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+  EXPECT_EQ(smol.prompt("Hi", "Be brief."),
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+            "<|im_start|>assistant\n");
+  const ChatTemplate plain = ChatTemplate::parse(kPlainChatMl, "x");
+  EXPECT_EQ(plain.prompt("Hi"), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+}
+
+TEST(ChatTemplateTest, RefusesWhatItDoesNotUnderstand) {
+  const std::string smol = kSmolLm2;
+  std::string other_system = smol;
+  other_system.replace(other_system.find("loop.first and"), 14, "loop.last and");
+  for (const std::string& bad :
+       {std::string("{{ bos_token }}{% for message in messages %}[INST]{% endfor %}"),
+        std::string("{% set system = 'x' %}") + kPlainChatMl, other_system, std::string()}) {
+    const Error error = error_of([&] { ChatTemplate::parse(bad, "config, chat_template"); });
+    EXPECT_EQ(error.code(), ExitCode::kBadInput) << bad;
+    EXPECT_NE(std::string(error.what()).find("config, chat_template"), std::string::npos);
+  }
+}
+
+TEST(ChatTemplateTest, IsFoundInTheFolder) {
+  const TempDir folder;
+  EXPECT_EQ(error_of([&] { ChatTemplate::load(folder.path()); }).code(), ExitCode::kBadInput);
+  write_file(folder / "tokenizer_config.json",
+             nlohmann::json({{"chat_template", kPlainChatMl}}).dump());
+  EXPECT_EQ(ChatTemplate::load(folder.path()).prompt("a"),
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n");
+  write_file(folder / "chat_template.jinja", kSmolLm2);
+  EXPECT_NE(ChatTemplate::load(folder.path()).prompt("a").find("SmolLM"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace hla

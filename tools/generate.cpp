@@ -1,0 +1,235 @@
+#include "hla/eval/generate.h"
+
+#include <algorithm>
+#include <iostream>
+#include <iterator>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <sstream>
+
+#include "commands.h"
+#include "hla/core/error.h"
+#include "hla/core/log.h"
+#include "hla/core/memory.h"
+#include "hla/io/mapped_file.h"
+#include "hla/text/chat.h"
+#include "options.h"
+
+namespace hla::tools {
+namespace {
+
+struct GenerateArguments {
+  std::string model;
+  std::optional<std::string> prompt;
+  std::string prompts;
+  bool chat = false;
+  std::optional<std::string> system;
+  bool echo = false;
+  bool stream = false;
+  bool ignore_eos = false;
+  int64_t max_length = 0;
+  GenerateOptions generate;
+  DeviceOptions device;
+  std::string json;
+  bool force = false;
+};
+
+// One prompt a line; of a *.jsonl file a JSON string, or an object with "prompt".
+std::vector<std::string> read_prompts(const std::string& path) {
+  const bool json_lines = path.ends_with(".jsonl");
+  std::istringstream lines{std::string(MappedFile::open(path)->text())};
+  std::vector<std::string> prompts;
+  int64_t number = 0;
+  for (std::string line; std::getline(lines, line);) {
+    ++number;
+    if (line.ends_with('\r')) line.pop_back();
+    if (line.empty()) continue;
+    if (!json_lines) {
+      prompts.push_back(line);
+      continue;
+    }
+    const nlohmann::json value = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    const nlohmann::json text = value.is_object() ? value.value("prompt", nlohmann::json()) : value;
+    if (!text.is_string()) {
+      throw_bad_input(path + ", line " + std::to_string(number) +
+                      ": expected a JSON string or an object with \"prompt\"");
+    }
+    prompts.push_back(text.get<std::string>());
+  }
+  if (prompts.empty()) throw_bad_input(path + ": expected a prompt a line, got none");
+  return prompts;
+}
+
+std::vector<std::string> prompts_of(const GenerateArguments& arguments) {
+  if (!arguments.prompts.empty()) return read_prompts(arguments.prompts);
+  if (arguments.prompt) return {*arguments.prompt};
+  return {std::string(std::istreambuf_iterator<char>(std::cin), {})};
+}
+
+double per_second(int64_t count, double seconds) {
+  return seconds > 0 ? static_cast<double>(count) / seconds : 0;
+}
+
+nlohmann::json to_json(const GenerateReport& report, const std::vector<std::string>& prompts,
+                       const std::string& model) {
+  nlohmann::json list = nlohmann::json::array();
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    const Continuation& continuation = report.continuations[i];
+    list.push_back({{"prompt", prompts[i]},
+                    {"text", continuation.text},
+                    {"ids", continuation.ids},
+                    {"stopped_by", to_string(continuation.reason)}});
+  }
+  return {{"model", model},
+          {"continuations", list},
+          {"prompt_tokens", report.prompt_tokens},
+          {"prompt_tokens_per_second", per_second(report.prompt_tokens, report.prompt_seconds)},
+          {"decoded_tokens", report.step_tokens},
+          {"decoded_tokens_per_second", per_second(report.step_tokens, report.step_seconds)},
+          {"cache_bytes", report.cache_bytes},
+          {"peak_rss_bytes", peak_rss_bytes()}};
+}
+
+std::string statistics(const GenerateReport& report) {
+  char line[256];
+  std::snprintf(line, sizeof line,
+                "prompts %lld tokens, %.1f tokens/s; then %lld tokens, %.1f tokens/s; cache %s, "
+                "peak memory %s",
+                static_cast<long long>(report.prompt_tokens),
+                per_second(report.prompt_tokens, report.prompt_seconds),
+                static_cast<long long>(report.step_tokens),
+                per_second(report.step_tokens, report.step_seconds),
+                format_bytes(report.cache_bytes).c_str(), format_bytes(peak_rss_bytes()).c_str());
+  return line;
+}
+
+void run_generate(const GenerateArguments& arguments) {
+  check_output_target("--json", arguments.json, arguments.force);
+  validate(arguments.generate.sampling);
+  const std::vector<std::string> prompts = prompts_of(arguments);
+  if (arguments.stream && prompts.size() > 1) {
+    throw_usage("--stream shows one continuation as it comes: give one prompt");
+  }
+  const Checkpoint checkpoint = Checkpoint::open(arguments.model);
+  if (!checkpoint.tokenizer_path()) throw_bad_input(arguments.model + ": has no tokenizer");
+  const auto tokenizer = load_tokenizer(*checkpoint.tokenizer_path());
+  GenerateOptions options = arguments.generate;
+  if (!arguments.ignore_eos) options.end_of_text = end_of_text_ids(checkpoint, *tokenizer);
+  std::vector<std::vector<int32_t>> ids;
+  if (arguments.chat) {
+    const ChatTemplate chat = ChatTemplate::load(checkpoint.path());
+    for (const std::string& prompt : prompts) {
+      ids.push_back(tokenizer->encode(chat.prompt(prompt, arguments.system),
+                                      /*add_special_tokens=*/false));
+    }
+  } else {
+    for (const std::string& prompt : prompts) ids.push_back(tokenizer->encode(prompt));
+  }
+  const auto model = load_model(checkpoint, resolve(arguments.device));
+  const Decoder decoder(*model, {.max_length = arguments.max_length});
+
+  const bool to_stdout = arguments.json == "-";
+  OnText on_text;
+  if (arguments.stream && !to_stdout) {
+    if (arguments.echo) std::cout << prompts[0];
+    on_text = [](size_t, std::string_view text) { std::cout << text << std::flush; };
+  }
+  const GenerateReport report = generate(decoder, *tokenizer, ids, options, on_text);
+  if (arguments.stream && !to_stdout) std::cout << "\n";
+  for (size_t i = 0; i < prompts.size() && !arguments.stream && !to_stdout; ++i) {
+    if (prompts.size() > 1) std::cout << (i == 0 ? "" : "\n") << "--- " << i + 1 << "\n";
+    std::cout << (arguments.echo ? prompts[i] : "") << report.continuations[i].text << "\n";
+  }
+  if (!arguments.json.empty()) {
+    write_json_result(arguments.json, to_json(report, prompts, arguments.model), arguments.force);
+  }
+  std::cout.flush();
+  log_info(statistics(report));
+}
+
+}  // namespace
+
+void add_generate(CLI::App& app) {
+  auto arguments = std::make_shared<GenerateArguments>();
+  CLI::App* command = app.add_subcommand("generate", "Continues prompts");
+  command
+      ->add_option("MODEL", arguments->model,
+                   "Model folder, HF id in the local cache, or llama2.c file")
+      ->required();
+  CLI::Option* prompt =
+      command->add_option("--prompt", arguments->prompt, "Text to continue; default: stdin");
+  command
+      ->add_option("--prompts", arguments->prompts,
+                   "File with a prompt a line, continued in one batch; *.jsonl: a JSON string a "
+                   "line, or an object with \"prompt\"")
+      ->excludes(prompt);
+  CLI::Option* chat = command->add_flag(
+      "--chat", arguments->chat, "The prompt is a message: put it into the model's chat template");
+  command->add_option("--system", arguments->system, "System message instead of the template's own")
+      ->needs(chat);
+  command->add_flag("--echo", arguments->echo, "Print the prompt before its continuation");
+  command->add_flag("--stream", arguments->stream, "Print text as it comes");
+
+  GenerateOptions& generate = arguments->generate;
+  SamplingOptions& sampling = generate.sampling;
+  const char* group = "When to stop";
+  command->add_option("-n,--max-new-tokens", generate.max_new_tokens, "Tokens per prompt, at most")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str()
+      ->group(group);
+  command
+      ->add_option_function<std::string>(
+          "--stop", [&generate](const std::string& text) { generate.stop.push_back(text); },
+          "Stop before this text; may be given several times")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->trigger_on_parse()
+      ->group(group);
+  command->add_flag("--ignore-eos", arguments->ignore_eos, "Go on after an end-of-text token")
+      ->group(group);
+  command
+      ->add_option("--max-length", arguments->max_length,
+                   "Longest sequence, prompt included; default: the model's "
+                   "max_position_embeddings, beyond which it was not trained")
+      ->check(CLI::PositiveNumber)
+      ->group(group);
+  group = "Sampling";
+  command
+      ->add_option("--temperature", sampling.temperature, "0: always the likeliest token (greedy)")
+      ->capture_default_str()
+      ->group(group);
+  command->add_option("--top-k", sampling.top_k, "Of the K likeliest tokens only; 0: all")
+      ->capture_default_str()
+      ->group(group);
+  command->add_option("--top-p", sampling.top_p, "Of the fewest likeliest that have probability P")
+      ->capture_default_str()
+      ->group(group);
+  command
+      ->add_option("--min-p", sampling.min_p,
+                   "Of those at least P times as probable as the likeliest")
+      ->capture_default_str()
+      ->group(group);
+  command
+      ->add_option("--repetition-penalty", sampling.repetition_penalty,
+                   "Above 1: tokens that were there already become less likely")
+      ->capture_default_str()
+      ->group(group);
+  command->add_option("--seed", sampling.seed, "Of the random numbers")
+      ->capture_default_str()
+      ->group(group);
+
+  add_device_options(*command, arguments->device);
+  command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
+  command->add_flag("--force", arguments->force, "Replace an existing output file");
+  command->footer(
+      "Sampling applies, in this order: repetition penalty, temperature, top-k, top-p, min-p.\n\n"
+      "Examples:\n"
+      "  hla generate models/SmolLM2-135M-Instruct --prompt 'The capital of France is' -n 20\n"
+      "  hla generate models/latent-50 --chat --prompt 'What is gravity?' --stream\n"
+      "  hla generate models/latent-50 --prompts prompts.txt --temperature 0.8 --top-p 0.95 --seed "
+      "1\n"
+      "  hla generate data/stories260K/stories260K.bin --prompt 'Once upon a time' --json -");
+  command->callback([arguments] { run_generate(*arguments); });
+}
+
+}  // namespace hla::tools
