@@ -56,7 +56,9 @@ def main():
                                     output_logits=True, return_dict_in_generate=True)
         best = torch.stack(result.logits).squeeze(1).topk(2).values  # (128, 2)
         ids = result.sequences[0, inputs["input_ids"].shape[1]:].tolist()
-        text = tokenizer.decode(result.sequences[0])[len(tokenizer.decode(inputs["input_ids"][0])):]
+        before, after = (tokenizer.decode(sequence, skip_special_tokens=True)
+                         for sequence in (inputs["input_ids"][0], result.sequences[0]))
+        text = after[len(before):]
         goldens.append({"prompt": prompt, "ids": ids, "text": text,
                         "margin": (best[:, 0] - best[:, 1]).min().item()})
         print(f"{goldens[-1]['margin']:.2e}  {prompt!r}")

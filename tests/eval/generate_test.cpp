@@ -2,8 +2,9 @@
 
 #include <c10/core/InferenceMode.h>
 
-#include <limits>
+#include <algorithm>
 
+#include "hla/io/json_file.h"
 #include "hla/model/load.h"
 #include "test_util.h"
 
@@ -120,6 +121,30 @@ TEST_F(GenerateTest, RefusesPromptsThatCannotBeRead) {
               generate(endless, *tokenizer_, many, {.max_new_tokens = int64_t{1} << 20});
             }).code(),
             ExitCode::kOutOfMemory);
+}
+
+// scripts/make_generate_goldens.py.
+TEST(GenerateGoldenTest, GreedyEqualsTransformers) {
+  const auto folder = source_path("models/SmolLM2-135M-Instruct");
+  if (!std::filesystem::exists(folder / "config.json")) {
+    GTEST_SKIP() << folder << " is missing: scripts/setup.sh brings it";
+  }
+  const nlohmann::json file = read_json_file(source_path("tests/data/generate/greedy.json"));
+  const Checkpoint checkpoint = Checkpoint::open(folder.string());
+  const auto tokenizer = load_tokenizer(folder);
+  const auto model = load_model(checkpoint);
+  std::vector<std::vector<int32_t>> prompts;
+  for (const nlohmann::json& golden : file["goldens"]) {
+    prompts.push_back(tokenizer->encode(golden["prompt"].get<std::string>()));
+  }
+  ASSERT_EQ(prompts.size(), 20u);
+  const GenerateReport report = generate(Decoder(*model), *tokenizer, prompts,
+                                         {.max_new_tokens = file["new_tokens"].get<int64_t>()});
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    const nlohmann::json& golden = file["goldens"][i];
+    EXPECT_EQ(report.continuations[i].ids, golden["ids"].get<std::vector<int32_t>>()) << i;
+    EXPECT_EQ(report.continuations[i].text, golden["text"].get<std::string>()) << i;
+  }
 }
 
 TEST_F(GenerateTest, EndOfTextIsWhatTheFilesSay) {
