@@ -64,8 +64,9 @@ def main():
         print(f"{goldens[-1]['margin']:.2e}  {prompt!r}")
     OUT.parent.mkdir(parents=True, exist_ok=True)
     source = f"transformers {transformers.__version__}, torch {torch.__version__}, scripts/make_generate_goldens.py"
-    OUT.write_text(json.dumps({"source": source, "new_tokens": NEW_TOKENS, "goldens": goldens}, indent=1,
-                              ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = ",\n".join(json.dumps(golden, ensure_ascii=False) for golden in goldens)
+    OUT.write_text(f'{{"source": {json.dumps(source)}, "new_tokens": {NEW_TOKENS}, "goldens": [\n{lines}\n]}}\n',
+                   encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -136,8 +136,9 @@ void check_prompts(const Decoder& decoder, const std::vector<std::vector<int32_t
                       " tokens, got " + std::to_string(length) +
                       " (max_position_embeddings; --max-length N goes beyond)");
     }
+    const int64_t room = decoder.max_length() - length;
     bytes += sequence_cache_bytes(decoder.model().config(), decoder.model().dtype(),
-                                  std::min(length + options.max_new_tokens, decoder.max_length()));
+                                  length + std::min(options.max_new_tokens, room));
   }
   if (decoder.model().device().is_cpu()) preflight_memory(bytes, "the caches");
 }
