@@ -27,6 +27,14 @@ add_library(hla_torch INTERFACE)
 target_compile_options(hla_torch INTERFACE
   "SHELL:-idirafter ${HLA_TORCH_DIR}/include"
   "SHELL:-idirafter ${HLA_TORCH_DIR}/include/torch/csrc/api/include")
+# at::parallel_for is a template that runs on one thread where it is compiled without OpenMP. The
+# library behind it is the one that the wheel brings: a second one would have threads of its own.
+target_compile_options(hla_torch INTERFACE -fopenmp)
+if(EXISTS "${HLA_TORCH_DIR}/lib/libgomp.so.1")
+  target_link_libraries(hla_torch INTERFACE "${HLA_TORCH_DIR}/lib/libgomp.so.1")
+else()
+  target_link_options(hla_torch INTERFACE -fopenmp)
+endif()
 target_link_options(hla_torch INTERFACE "LINKER:-rpath,${HLA_TORCH_DIR}/lib")
 # libstdc++ comes first: LibTorch exports parts of std::filesystem from the older compiler that
 # built the wheel, and the ones that the dynamic linker finds first are used (remove_all crashes).

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -19,6 +20,7 @@
 #include "hla/core/error.h"
 #include "hla/io/safetensors.h"
 #include "hla/model/device.h"
+#include "hla/model/parameter_source.h"
 
 namespace hla::testing {
 
@@ -86,6 +88,19 @@ inline at::Tensor to_tensor(const TensorView& view) {
                        at::TensorOptions(to_scalar_type(view.dtype)))
       .clone();
 }
+
+// Random parameters, kept by name.
+class RandomSource : public ParameterSource {
+ public:
+  explicit RandomSource(at::ScalarType type = at::kDouble) : dtype(type) {}
+  at::Tensor get(const std::string& name, at::IntArrayRef shape) override {
+    const at::Tensor tensor = at::randn(shape, dtype) * 0.3;
+    made[name] = tensor;
+    return tensor;
+  }
+  std::map<std::string, at::Tensor> made;
+  at::ScalarType dtype;
+};
 
 // What a shell command printed, and its exit code.
 struct CommandResult {

@@ -52,6 +52,7 @@ int run(int argc, char** argv) {
   hla::tools::add_ppl(app);
   hla::tools::add_convert(app);
   hla::tools::add_generate(app);
+  hla::tools::add_bench(app);
   hla::tools::add_tokenize(app);
   app.footer(
       "Exit codes: 0 ok, 1 runtime, 2 usage, 3 bad input, 4 out of memory, 5 non-finite numbers,\n"

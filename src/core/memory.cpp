@@ -38,6 +38,8 @@ uint64_t cgroup_room() {
 
 }  // namespace
 
+uint64_t rss_bytes() { return read_kb_line("/proc/self/status", "VmRSS:"); }
+
 uint64_t peak_rss_bytes() { return read_kb_line("/proc/self/status", "VmHWM:"); }
 
 uint64_t available_memory_bytes() {

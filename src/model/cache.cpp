@@ -14,7 +14,7 @@ int64_t blocks_of(int64_t tokens) { return (tokens + kCacheBlock - 1) / kCacheBl
 
 void LayerCache::reserve(int64_t tokens) {
   while (static_cast<int64_t>(blocks_.size()) < blocks_of(tokens)) {
-    blocks_.push_back(at::empty({kCacheBlock, floats_}, options_));
+    blocks_.push_back(at::empty({kCacheBlock / kTileTokens, floats_, kTileTokens}, options_));
   }
 }
 
@@ -24,11 +24,24 @@ void LayerCache::append(const at::Tensor& records) {
   const int64_t count = records.size(0);
   reserve(length_ + count);
   for (int64_t done = 0; done < count;) {
-    const int64_t at = length_ % kCacheBlock;
-    const int64_t taken = std::min(count - done, kCacheBlock - at);
-    blocks_[static_cast<size_t>(length_ / kCacheBlock)]
-        .slice(0, at, at + taken)
-        .copy_(records.slice(0, done, done + taken));
+    const at::Tensor& block = blocks_[static_cast<size_t>(length_ / kCacheBlock)];
+    const int64_t tile = length_ % kCacheBlock / kTileTokens;
+    const int64_t at = length_ % kTileTokens;
+    int64_t taken;
+    if (at == 0 && count - done >= kTileTokens) {  // whole tiles
+      const int64_t tiles =
+          std::min((count - done) / kTileTokens, kCacheBlock / kTileTokens - tile);
+      taken = tiles * kTileTokens;
+      block.slice(0, tile, tile + tiles)
+          .copy_(records.slice(0, done, done + taken)
+                     .view({tiles, kTileTokens, floats_})
+                     .transpose(1, 2));
+    } else {
+      taken = std::min(count - done, kTileTokens - at);
+      const at::Tensor target = block.select(0, tile);
+      if (at == 0) target.zero_();
+      target.slice(1, at, at + taken).copy_(records.slice(0, done, done + taken).t());
+    }
     done += taken;
     length_ += taken;
   }
@@ -36,9 +49,21 @@ void LayerCache::append(const at::Tensor& records) {
 
 at::Tensor LayerCache::records() const {
   if (length_ == 0) return at::empty({0, floats_}, options_);
-  std::vector<at::Tensor> filled(blocks_.begin(), blocks_.begin() + blocks_of(length_));
-  filled.back() = filled.back().slice(0, 0, length_ - (blocks_of(length_) - 1) * kCacheBlock);
-  return filled.size() == 1 ? filled[0] : at::cat(filled);
+  const std::vector<at::Tensor> filled(blocks_.begin(), blocks_.begin() + blocks_of(length_));
+  return at::cat(filled).transpose(1, 2).reshape({-1, floats_}).slice(0, 0, length_);
+}
+
+void LayerCache::truncate(int64_t length) {
+  TORCH_CHECK(length >= 0 && length <= length_, "[cache] expected at most ", length_,
+              " tokens, got ", length);
+  length_ = length;
+  blocks_.resize(static_cast<size_t>(blocks_of(length)));
+}
+
+LayerCache LayerCache::clone() const {
+  LayerCache copy = *this;
+  for (at::Tensor& block : copy.blocks_) block = block.clone();
+  return copy;
 }
 
 uint64_t LayerCache::bytes() const {
@@ -56,6 +81,16 @@ SequenceCache::SequenceCache(const ModelConfig& config, at::ScalarType dtype, at
 
 void SequenceCache::reserve(int64_t tokens) {
   for (LayerCache& layer : layers_) layer.reserve(tokens);
+}
+
+void SequenceCache::truncate(int64_t length) {
+  for (LayerCache& layer : layers_) layer.truncate(length);
+}
+
+SequenceCache SequenceCache::clone() const {
+  SequenceCache copy;
+  for (const LayerCache& layer : layers_) copy.layers_.push_back(layer.clone());
+  return copy;
 }
 
 uint64_t SequenceCache::bytes() const {

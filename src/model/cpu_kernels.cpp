@@ -9,9 +9,9 @@
 #include <ATen/record_function.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 
+#include "cpu_vector.h"
 #include "hla/core/error.h"
 
 // One copy of a function per instruction set, chosen by the dynamic linker. Tests ask for one.
@@ -34,13 +34,12 @@ namespace {
 // Elements per task: small tensors are not worth waking a thread for.
 constexpr int64_t kGrain = 16384;
 
-// Sixteen floats in the compiler's own vectors: one register, two or four, by instruction set.
-using Floats = float __attribute__((vector_size(64), aligned(4)));
-using Bits = uint32_t __attribute__((vector_size(64)));
-constexpr int64_t kLanes = 16;
-#define HLA_INLINE __attribute__((always_inline)) inline
+// Sixteen floats: one register, two or four, by instruction set.
+using V = Vector<64>;
+using Floats = V::Floats;
+constexpr int64_t kLanes = V::kLanes;
 
-HLA_INLINE Floats load(const float* x) { return *reinterpret_cast<const Floats*>(x); }
+HLA_INLINE Floats load(const float* x) { return V::load(x); }
 
 // The last n < 16 values, with `fill` in the other lanes.
 HLA_INLINE Floats load_tail(const float* x, int64_t n, float fill) {
@@ -49,37 +48,8 @@ HLA_INLINE Floats load_tail(const float* x, int64_t n, float fill) {
   return result;
 }
 
-HLA_INLINE float total(Floats x) {
-  float sum = 0;
-  for (int64_t i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
-}
-
-// e^x to about 1 ulp for -87 <= x <= 88, after S. L. Moshier's Cephes (expf). Below the range the
-// result is about 1e-38, which no sum of probabilities sees. NaN stays NaN.
-HLA_INLINE Floats exp_fp32(Floats argument) {
-  Floats x = argument;
-  const Floats low = Floats{} - 87.0F;
-  const Floats high = Floats{} + 88.0F;
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  // Adding 1.5·2^23 rounds to an integer, which is then in the low bits.
-  constexpr float kRound = 12582912.0F;
-  const Floats shifted = x * 1.44269504088896341F + kRound;
-  const Floats n = shifted - kRound;
-  Floats r = x - n * 0.693359375F;
-  r = r - n * -2.12194440e-4F;
-  Floats p = r * 1.9875691500e-4F + 1.3981999507e-3F;
-  p = p * r + 8.3334519073e-3F;
-  p = p * r + 4.1665795894e-2F;
-  p = p * r + 1.6666665459e-1F;
-  p = p * r + 5.0000001201e-1F;
-  const Floats e = p * (r * r) + r + 1.0F;
-  // · 2^n by adding n to the exponent. That makes a number of some NaNs, so they are put back.
-  const Floats result =
-      reinterpret_cast<Floats>(reinterpret_cast<Bits>(e) + (reinterpret_cast<Bits>(shifted) << 23));
-  return argument == argument ? result : argument;
-}
+HLA_INLINE float total(Floats x) { return V::total(x); }
+HLA_INLINE Floats exp_fp32(Floats x) { return V::exp(x); }
 
 HLA_MULTIVERSION
 void rms_norm_rows(const float* x, const float* weight, float* y, int64_t rows, int64_t size,
@@ -166,6 +136,20 @@ void rope_row(const float* x, int64_t x_stride, float* y, int64_t y_stride, cons
       y[i] = a * cos[i] - b * sin[i];
       y[f + i] = b * cos[i] + a * sin[i];
     }
+  }
+}
+
+// Pairs (2i, 2i+1) of a row, by column frequency[i] of the tables; backwards where sign is -1.
+HLA_MULTIVERSION
+void turn_row(float* x, const int64_t* frequency, int64_t pairs, const float* cos, const float* sin,
+              float scale, float sign) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    const float c = cos[frequency[i]] * scale;
+    const float s = sin[frequency[i]] * scale * sign;
+    const float a = x[2 * i];
+    const float b = x[2 * i + 1];
+    x[2 * i] = a * c - b * s;
+    x[2 * i + 1] = b * c + a * s;
   }
 }
 
@@ -395,6 +379,48 @@ void silu_mul_(const at::Tensor& gate, const at::Tensor& up) { silu_mul_out(gate
 at::Tensor silu_mul(const at::Tensor& gate, const at::Tensor& up) {
   at::Tensor result = at::empty_like(gate);
   silu_mul_out(result, gate, up);
+  return result;
+}
+
+void turn_pairs_(const at::Tensor& x, const at::Tensor& frequency, const at::Tensor& cos,
+                 const at::Tensor& sin, bool back) {
+  RECORD_FUNCTION("hla::turn_pairs", {});
+  const int64_t pairs = frequency.numel();
+  const int64_t length = x.size(0);
+  const int64_t width = x.size(1);
+  if (pairs == 0 || length == 0) return;
+  float* out = x.mutable_data_ptr<float>();
+  const int64_t* index = frequency.const_data_ptr<int64_t>();
+  const float* c = cos.const_data_ptr<float>();
+  const float* s = sin.const_data_ptr<float>();
+  const int64_t cos_stride = cos.stride(0);
+  const int64_t sin_stride = sin.stride(0);
+  const float scale = back ? 1.0F / (c[0] * c[0] + s[0] * s[0]) : 1.0F;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (8 * pairs));
+  at::parallel_for(0, length, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      turn_row(out + row * width, index, pairs, c + row * cos_stride, s + row * sin_stride, scale,
+               back ? -1.0F : 1.0F);
+    }
+  });
+}
+
+at::Tensor gather_columns(const at::Tensor& x, const at::Tensor& index) {
+  RECORD_FUNCTION("hla::gather_columns", {});
+  const int64_t width = x.size(1);
+  const int64_t columns = index.numel();
+  at::Tensor result = at::empty({x.size(0), columns}, x.options());
+  const float* in = x.const_data_ptr<float>();
+  const int64_t* from = index.const_data_ptr<int64_t>();
+  float* out = result.mutable_data_ptr<float>();
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(columns, 1));
+  at::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* source = in + row * width;
+      float* target = out + row * columns;
+      for (int64_t i = 0; i < columns; ++i) target[i] = from[i] < 0 ? 0.0F : source[from[i]];
+    }
+  });
   return result;
 }
 

@@ -3,39 +3,159 @@
 #include <ATen/ATen.h>
 
 #include "hla/core/error.h"
+#include "hla/core/memory.h"
 
 namespace hla {
 namespace {
+
+// Blocks of absorbed keys may reach so far beyond the last token.
+constexpr int64_t kBeyond = 64;
 
 RopeTables positions_of(const RopeTables& tables, int64_t begin, int64_t end) {
   return {tables.cos.slice(0, begin, end), tables.sin.slice(0, begin, end)};
 }
 
-// Attention of q (T, H, d), the last T tokens that `cache` holds, with all keys and values rebuilt
-// -> (T, H·d).
-at::Tensor rebuilt_context(const Attention& attention, const at::Tensor& q, const LayerCache& cache,
-                           const RopeTables& tables) {
-  const auto [k, v] = attention.rebuild(cache.records().to(q.scalar_type()).unsqueeze(0),
-                                        positions_of(tables, 0, cache.length()));
-  return Attention::context({q.unsqueeze(0), k, v}).squeeze(0);
+at::Tensor tiled(const at::Tensor& table) {
+  return table.unflatten(0, {-1, kTileTokens}).transpose(1, 2).contiguous();
 }
 
 }  // namespace
 
 Decoder::Decoder(const LlamaForCausalLM& model, const DecoderOptions& options)
     : model_(model),
+      options_(options),
       max_length_(options.max_length > 0 ? options.max_length
                                          : model.config().max_position_embeddings),
-      rope_(model.rope(max_length_)) {}
+      cache_dtype_(options.cache_dtype.value_or(model.dtype())) {
+  const ModelConfig& config = model.config();
+  const RopeFrequencies frequencies =
+      rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings, max_length_);
+  const int64_t positions = (max_length_ + kTileTokens - 1) / kTileTokens * kTileTokens + kBeyond;
+  if (model.device().is_cpu()) {
+    const auto elements = static_cast<uint64_t>(positions * config.frequencies());
+    // cos and sin, plain and in tiles, and the angles while they are made.
+    preflight_memory(6 * elements * c10::elementSize(model.dtype()),
+                     "the positions of a sequence of " + std::to_string(max_length_) + " tokens");
+  }
+  rope_ = rope_tables(frequencies,
+                      at::arange(positions, at::TensorOptions(at::kLong).device(model.device())),
+                      model.dtype());
+  if (uses_kernels()) {
+    tiled_cos_ = tiled(rope_.cos);
+    tiled_sin_ = tiled(rope_.sin);
+    unrotate_scale_ =
+        static_cast<float>(1 / (frequencies.attention_factor * frequencies.attention_factor));
+  }
+  for (const auto& layer : model.layers()) {
+    attention_.push_back(std::make_unique<DecodeAttention>(
+        layer->self_attn(), config, frequencies.inv_freq, options.attention));
+  }
+}
+
+bool Decoder::uses_kernels() const {
+  return model_.device().is_cpu() && model_.dtype() == at::kFloat &&
+         (cache_dtype_ == at::kFloat || cache_dtype_ == at::kHalf || cache_dtype_ == at::kBFloat16);
+}
 
 SequenceCache Decoder::new_sequence() const {
-  return SequenceCache(model_.config(), model_.dtype(), model_.device());
+  return SequenceCache(model_.config(), cache_dtype_, model_.device());
+}
+
+bool Decoder::decodes(int64_t layer, int64_t count, bool cached) const {
+  if (options_.attend != DecoderOptions::Attend::kCheapest) {
+    return options_.attend == DecoderOptions::Attend::kDecode;
+  }
+  // Products per token that is read. Floats that are loaded or copied count too, by what they
+  // take beside a product.
+  constexpr double kLoad = 2;
+  constexpr double kCopy = 8;
+  const DecodeAttention& attention = this->attention(layer);
+  const auto floats = static_cast<double>(attention.maps().floats);
+  const auto queries = static_cast<double>(count);
+  const double attending =
+      2.0 * static_cast<double>(attention.maps().heads * attention.maps().head_dim);
+  const double decoding = queries * (attention.decode_cost() + kLoad * floats);
+  const double rebuilding =
+      attention.rebuild_cost() + (cached ? kCopy * floats : 0.0) + queries * attending;
+  return decoding < rebuilding;
+}
+
+at::Tensor Decoder::contexts(int64_t layer, const std::vector<Reader>& readers,
+                             const at::Tensor& q) const {
+  const DecodeAttention& attention = this->attention(layer);
+  const auto count = static_cast<int64_t>(readers.size());
+  if (!uses_kernels()) {
+    std::vector<at::Tensor> rows;
+    for (const Reader& reader : readers) {
+      const at::Tensor records = reader.cache->records().slice(0, 0, reader.length);
+      rows.push_back(attention.context(q[reader.token], records.to(q.scalar_type()), rope_));
+    }
+    return at::stack(rows);
+  }
+  const at::Tensor queries = q.contiguous();
+  at::Tensor result = at::empty({count, attention.maps().context_floats()}, q.options());
+  std::vector<std::vector<const void*>> blocks;
+  std::vector<DecodeItem> items;
+  for (const Reader& reader : readers) {
+    std::vector<const void*>& pointers = blocks.emplace_back();
+    for (const at::Tensor& block : reader.cache->blocks())
+      pointers.push_back(block.const_data_ptr());
+  }
+  for (size_t i = 0; i < readers.size(); ++i) {
+    const auto row = static_cast<int64_t>(i);
+    items.push_back({blocks[i].data(), readers[i].length,
+                     queries.const_data_ptr<float>() + readers[i].token * queries.stride(0),
+                     result.mutable_data_ptr<float>() + row * result.stride(0)});
+  }
+  const TiledRope tables = {tiled_cos_.const_data_ptr<float>(), tiled_sin_.const_data_ptr<float>(),
+                            tiled_cos_.size(1), unrotate_scale_};
+  decode_attention(attention.maps(), tables, items, cache_dtype_, kCacheBlock);
+  return result;
+}
+
+at::Tensor Decoder::attend(int64_t layer, const std::vector<Chunk>& chunks, const at::Tensor& q,
+                           const DecodeAttention::Projected& projected,
+                           const RopeTables& rope) const {
+  const DecodeAttention& attention = this->attention(layer);
+  std::vector<Reader> readers;
+  std::vector<at::Tensor> gathered;  // by chunk; undefined: of the readers
+  int64_t begin = 0;
+  for (const Chunk& chunk : chunks) {
+    const LayerCache& cache = chunk.cache->layer(layer);
+    const auto count = static_cast<int64_t>(chunk.ids.size());
+    const int64_t end = begin + count;
+    const int64_t before = cache.length() - count;
+    if (decodes(layer, count, before > 0)) {
+      for (int64_t i = 0; i < count; ++i) readers.push_back({&cache, before + i + 1, begin + i});
+      gathered.emplace_back();
+    } else {
+      const auto [k, v] = before > 0 ? attention.rebuild(cache.records().to(q.scalar_type()),
+                                                         positions_of(rope_, 0, cache.length()))
+                                     : attention.rebuild({projected.plain.slice(0, begin, end),
+                                                          projected.records.slice(0, begin, end)},
+                                                         positions_of(rope, begin, end));
+      gathered.push_back(
+          Attention::context({q.slice(0, begin, end).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)})
+              .squeeze(0));
+    }
+    begin = end;
+  }
+  if (readers.empty()) return gathered.size() == 1 ? gathered[0] : at::cat(gathered);
+  const at::Tensor read = attention.gather(contexts(layer, readers, q));
+  if (read.size(0) == begin) return read;
+  int64_t row = 0;
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    if (gathered[i].defined()) continue;
+    const auto count = static_cast<int64_t>(chunks[i].ids.size());
+    gathered[i] = read.slice(0, row, row + count);
+    row += count;
+  }
+  return at::cat(gathered);
 }
 
 at::Tensor Decoder::read(const std::vector<Chunk>& chunks) const {
   std::vector<int64_t> ids;
   std::vector<int64_t> positions;
-  std::vector<int64_t> ends;  // of chunks, in tokens
   for (const Chunk& chunk : chunks) {
     const int64_t begin = chunk.cache->length();
     const int64_t end = begin + static_cast<int64_t>(chunk.ids.size());
@@ -45,28 +165,25 @@ at::Tensor Decoder::read(const std::vector<Chunk>& chunks) const {
     }
     ids.insert(ids.end(), chunk.ids.begin(), chunk.ids.end());
     for (int64_t position = begin; position < end; ++position) positions.push_back(position);
-    ends.push_back(static_cast<int64_t>(ids.size()));
   }
   // Whatever works token by token takes the tokens of all sequences as one.
   const at::Tensor index = at::tensor(positions, at::kLong).to(model_.device());
   const RopeTables rope = {rope_.cos.index_select(0, index), rope_.sin.index_select(0, index)};
   at::Tensor hidden = model_.embed(at::tensor(ids, at::kLong).unsqueeze(0));  // (1, N, D)
   for (size_t l = 0; l < model_.layers().size(); ++l) {
+    const auto number = static_cast<int64_t>(l);
     const DecoderLayer& layer = *model_.layers()[l];
-    const Attention& attention = layer.self_attn();
     const at::Tensor x = layer.input_layernorm().forward(hidden);
-    const at::Tensor records = attention.records(x, rope).squeeze(0);  // (N, n)
-    const at::Tensor q = attention.queries(x, rope).squeeze(0);        // (N, H, d)
-    std::vector<at::Tensor> contexts;
+    const DecodeAttention::Projected projected = attention_[l]->project(x.squeeze(0), rope);
+    const at::Tensor q = layer.self_attn().queries(x, rope).squeeze(0);  // (N, H, d)
     int64_t begin = 0;
-    for (size_t i = 0; i < chunks.size(); ++i) {
-      LayerCache& cache = chunks[i].cache->layer(static_cast<int64_t>(l));
-      cache.append(records.slice(0, begin, ends[i]));
-      contexts.push_back(rebuilt_context(attention, q.slice(0, begin, ends[i]), cache, rope_));
-      begin = ends[i];
+    for (const Chunk& chunk : chunks) {
+      const int64_t end = begin + static_cast<int64_t>(chunk.ids.size());
+      chunk.cache->layer(number).append(projected.records.slice(0, begin, end));
+      begin = end;
     }
-    const at::Tensor context = contexts.size() == 1 ? contexts[0] : at::cat(contexts);
-    hidden = layer.finish(hidden, attention.output(context.unsqueeze(0)));
+    const at::Tensor context = attend(number, chunks, q, projected, rope);
+    hidden = layer.finish(hidden, layer.self_attn().output(context.unsqueeze(0)));
   }
   return model_.final_norm(hidden).squeeze(0);
 }

@@ -218,4 +218,50 @@ Qkv HlaAttention::project(const at::Tensor& x, const RopeTables& rope) const {
   return {queries(x, rope), std::move(k), std::move(v)};
 }
 
+HlaAttention::Maps HlaAttention::maps() const {
+  Maps maps;
+  const int64_t c = layer_.fast_frequencies;
+  const int64_t m = head_dim_ / 2;
+  maps.fast_frequencies = c;
+  if (k_down_) {
+    maps.k_down = k_down_->weight;
+    at::Tensor bias;
+    if (k_up_complex_) {
+      // From [re; im] to pairs.
+      const at::Tensor& frequency = k_up_complex_->frequency_index();
+      const int64_t rank = frequency.numel();
+      const auto paired = [&](const at::Tensor& x, int64_t dim) {
+        return x.unflatten(dim, {2, rank}).transpose(dim, dim + 1).flatten(dim, dim + 1);
+      };
+      maps.k_down = paired(maps.k_down, 0);
+      maps.fast = paired(k_up_complex_->real_matrix(), 1);
+      bias = k_up_complex_->bias;
+      const at::Tensor on_cpu = frequency.cpu();
+      maps.k_rotation.assign(on_cpu.const_data_ptr<int64_t>(),
+                             on_cpu.const_data_ptr<int64_t>() + rank);
+    } else {
+      maps.fast = k_up_->weight;
+      bias = k_up_->bias;
+      if (rope_kind_ == HlaRope::kPaper) {
+        maps.k_rotation =
+            paper_pairs(layer_.k_rank, kv_heads_, head_dim_, rotary_fraction_).frequency;
+      }
+    }
+    maps.fast = maps.fast.view({kv_heads_, 2, c, maps.k_down.size(0)});
+    if (bias.defined()) maps.fast_bias = bias.view({kv_heads_, 2, c});
+  }
+  if (kv_down_) {
+    maps.kv_down = kv_down_->weight;
+    const int64_t slow = kv_heads_ * 2 * (m - c);
+    const int64_t rank = layer_.kv_rank;
+    maps.slow = kv_up_->weight.slice(0, 0, slow).view({kv_heads_, 2, m - c, rank});
+    maps.values = kv_up_->weight.slice(0, slow).view({kv_heads_, head_dim_, rank});
+    if (kv_up_->bias.defined()) {
+      maps.slow_bias = kv_up_->bias.slice(0, 0, slow).view({kv_heads_, 2, m - c});
+      maps.values_bias = kv_up_->bias.slice(0, slow).view({kv_heads_, head_dim_});
+    }
+  }
+  return maps;
+}
+
 }  // namespace hla

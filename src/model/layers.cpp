@@ -4,6 +4,7 @@
 
 #include "hla/model/autograd_functions.h"
 #include "hla/model/cpu_kernels.h"
+#include "hla/model/decode_kernels.h"
 
 namespace hla {
 
@@ -18,6 +19,7 @@ Linear::Linear(ParameterSource& source, const std::string& prefix, int64_t in, i
 }
 
 at::Tensor Linear::forward(const at::Tensor& x) const {
+  if (is_few_rows(x, weight)) return few_rows_linear(x, weight, bias);
   return bias.defined() ? at::linear(x, weight, bias) : at::linear(x, weight);
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/linear.h>
 
+#include "hla/model/decode_kernels.h"
 #include "hla/model/hla_attention.h"
 
 namespace hla {
@@ -89,6 +90,7 @@ at::Tensor LlamaForCausalLM::final_norm(const at::Tensor& hidden) const {
 }
 
 at::Tensor LlamaForCausalLM::logits(const at::Tensor& hidden) const {
+  if (is_few_rows(hidden, lm_head_)) return few_rows_linear(hidden, lm_head_, {});
   return at::linear(hidden, lm_head_);
 }
 

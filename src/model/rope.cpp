@@ -115,8 +115,13 @@ RopeTables RopeTables::select(const at::Tensor& index) const {
 RopeTables rope_tables(const ModelConfig& config, const at::Tensor& positions,
                        at::ScalarType dtype) {
   const int64_t seq_len = positions.numel() == 0 ? 0 : positions.max().item<int64_t>() + 1;
-  const RopeFrequencies frequencies =
-      rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings, seq_len);
+  return rope_tables(
+      rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings, seq_len),
+      positions, dtype);
+}
+
+RopeTables rope_tables(const RopeFrequencies& frequencies, const at::Tensor& positions,
+                       at::ScalarType dtype) {
   // fp32 angles as in transformers; fp64 models (used in tests of exactness) get fp64 angles.
   const at::ScalarType angle_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor angles =

@@ -35,6 +35,22 @@ TEST(LayerCacheTest, ReserveAllocatesAndKeepsTheLength) {
   EXPECT_EQ(cache.records().scalar_type(), at::kHalf);
 }
 
+TEST(LayerCacheTest, TruncatesAndGoesOn) {
+  at::manual_seed(2);
+  const at::Tensor all = at::randn({2 * kCacheBlock, 3});
+  LayerCache cache(3, at::kFloat);
+  cache.append(all);
+  const LayerCache copy = cache.clone();
+  cache.truncate(kCacheBlock - 3);
+  EXPECT_EQ(cache.length(), kCacheBlock - 3);
+  EXPECT_EQ(cache.blocks().size(), 1u);
+  cache.append(-all.slice(0, kCacheBlock - 3, kCacheBlock + 5));
+  EXPECT_TRUE(cache.records().equal(at::cat(
+      {all.slice(0, 0, kCacheBlock - 3), -all.slice(0, kCacheBlock - 3, kCacheBlock + 5)})));
+  EXPECT_TRUE(copy.records().equal(all));  // has blocks of its own
+  EXPECT_THROW(cache.truncate(kCacheBlock + 6), c10::Error);
+}
+
 // Bytes of the storages are what the config says, for layers of different sizes.
 TEST(SequenceCacheTest, BytesAreThoseOfTheRecords) {
   ModelConfig config;

@@ -1,10 +1,15 @@
 #include "hla/model/cpu_kernels.h"
 
+#include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
 
 #include <bit>
 #include <cmath>
+#include <fstream>
 #include <limits>
+#include <mutex>
+#include <set>
+#include <thread>
 
 #include "hla/model/rope.h"
 #include "test_util.h"
@@ -215,6 +220,49 @@ TEST_F(CpuKernelsTest, NonFiniteLogitsShow) {
           << bad << " at " << column;
     }
   }
+}
+
+TEST_F(CpuKernelsTest, TurnsPairsThereAndBack) {
+  const at::Tensor x = at::randn({5, 12});
+  const at::Tensor frequency = at::tensor({3, 0, 3, 1}, at::kLong);
+  const at::Tensor angles = at::randn({5, 4});
+  const RopeTables tables = {angles.cos() * 1.5, angles.sin() * 1.5};  // as yarn has them
+  const at::Tensor expected = at::cat(
+      {apply_rope_interleaved(x.slice(1, 0, 8), tables.select(frequency)), x.slice(1, 8)}, 1);
+  const at::Tensor turned = x.clone();
+  kernels::turn_pairs_(turned, frequency, tables.cos, tables.sin, /*back=*/false);
+  EXPECT_LE(max_abs_difference(turned, expected), 1e-6);
+  kernels::turn_pairs_(turned, frequency, tables.cos, tables.sin, /*back=*/true);
+  EXPECT_LE(max_abs_difference(turned, x), 1e-6);
+}
+
+TEST_F(CpuKernelsTest, GathersColumns) {
+  const at::Tensor x = at::randn({600, 7});
+  const at::Tensor got = kernels::gather_columns(x, at::tensor({2, -1, 6, 2}, at::kLong));
+  EXPECT_TRUE(
+      got.equal(at::stack({x.select(1, 2), at::zeros({600}), x.select(1, 6), x.select(1, 2)}, 1)));
+}
+
+// at::parallel_for is a template: compiled without OpenMP it runs on one thread.
+TEST_F(CpuKernelsTest, RunsOnAllThreads) {
+  if (at::get_num_threads() < 2) GTEST_SKIP() << "one thread";
+  std::mutex mutex;
+  std::set<std::thread::id> threads;
+  at::parallel_for(0, 2, 1, [&](int64_t, int64_t) {
+    const std::lock_guard lock(mutex);
+    threads.insert(std::this_thread::get_id());
+  });
+  EXPECT_EQ(threads.size(), 2u);
+  // And of one OpenMP library only.
+  std::set<std::string> libraries;
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    const size_t path = line.find('/');
+    if (line.find("gomp") != std::string::npos || line.find("iomp") != std::string::npos) {
+      libraries.insert(line.substr(path));
+    }
+  }
+  EXPECT_EQ(libraries.size(), 1u);
 }
 
 TEST_F(CpuKernelsTest, OnlyForPlainFp32) {

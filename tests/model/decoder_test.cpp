@@ -11,14 +11,8 @@ namespace {
 
 using testing::error_of;
 using testing::max_abs_difference;
+using testing::RandomSource;
 using testing::source_path;
-
-class RandomSource : public ParameterSource {
- public:
-  at::Tensor get(const std::string&, at::IntArrayRef shape) override {
-    return at::randn(shape, at::kDouble) * 0.3;
-  }
-};
 
 ModelConfig small_config() {
   ModelConfig config;
@@ -63,9 +57,9 @@ at::Tensor whole(const LlamaForCausalLM& model, const std::vector<int32_t>& ids)
 }
 
 // Of several sequences, each cut into chunks anew, some of which wait while others go on.
-void check_chunks(const LlamaForCausalLM& model, const std::vector<int64_t>& lengths,
-                  int64_t longest_chunk) {
-  const Decoder decoder(model);
+void check_chunks(const LlamaForCausalLM& model, const DecoderOptions& options, double tolerance,
+                  const std::vector<int64_t>& lengths, int64_t longest_chunk) {
+  const Decoder decoder(model, options);
   std::vector<std::vector<int32_t>> ids;
   std::vector<SequenceCache> caches;
   std::vector<std::vector<at::Tensor>> got(lengths.size());
@@ -100,25 +94,76 @@ void check_chunks(const LlamaForCausalLM& model, const std::vector<int64_t>& len
     }
   }
   for (size_t i = 0; i < ids.size(); ++i) {
-    EXPECT_LE(max_abs_difference(at::cat(got[i]), whole(model, ids[i])), 1e-9) << i;
+    EXPECT_LE(max_abs_difference(at::cat(got[i]), whole(model, ids[i])), tolerance) << i;
   }
 }
 
-TEST(DecoderTest, ChunksOfABatchEqualTheWhole) {
-  const c10::InferenceMode guard;
-  at::manual_seed(4);
+std::vector<ModelConfig> all_configs() {
   std::vector<ModelConfig> configs = {small_config()};
   for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent, HlaRope::kPaper}) {
     configs.push_back(hla_config(rope));
   }
+  return configs;
+}
+
+void check_all_chunks(at::ScalarType dtype, const DecoderOptions& options, double tolerance) {
+  const c10::InferenceMode guard;
+  at::manual_seed(4);
+  const std::vector<ModelConfig> configs = all_configs();
   for (size_t i = 0; i < configs.size(); ++i) {
     SCOPED_TRACE(i);
-    RandomSource source;
+    RandomSource source(dtype);
     const LlamaForCausalLM model(source, configs[i]);
-    check_chunks(model, {9}, 1);           // token by token
-    check_chunks(model, {1, 40, 17}, 9);   // ragged
-    check_chunks(model, {300, 530}, 200);  // over several blocks of the cache
+    check_chunks(model, options, tolerance, {9}, 1);           // token by token
+    check_chunks(model, options, tolerance, {1, 40, 17}, 9);   // ragged
+    check_chunks(model, options, tolerance, {300, 530}, 200);  // over several blocks of the cache
   }
+}
+
+// Composed of ATen's operations, keys that are no coordinates made anew.
+TEST(DecoderTest, ChunksOfABatchEqualTheWhole) {
+  for (const DecoderOptions::Attend attend :
+       {DecoderOptions::Attend::kRebuild, DecoderOptions::Attend::kDecode,
+        DecoderOptions::Attend::kCheapest}) {
+    check_all_chunks(at::kDouble, {.attention = {.absorb_error = 0}, .attend = attend}, 1e-8);
+  }
+}
+
+// By the kernels, slow keys absorbed.
+TEST(DecoderTest, ChunksOfABatchEqualTheWholeInFp32) {
+  for (const DecoderOptions::Attend attend :
+       {DecoderOptions::Attend::kDecode, DecoderOptions::Attend::kCheapest}) {
+    check_all_chunks(at::kFloat, {.attend = attend}, 1e-3);
+  }
+}
+
+TEST(DecoderTest, CachesInSixteenBitsAreNearlyTheSame) {
+  const c10::InferenceMode guard;
+  at::manual_seed(6);
+  RandomSource source(at::kFloat);
+  const LlamaForCausalLM model(source, hla_config(HlaRope::kOriginal));
+  for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16}) {
+    const Decoder decoder(model, {.cache_dtype = dtype, .attend = DecoderOptions::Attend::kDecode});
+    SequenceCache cache = decoder.new_sequence();
+    const std::vector<int32_t> ids = random_ids(40);
+    std::vector<at::Tensor> got;
+    for (const int32_t id : ids) got.push_back(decoder.read({{&cache, {id}}}));
+    EXPECT_EQ(cache.bytes(), sequence_cache_bytes(model.config(), dtype, 40));
+    const double difference = max_abs_difference(at::cat(got), whole(model, ids));
+    EXPECT_LE(difference, dtype == at::kHalf ? 2e-2 : 2e-1);
+    EXPECT_GE(difference, 1e-6);  // they are rounded
+  }
+}
+
+// A prompt is read through keys and values, a token from the records.
+TEST(DecoderTest, ChoosesTheCheaperWay) {
+  const c10::InferenceMode guard;
+  RandomSource source;
+  const LlamaForCausalLM model(source, hla_config(HlaRope::kOriginal));
+  const Decoder decoder(model);
+  EXPECT_TRUE(decoder.decodes(0, 1, true));
+  EXPECT_FALSE(decoder.decodes(0, 500, false));
+  EXPECT_GT(decoder.attention(0).decode_cost(), 0);
 }
 
 TEST(DecoderTest, NextLogitsAreThoseOfTheLastTokens) {

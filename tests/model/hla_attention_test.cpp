@@ -12,17 +12,7 @@ namespace hla {
 namespace {
 
 using testing::max_abs_difference;
-
-class RandomSource : public ParameterSource {
- public:
-  at::Tensor get(const std::string& name, at::IntArrayRef shape) override {
-    at::Tensor tensor = at::randn(shape, dtype) * 0.3;
-    made[name] = tensor;
-    return tensor;
-  }
-  std::map<std::string, at::Tensor> made;
-  at::ScalarType dtype = at::kDouble;
-};
+using testing::RandomSource;
 
 ModelConfig small_config(HlaRope rope, HlaLayerConfig layer, bool bias = false) {
   ModelConfig config;

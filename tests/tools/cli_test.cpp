@@ -29,7 +29,8 @@ using testing::write_file;
 std::string stories() { return source_path("data/stories260K/stories260K.bin").string(); }
 
 TEST(CliTest, HelpAndVersion) {
-  for (const char* command : {"", "info ", "ppl ", "convert ", "generate ", "tokenize "}) {
+  for (const char* command :
+       {"", "info ", "ppl ", "convert ", "generate ", "bench ", "tokenize "}) {
     const CommandResult result = run_hla(std::string(command) + "--help");
     EXPECT_EQ(result.code, 0);
     EXPECT_NE(result.out.find("Examples:"), std::string::npos) << command;
@@ -648,6 +649,60 @@ TEST(CliTest, GenerateRefuses) {
   const CommandResult longer = run_hla(command + "--prompt 'one two three four' --max-length 3");
   EXPECT_EQ(longer.code, 3);
   EXPECT_NE(longer.err.find("--max-length"), std::string::npos) << longer.err;
+}
+
+TEST(CliTest, BenchComparesModels) {
+  const TempDir folder;
+  const std::string half = (folder / "half").string();
+  ASSERT_EQ(run_hla("convert " + stories() + " " + half + " --no-calib --kv-ratio 0.5").code, 0);
+  const std::string command =
+      "bench " + stories() + " " + half + " -p 16 -n 3 -d 20,0 -b 1,2 -r 2 ";
+  const CommandResult table = run_hla(command + "--csv " + (folder / "a.csv").string() +
+                                      " --plot " + (folder / "a.svg").string());
+  ASSERT_EQ(table.code, 0) << table.err;
+  EXPECT_NE(table.out.find("| stories260K.bin | pp16 | 0 | 1 |"), std::string::npos) << table.out;
+  EXPECT_NE(table.out.find("| half | tg3 | 20 | 2 |"), std::string::npos) << table.out;
+  EXPECT_NE(table.out.find("memory is read at"), std::string::npos);
+  const std::string csv = read_file(folder / "a.csv");
+  EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'), 1 + 2 * 3 * 2 * 2);
+  EXPECT_NE(read_file(folder / "a.svg").find("half, batch 2"), std::string::npos);
+
+  const auto json = nlohmann::json::parse(run_hla(command + "--json -").out);
+  EXPECT_GT(json["bandwidth"], 0);
+  ASSERT_EQ(json["results"].size(), 12u);
+  const auto& base = json["results"][10];
+  const auto& row = json["results"][11];  // deepest, largest batch, second model
+  EXPECT_EQ(row["model"], "half");
+  EXPECT_EQ(row["depth"], 20);
+  EXPECT_EQ(row["batch"], 2);
+  EXPECT_EQ(row["seconds"].size(), 2u);
+  EXPECT_EQ(base["speedup"], 1.0);
+  // Two sequences of a block each; records of 20 tokens are read.
+  const ModelConfig config =
+      parse_model_config(read_json_file(folder / "half" / "config.json"), "config.json");
+  const auto token = static_cast<uint64_t>(config.cache_bytes_per_token(4));
+  EXPECT_EQ(row["cache_bytes"], 2 * 256 * token);
+  EXPECT_EQ(row["cached_bytes"], 2 * 20 * token);
+  const double base_bytes = base["weight_bytes"].get<double>() + base["cached_bytes"].get<double>();
+  const double bytes = row["weight_bytes"].get<double>() + row["cached_bytes"].get<double>();
+  EXPECT_DOUBLE_EQ(row["bound"], base_bytes / bytes);
+  EXPECT_GE(row["peak_rss_bytes"], row["rss_bytes"]);
+}
+
+TEST(CliTest, BenchRefuses) {
+  const std::string command = "bench " + stories() + " ";
+  EXPECT_EQ(run_hla("bench").code, 2);
+  EXPECT_EQ(run_hla(command + "-p 0 -n 0").code, 2);
+  EXPECT_EQ(run_hla(command + "-b 0").code, 2);
+  EXPECT_EQ(run_hla(command + "-d x").code, 2);
+  EXPECT_EQ(run_hla(command + "--cache-dtype fp7").code, 2);
+  EXPECT_EQ(run_hla(command + "--plot -").code, 2);
+  // What a model's process finds out comes back with its exit code.
+  const CommandResult missing = run_hla("bench /nowhere/model -n 1");
+  EXPECT_EQ(missing.code, 3);
+  EXPECT_NE(missing.err.find("/nowhere/model"), std::string::npos) << missing.err;
+  const CommandResult large = run_hla(command + "-p 0 -n 1 -d 2000000000");
+  EXPECT_EQ(large.code, 4) << large.err;
 }
 
 TEST(CliTest, TokenizeShowsPieces) {

@@ -7,6 +7,7 @@
 namespace hla {
 
 uint64_t peak_rss_bytes();                 // high-water mark of this process, VmHWM
+uint64_t rss_bytes();                      // resident now, VmRSS
 uint64_t available_memory_bytes();         // MemAvailable, or the cgroup's room where that is less
 void release_free_memory();                // gives freed heap back to the system
 std::string format_bytes(uint64_t bytes);  // "1.50 GB", decimal units

@@ -14,6 +14,10 @@ namespace hla {
 // Tokens by which a cache grows.
 constexpr int64_t kCacheBlock = 256;
 
+// Within a block, records lie in tiles of so many tokens, (floats, kTileTokens), so that one float
+// of neighbouring tokens is one vector.
+constexpr int64_t kTileTokens = 16;
+
 // The records of one layer and one sequence, in blocks of kCacheBlock, so that growing never moves
 // what is there.
 class LayerCache {
@@ -25,11 +29,17 @@ class LayerCache {
   void append(const at::Tensor& records);
   // Allocates for so many tokens altogether.
   void reserve(int64_t tokens);
+  // Forgets all but the first `length` tokens and the blocks that they do not need.
+  void truncate(int64_t length);
+  // One with blocks of its own.
+  LayerCache clone() const;
 
+  int64_t floats() const { return floats_; }
   int64_t length() const { return length_; }
-  // (kCacheBlock, floats) each; those up to length() are filled.
+  // (kCacheBlock / kTileTokens, floats, kTileTokens) each. Tokens up to length() are filled; the
+  // others of a tile that has begun are finite.
   const std::vector<at::Tensor>& blocks() const { return blocks_; }
-  // All of them in one piece, (length, floats); a copy where they are in several blocks.
+  // A copy of all of them, (length, floats).
   at::Tensor records() const;
   // Of the storages.
   uint64_t bytes() const;
@@ -51,9 +61,13 @@ class SequenceCache {
   // Tokens that all layers have read.
   int64_t length() const { return layers_.back().length(); }
   void reserve(int64_t tokens);
+  void truncate(int64_t length);
+  SequenceCache clone() const;
   uint64_t bytes() const;
 
  private:
+  SequenceCache() = default;
+
   std::vector<LayerCache> layers_;
 };
 

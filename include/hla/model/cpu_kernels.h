@@ -41,6 +41,15 @@ bool can_rotate_in_place(const at::Tensor& x);
 void rope_(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
 at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
 
+// Pairs (2i, 2i+1), i < P, of the rows of x (T, n) are turned in place by column frequency[i] of
+// cos and sin (T, F), or back: x contiguous, frequency (P) int64. The tables may carry a common
+// factor, which going back divides out.
+void turn_pairs_(const at::Tensor& x, const at::Tensor& frequency, const at::Tensor& cos,
+                 const at::Tensor& sin, bool back);
+
+// x (T, n) contiguous, index (m) int64 -> (T, m): columns of x, zeros where the index is negative.
+at::Tensor gather_columns(const at::Tensor& x, const at::Tensor& index);
+
 // Running log-sum-exp of one row over blocks of its logits.
 struct LogSumExp {
   float max;       // largest logit so far

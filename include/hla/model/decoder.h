@@ -4,9 +4,12 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <vector>
 
 #include "hla/model/cache.h"
+#include "hla/model/decode_attention.h"
 #include "hla/model/llama.h"
 
 namespace hla {
@@ -14,6 +17,12 @@ namespace hla {
 struct DecoderOptions {
   // Longest sequence. Beyond max_position_embeddings a model was not trained.
   int64_t max_length = 0;  // 0: max_position_embeddings
+  // Of the caches; nullopt: the model's.
+  std::optional<at::ScalarType> cache_dtype = {};
+  DecodeAttentionOptions attention = {};
+  // How a chunk attends to what is cached. Rebuilding all keys and values is the plain way.
+  enum class Attend { kCheapest, kDecode, kRebuild };
+  Attend attend = Attend::kCheapest;
 };
 
 class Decoder {
@@ -37,11 +46,35 @@ class Decoder {
 
   int64_t max_length() const { return max_length_; }
   const LlamaForCausalLM& model() const { return model_; }
+  at::ScalarType cache_dtype() const { return cache_dtype_; }
+  const DecodeAttention& attention(int64_t layer) const {
+    return *attention_[static_cast<size_t>(layer)];
+  }
+  // Whether `count` new tokens of a sequence read the records one by one, or from keys and values
+  // that are made anew of all of them.
+  bool decodes(int64_t layer, int64_t count, bool cached) const;
 
  private:
+  bool uses_kernels() const;
+  // What the chunks gather, (N, H·d), of queries q (N, H, d); their records are in the caches.
+  at::Tensor attend(int64_t layer, const std::vector<Chunk>& chunks, const at::Tensor& q,
+                    const DecodeAttention::Projected& projected, const RopeTables& rope) const;
+  // Averages (n, …) of single tokens, each over the first `length` records of a cache.
+  struct Reader {
+    const LayerCache* cache;
+    int64_t length;
+    int64_t token;  // row of q
+  };
+  at::Tensor contexts(int64_t layer, const std::vector<Reader>& readers, const at::Tensor& q) const;
+
   const LlamaForCausalLM& model_;
+  DecoderOptions options_;
   int64_t max_length_;
-  RopeTables rope_;  // of all positions
+  at::ScalarType cache_dtype_;
+  RopeTables rope_;  // of all positions, and as many more as blocks of tokens may reach beyond
+  at::Tensor tiled_cos_, tiled_sin_;  // (tiles, d/2, kTileTokens)
+  float unrotate_scale_ = 1;
+  std::vector<std::unique_ptr<DecodeAttention>> attention_;  // by layer
 };
 
 }  // namespace hla

@@ -58,6 +58,24 @@ class HlaAttention : public Attention {
   std::pair<at::Tensor, at::Tensor> rebuild(const at::Tensor& records,
                                             const RopeTables& rope) const override;
 
+  // The linear maps between hidden states, latents, keys and values, undefined where there is none.
+  struct Maps {
+    int64_t fast_frequencies = 0;  // c
+    at::Tensor k_down;             // (k_floats, D)
+    // Frequencies by which pairs (2i, 2i+1) of the k latent are rotated before it is cached; empty:
+    // not at all, and `fast` gives keys that are rotated afterwards.
+    std::vector<int64_t> k_rotation;
+    at::Tensor fast;       // (K, 2, c, k_floats)
+    at::Tensor fast_bias;  // (K, 2, c)
+    at::Tensor kv_down;    // (r, D)
+    at::Tensor slow;       // (K, 2, m - c, r)
+    at::Tensor slow_bias;
+    at::Tensor values;  // (K, d, r)
+    at::Tensor values_bias;
+  };
+  Maps maps() const;
+  HlaRope rope_kind() const { return rope_kind_; }
+
  private:
   at::Tensor rotated_k_latent(const at::Tensor& x, const RopeTables& rope) const;
   at::Tensor fast_keys(const at::Tensor& k_latent, const RopeTables& rope) const;

@@ -32,7 +32,10 @@ struct RopeTables {
   RopeTables select(const at::Tensor& index) const;
 };
 
-// Tables for the given positions (T), any integer dtype.
+// Tables for the given positions (T), any integer dtype; of these frequencies, or of those of a
+// sequence that ends with the highest position.
+RopeTables rope_tables(const RopeFrequencies& frequencies, const at::Tensor& positions,
+                       at::ScalarType dtype);
 RopeTables rope_tables(const ModelConfig& config, const at::Tensor& positions,
                        at::ScalarType dtype);
 

@@ -1,0 +1,78 @@
+// Speed and memory of reading prompts and of decoding, of several models in one run.
+//
+// Every model has a process of its own, so that its memory can be told apart, and they take turns:
+// noise of the machine hits all alike.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "hla/io/svg_plot.h"
+#include "hla/model/decoder.h"
+#include "hla/model/load.h"
+
+namespace hla {
+
+struct BenchOptions {
+  std::vector<std::string> models;  // the first is what the others are compared with
+  // Called in each model's process, before anything else.
+  std::function<LoadOptions()> load = [] { return LoadOptions{}; };
+  int64_t prompt_tokens = 512;         // of a prompt; 0: no such test
+  int64_t generated_tokens = 128;      // of every sequence; 0: no such test
+  std::vector<int64_t> depths = {0};   // tokens in the cache before the test
+  std::vector<int64_t> batches = {1};  // sequences that are decoded at once
+  int64_t repetitions = 3;
+  std::optional<at::ScalarType> cache_dtype = {};
+  DecoderOptions::Attend attend = DecoderOptions::Attend::kCheapest;
+};
+
+// One model's test.
+struct BenchRow {
+  std::string model;
+  bool decodes = false;  // else reads a prompt
+  int64_t tokens = 0;    // a sequence
+  int64_t depth = 0;
+  int64_t batch = 1;
+  std::vector<double> seconds;  // by repetition
+  uint64_t weight_bytes = 0;    // read for every token
+  uint64_t cache_bytes = 0;     // of the storages, at the end of the test
+  uint64_t cached_bytes = 0;    // of them, that a step reads: records of `depth` tokens
+  uint64_t rss_bytes = 0;       // of the model's process, at the end of the test
+  uint64_t peak_rss_bytes = 0;  // up to then
+
+  double tokens_per_second(size_t repetition) const;
+  double mean() const;       // tokens/s
+  double deviation() const;  // tokens/s, of the repetitions
+};
+
+struct BenchReport {
+  std::vector<BenchRow> rows;      // by depth, test and model
+  std::vector<double> bandwidths;  // bytes/s that all threads read, by repetition
+  std::string device;
+  int threads = 0;
+  int64_t models = 0;
+
+  double bandwidth() const;  // the median
+  // Median over the repetitions of the first model's time over a row's.
+  double speedup(const BenchRow& row) const;
+  // The speed-up that memory traffic allows: weights and cached records, of the first model over
+  // the row's.
+  double bound(const BenchRow& row) const;
+  std::string to_markdown() const;
+  std::string to_csv() const;
+  nlohmann::json to_json() const;
+  PlotSpec to_plot() const;  // tokens/s of decoding against depth
+
+ private:
+  const BenchRow& base_of(const BenchRow& row) const;
+};
+
+// Throws what a model's process threw: kBadInput, kOutOfMemory before a cache would not fit. Must
+// be called before LibTorch has started threads or found a GPU.
+BenchReport bench(const BenchOptions& options);
+
+}  // namespace hla

@@ -1,0 +1,88 @@
+// Attention of new tokens over what is cached of their sequences, for one layer.
+//
+// The records of an HLA layer are its latents in another basis (docs/design.md, "Decoding"), of the
+// same number of floats: as far as the latent reaches, the coordinates are the keys themselves, of
+// the fastest frequencies first, cached rotated as a Llama caches them; the others are orthogonal
+// to those. So scores of most frequencies are read straight off the cache, exactly, and values come
+// from averages of records. Keys that the coordinates do not hold are absorbed by the query per
+// block of tokens where they turn slowly, and made again where they do not.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "hla/model/attention.h"
+#include "hla/model/cache.h"
+#include "hla/model/decode_kernels.h"
+
+namespace hla {
+
+struct DecodeAttentionOptions {
+  // Keys may be absorbed where the error of that, relative to |q||k| of a frequency, is at most
+  // this.
+  double absorb_error = 1e-4;
+  // A key becomes a coordinate where at least this share of its map is independent of the others'.
+  double independence = 1e-2;
+};
+
+class DecodeAttention {
+ public:
+  // `inv_freq` (d/2): of the positions' tables. The layer must outlive it.
+  DecodeAttention(const Attention& attention, const ModelConfig& config, const at::Tensor& inv_freq,
+                  const DecodeAttentionOptions& options = {});
+
+  // What new tokens x (N, D), normed, leave behind.
+  struct Projected {
+    at::Tensor plain;    // (N, n) records before rotation
+    at::Tensor records;  // (N, n) as cached
+  };
+  Projected project(const at::Tensor& x, const RopeTables& rope) const;
+
+  // Keys and values (L, K, d) of records (L, n) at the positions of `rope`.
+  std::pair<at::Tensor, at::Tensor> rebuild(const at::Tensor& records,
+                                            const RopeTables& rope) const;
+  std::pair<at::Tensor, at::Tensor> rebuild(const Projected& projected,
+                                            const RopeTables& rope) const;
+
+  // What heads average, (N, context_floats), becomes what they gather, (N, H·d).
+  at::Tensor gather(const at::Tensor& contexts) const;
+
+  // The averages (context_floats) of a query (H, d) over records (L, n), nothing rebuilt that need
+  // not be; `rope`: of positions 0…L + 63 at least. ATen operations only, for any device and type.
+  at::Tensor context(const at::Tensor& query, const at::Tensor& records,
+                     const RopeTables& rope) const;
+
+  const DecodeMaps& maps() const { return maps_; }
+  // Products per token read and query token, by decoding and, once for all queries, by rebuilding.
+  double decode_cost() const;
+  double rebuild_cost() const;
+
+ private:
+  class Builder;
+  // Keys that are no coordinates: see DecodeMaps.
+  struct KeyTensors {
+    at::Tensor matrix, bias;  // (rows, columns), (rows)
+    at::Tensor frequency;     // (pairs)
+    at::Tensor target;        // (rows) entries of keys (K·d)
+    at::Tensor query_index;   // (rows) entries of a query
+  };
+
+  at::Tensor turn(const at::Tensor& x, int64_t pairs, const RopeTables& rope, bool back) const;
+
+  const Attention& attention_;
+  DecodeMaps maps_;
+  // All undefined for Llama, whose records are keys and values themselves.
+  at::Tensor down_, down_bias_;              // (n, D), (n): records before rotation
+  at::Tensor rotation_;                      // (P) frequency of pairs (2i, 2i+1), cached rotated
+  at::Tensor key_source_;                    // (K·d) the coordinate that is the key's entry, or -1
+  std::vector<at::Tensor> stored_matrices_;  // by stored group: (d, range), or undefined
+  KeyTensors rebuilt_, absorbed_;
+  at::Tensor constant_keys_;         // (K·d) the same for all tokens: no score feels it
+  at::Tensor values_, values_bias_;  // (K, d, context of a head), (K, d)
+};
+
+}  // namespace hla

@@ -1,0 +1,71 @@
+// The compiler's own vectors, and what kernels for the CPU have in common. Private to src/model.
+#pragma once
+
+#include <cstdint>
+
+#define HLA_INLINE __attribute__((always_inline)) inline
+
+namespace hla {
+
+// GCC does not take a size that depends on a template's parameter.
+template <int Bytes>
+struct VectorTypes;
+#define HLA_VECTOR_TYPES(bytes)                                            \
+  template <>                                                              \
+  struct VectorTypes<bytes> {                                              \
+    using Floats = float __attribute__((vector_size(bytes), aligned(4)));  \
+    using Bits = uint32_t __attribute__((vector_size(bytes), aligned(4))); \
+  }
+HLA_VECTOR_TYPES(16);
+HLA_VECTOR_TYPES(32);
+HLA_VECTOR_TYPES(64);
+#undef HLA_VECTOR_TYPES
+
+// Vectors of so many bytes: in one register, or several where the instruction set has shorter ones.
+template <int Bytes>
+struct Vector {
+  using Floats = typename VectorTypes<Bytes>::Floats;
+  using Bits = typename VectorTypes<Bytes>::Bits;
+  static constexpr int64_t kLanes = Bytes / 4;
+
+  static HLA_INLINE Floats load(const float* x) { return *reinterpret_cast<const Floats*>(x); }
+  static HLA_INLINE void store(float* x, Floats value) { *reinterpret_cast<Floats*>(x) = value; }
+  static HLA_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+  static HLA_INLINE float total(Floats x) {
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      Bits other;
+      for (int64_t i = 0; i < kLanes; ++i) other[i] = static_cast<uint32_t>(i ^ half);
+      x += __builtin_shuffle(x, other);
+    }
+    return x[0];
+  }
+
+  // e^x to about 1 ulp for -87 <= x <= 88, after S. L. Moshier's Cephes (expf). Below the range the
+  // result is about 1e-38, which no sum of probabilities sees. NaN stays NaN.
+  static HLA_INLINE Floats exp(Floats argument) {
+    Floats x = argument;
+    const Floats low = Floats{} - 87.0F;
+    const Floats high = Floats{} + 88.0F;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    // Adding 1.5·2^23 rounds to an integer, which is then in the low bits.
+    constexpr float kRound = 12582912.0F;
+    const Floats shifted = x * 1.44269504088896341F + kRound;
+    const Floats n = shifted - kRound;
+    Floats r = x - n * 0.693359375F;
+    r = r - n * -2.12194440e-4F;
+    Floats p = r * 1.9875691500e-4F + 1.3981999507e-3F;
+    p = p * r + 8.3334519073e-3F;
+    p = p * r + 4.1665795894e-2F;
+    p = p * r + 1.6666665459e-1F;
+    p = p * r + 5.0000001201e-1F;
+    const Floats e = p * (r * r) + r + 1.0F;
+    // · 2^n by adding n to the exponent. That makes a number of some NaNs, so they are put back.
+    const Floats result = reinterpret_cast<Floats>(reinterpret_cast<Bits>(e) +
+                                                   (reinterpret_cast<Bits>(shifted) << 23));
+    return argument == argument ? result : argument;
+  }
+};
+
+}  // namespace hla

@@ -1,0 +1,745 @@
+#include "hla/model/decode_attention.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+#include <numeric>
+
+#include "hla/core/error.h"
+#include "hla/model/cpu_kernels.h"
+#include "hla/model/hla_attention.h"
+
+namespace hla {
+namespace {
+
+// The block of the absorbed keys must divide this.
+constexpr int64_t kLongestAbsorbedBlock = 64;
+constexpr int64_t kMostNodes = 6;
+
+at::Tensor index_tensor(const std::vector<int64_t>& index, at::Device device) {
+  return at::tensor(index, at::kLong).to(device);
+}
+
+at::Tensor index_tensor(const std::vector<int32_t>& index, at::Device device) {
+  return at::tensor(index, at::kInt).to(at::kLong).to(device);
+}
+
+std::vector<float> floats_of(const at::Tensor& x) {
+  const at::Tensor flat = x.to(at::kCPU, at::kFloat).contiguous();
+  return {flat.const_data_ptr<float>(), flat.const_data_ptr<float>() + flat.numel()};
+}
+
+at::Tensor columns(const at::Tensor& x, const Ranges& ranges) {
+  if (ranges.size() == 1) return x.slice(1, ranges[0].begin, ranges[0].end);
+  std::vector<at::Tensor> parts = {x.slice(1, 0, 0)};
+  for (const Range& range : ranges) parts.push_back(x.slice(1, range.begin, range.end));
+  return at::cat(parts, 1);
+}
+
+// Columns `index` of x (T, n); zeros where it is negative.
+at::Tensor gather_columns(const at::Tensor& x, const at::Tensor& index) {
+  if (cpu::applies(x)) return cpu::gather_columns(x, index);
+  return x.index_select(1, index.clamp_min(0)) * index.ge(0).to(x.scalar_type());
+}
+
+// Largest error of interpolating e^{iωt} between the nodes over the tokens of a block.
+double interpolation_error(const std::vector<int32_t>& nodes, int64_t block, double frequency) {
+  double highest = 0;
+  for (int64_t token = 0; token < block; ++token) {
+    double product = 1;
+    for (size_t p = 0; p < nodes.size(); ++p) {
+      product *= static_cast<double>(token - nodes[p]) * frequency / static_cast<double>(p + 1);
+    }
+    highest = std::max(highest, std::abs(product));
+  }
+  return highest;
+}
+
+// Chebyshev's nodes of a block of tokens, rounded to tokens.
+std::vector<int32_t> chebyshev_nodes(int64_t count, int64_t block) {
+  std::vector<int32_t> nodes;
+  const double half = static_cast<double>(block) / 2;
+  for (int64_t p = 0; p < count; ++p) {
+    const double angle = std::numbers::pi * (2 * static_cast<double>(count - p) - 1) /
+                         (2 * static_cast<double>(count));
+    nodes.push_back(static_cast<int32_t>(
+        std::clamp<int64_t>(std::lround(half - 0.5 + half * std::cos(angle)), 0, block - 1)));
+  }
+  return nodes;
+}
+
+// A key of one kv head and frequency, whose two parts come from a latent by two rows.
+struct Pair {
+  int64_t head, frequency;
+};
+
+// A latent with the keys that come from it unrotated, fp64 on the CPU, in the basis that makes
+// coordinates of as many keys as it can.
+struct Basis {
+  std::vector<Pair> stored;    // by kv head, fastest first: coordinates 2i, 2i+1
+  std::vector<Pair> leftover;  // fastest first
+  at::Tensor inverse;          // (r, r): latent = inverse · (coordinates - offset)
+  at::Tensor forward;          // (r, r): coordinates = forward · latent + offset
+  at::Tensor offset;           // (r)
+};
+
+// rows (K, 2, F, r), bias (K, 2, F) or undefined; `first`: number of frequency 0 of F. Pairs of the
+// first `whole` kv heads are taken before those of others.
+Basis choose_basis(const at::Tensor& rows, const at::Tensor& bias, int64_t first,
+                   double independence, int64_t whole) {
+  const int64_t kv_heads = rows.size(0);
+  const int64_t count = rows.size(2);
+  const int64_t rank = rows.size(3);
+  Basis basis;
+  at::Tensor directions = at::empty({rank, rank}, at::kDouble);  // orthonormal, those taken so far
+  int64_t taken = 0;
+  const auto take = [&](int64_t g, int64_t f) {
+    const int64_t before = taken;
+    bool independent = taken + 2 <= rank;
+    for (int64_t part = 0; part < 2 && independent; ++part) {
+      const at::Tensor row = rows[g][part][f];
+      at::Tensor rest = row;
+      for (int twice = 0; twice < 2 && taken > 0; ++twice) {
+        const at::Tensor known = directions.slice(0, 0, taken);
+        rest = rest - known.t().mv(known.mv(rest));
+      }
+      const double norm = rest.norm().item<double>();
+      independent = norm > independence * row.norm().item<double>();
+      if (independent) directions[taken++].copy_(rest / norm);
+    }
+    if (!independent) taken = before;
+    (independent ? basis.stored : basis.leftover).push_back({g, first + f});
+  };
+  for (const bool of_whole : {true, false}) {
+    for (int64_t f = 0; f < count; ++f) {
+      for (int64_t g = 0; g < kv_heads; ++g) {
+        if ((g < whole) == of_whole) take(g, f);
+      }
+    }
+  }
+  std::stable_sort(basis.leftover.begin(), basis.leftover.end(),
+                   [](const Pair& a, const Pair& b) { return a.frequency < b.frequency; });
+  std::stable_sort(basis.stored.begin(), basis.stored.end(),
+                   [](const Pair& a, const Pair& b) { return a.head < b.head; });
+  basis.forward = at::eye(rank, at::kDouble);
+  basis.inverse = basis.forward;
+  basis.offset = at::zeros({rank}, at::kDouble);
+  const auto pairs = static_cast<int64_t>(basis.stored.size());
+  if (pairs == 0) return basis;
+  std::vector<at::Tensor> chosen;
+  for (const Pair& pair : basis.stored) {
+    for (int64_t part = 0; part < 2; ++part) {
+      if (bias.defined()) {
+        basis.offset[static_cast<int64_t>(chosen.size())] =
+            bias[pair.head][part][pair.frequency - first];
+      }
+      chosen.push_back(rows[pair.head][part][pair.frequency - first]);
+    }
+  }
+  const at::Tensor keys = at::stack(chosen);  // (2·pairs, r)
+  const auto [q, r] = at::linalg_qr(keys.t(), "complete");
+  const at::Tensor others = q.slice(1, 2 * pairs);  // (r, r - 2·pairs), orthogonal to the keys
+  basis.forward = at::cat({keys, others.t()});
+  // keys = Rᵀ Q₁ᵀ, so the inverse is [Q₁ R⁻ᵀ, others].
+  const at::Tensor upper = r.slice(0, 0, 2 * pairs);
+  const at::Tensor lower_inverse =
+      at::linalg_solve_triangular(upper.t(), at::eye(2 * pairs, at::kDouble), /*upper=*/false);
+  basis.inverse = at::cat({q.slice(1, 0, 2 * pairs).matmul(lower_inverse), others}, 1);
+  return basis;
+}
+
+}  // namespace
+
+class DecodeAttention::Builder {
+ public:
+  Builder(DecodeAttention& to, const ModelConfig& config, const DecodeAttentionOptions& options)
+      : to_(to), maps_(to.maps_), config_(config), options_(options) {
+    maps_.heads = config.num_attention_heads;
+    maps_.kv_heads = config.num_key_value_heads;
+    maps_.head_dim = config.head_dim;
+    for (DecodeMaps::Keys* keys : {&maps_.rebuilt, &maps_.absorbed}) {
+      keys->first_pair.assign(static_cast<size_t>(maps_.kv_heads + 1), 0);
+    }
+    key_source_.assign(static_cast<size_t>(config.kv_size()), -1);
+  }
+
+  // Records are rotated keys, then values, by head.
+  void of_llama() {
+    const int64_t d = maps_.head_dim;
+    const int64_t group = config_.group_size();
+    maps_.floats = config_.base_cache_floats();
+    for (int64_t g = 0; g < maps_.kv_heads; ++g) {
+      std::vector<int32_t> index(static_cast<size_t>(d));
+      std::iota(index.begin(), index.end(), 0);
+      maps_.stored.push_back({g * group, group, {g * d, (g + 1) * d}, index, {}});
+      const int64_t values = (maps_.kv_heads + g) * d;
+      maps_.values.push_back({g * group, group, {{values, values + d}}});
+    }
+  }
+
+  void of_hla(const HlaAttention& attention, const at::Tensor& inv_freq) {
+    const HlaAttention::Maps latents = attention.maps();
+    const int64_t fast = latents.fast_frequencies;
+    for (int64_t f = 0; f < config_.frequencies(); ++f) {
+      frequencies_.push_back(inv_freq[f].item<double>());
+    }
+    const int64_t kv_rank = latents.kv_down.defined() ? latents.kv_down.size(0) : 0;
+    const int64_t k_rank = latents.k_down.defined() ? latents.k_down.size(0) : 0;
+    maps_.floats = kv_rank + k_rank;
+
+    Basis kv;
+    Basis k;
+    if (kv_rank > 0) kv = cheapest_basis(wide(latents.slow), wide(latents.slow_bias), fast);
+    const bool rebuilds_fast = k_rank > 0 && attention.rope_kind() == HlaRope::kOriginal;
+    if (rebuilds_fast) k = cheapest_basis(wide(latents.fast), wide(latents.fast_bias), 0);
+    const auto kv_pairs = static_cast<int64_t>(kv.stored.size());
+    const auto k_pairs =
+        static_cast<int64_t>(rebuilds_fast ? k.stored.size() : latents.k_rotation.size());
+
+    // Coordinates: pairs of the kv latent, pairs of the k latent, the rest of either.
+    const Range kv_stored = {0, 2 * kv_pairs};
+    const Range k_stored = {kv_stored.end, kv_stored.end + 2 * k_pairs};
+    const Range kv_rest = {k_stored.end, k_stored.end + kv_rank - 2 * kv_pairs};
+    const Range k_rest = {kv_rest.end, maps_.floats};
+    for (const Pair& pair : kv.stored) turned(pair.frequency);
+    maps_.unrotated = rotation_;
+    if (rebuilds_fast) {
+      for (const Pair& pair : k.stored) turned(pair.frequency);
+      // Read unrotated only where something is made of them.
+      if (!k.leftover.empty()) maps_.unrotated = rotation_;
+    } else {
+      for (const int64_t frequency : latents.k_rotation) turned(frequency);
+    }
+
+    stored_pairs(kv.stored, kv_stored.begin);
+    if (rebuilds_fast) {
+      stored_pairs(k.stored, k_stored.begin);
+    } else if (k_rank > 0) {
+      stored_matrices(latents, {k_stored.begin, k_stored.end}, k_rest);
+    }
+    const Ranges kv_columns = joined(kv_stored, kv_rest);
+    const Ranges k_columns = joined(k_stored, k_rest);
+
+    // Keys that are no coordinates.
+    std::vector<Leftover> leftovers;
+    if (kv_rank > 0)
+      add_leftovers(kv, wide(latents.slow), wide(latents.slow_bias), fast, kv_columns, leftovers);
+    if (rebuilds_fast)
+      add_leftovers(k, wide(latents.fast), wide(latents.fast_bias), 0, k_columns, leftovers);
+    if (latents.fast_bias.defined() && attention.rope_kind() == HlaRope::kPaper) {
+      to_.constant_keys_ = constant_keys(latents.fast_bias);
+    } else if (!rebuilds_fast && latents.fast_bias.defined()) {
+      // Biases of keys whose latents are cached rotated: they turn with the position.
+      for (int64_t f = 0; f < fast; ++f) {
+        for (int64_t g = 0; g < maps_.kv_heads; ++g) {
+          const at::Tensor bias =
+              at::stack({wide(latents.fast_bias)[g][0][f], wide(latents.fast_bias)[g][1][f]});
+          leftovers.push_back({{g, f}, at::zeros({2, maps_.floats}, at::kDouble), bias});
+        }
+      }
+    }
+    share_out(leftovers);
+
+    const at::Tensor& like = latents.kv_down.defined() ? latents.kv_down : latents.k_down;
+    const auto as_model = [&](const at::Tensor& x) {
+      return x.to(like.device(), like.scalar_type()).contiguous();
+    };
+    std::vector<at::Tensor> down;
+    std::vector<at::Tensor> offset;
+    const auto add_down = [&](const at::Tensor& rows, const at::Tensor& bias) {
+      down.push_back(rows);
+      offset.push_back(bias);
+    };
+    at::Tensor kv_rows, k_rows;
+    at::Tensor kv_offset = kv.offset;
+    at::Tensor k_offset = k.offset;
+    if (kv_rank > 0) kv_rows = kv.forward.matmul(wide(latents.kv_down));
+    if (rebuilds_fast) {
+      k_rows = k.forward.matmul(wide(latents.k_down));
+    } else if (k_rank > 0) {
+      k_rows = wide(latents.k_down);
+      k_offset = at::zeros({k_rank}, at::kDouble);
+    }
+    if (kv_rank > 0)
+      add_down(kv_rows.slice(0, 0, 2 * kv_pairs), kv_offset.slice(0, 0, 2 * kv_pairs));
+    if (k_rank > 0) add_down(k_rows.slice(0, 0, 2 * k_pairs), k_offset.slice(0, 0, 2 * k_pairs));
+    if (kv_rank > 0) add_down(kv_rows.slice(0, 2 * kv_pairs), kv_offset.slice(0, 2 * kv_pairs));
+    if (k_rank > 0) add_down(k_rows.slice(0, 2 * k_pairs), k_offset.slice(0, 2 * k_pairs));
+    to_.down_ = as_model(at::cat(down));
+    const at::Tensor bias = at::cat(offset);
+    if (bias.abs().max().item<double>() > 0) to_.down_bias_ = as_model(bias);
+    to_.rotation_ = index_tensor(rotation_, like.device());
+
+    if (kv_rank > 0) {
+      maps_.values.push_back({0, maps_.heads, kv_columns});
+      const at::Tensor values = wide(latents.values).matmul(kv.inverse);  // (K, d, r)
+      at::Tensor values_bias = wide(latents.values_bias);
+      const at::Tensor moved = values.matmul(kv.offset);
+      values_bias = values_bias.defined() ? values_bias - moved : -moved;
+      to_.values_ = as_model(values);
+      if (values_bias.abs().max().item<double>() > 0) to_.values_bias_ = as_model(values_bias);
+    }
+    to_.key_source_ = index_tensor(key_source_, like.device());
+    for (const at::Tensor& matrix : matrices_)
+      to_.stored_matrices_.push_back(matrix.defined() ? as_model(matrix) : matrix);
+    tensors_of(maps_.rebuilt, rebuilt_, to_.rebuilt_, as_model);
+    tensors_of(maps_.absorbed, absorbed_, to_.absorbed_, as_model);
+  }
+
+ private:
+  // A key that is made of all coordinates.
+  struct Leftover {
+    Pair pair;
+    at::Tensor rows;  // (2, n)
+    at::Tensor bias;  // (2)
+  };
+
+  static at::Tensor wide(const at::Tensor& x) {
+    return x.defined() ? x.to(at::kCPU, at::kDouble) : x;
+  }
+  void turned(int64_t frequency) { rotation_.push_back(static_cast<int32_t>(frequency)); }
+
+  static Ranges joined(const Range& a, const Range& b) {
+    if (a.size() == 0) return {b};
+    if (b.size() == 0) return {a};
+    if (a.end == b.begin) return {{a.begin, b.end}};
+    return {a, b};
+  }
+
+  int32_t part(int64_t frequency, int64_t half) const {
+    return static_cast<int32_t>(frequency + half * config_.frequencies());
+  }
+
+  void stored_pairs(const std::vector<Pair>& pairs, int64_t begin) {
+    const int64_t group = config_.group_size();
+    for (int64_t g = 0; g < maps_.kv_heads; ++g) {
+      DecodeMaps::Stored stored = {g * group, group, {begin, begin}, {}, {}};
+      for (const Pair& pair : pairs) {
+        if (pair.head != g) continue;
+        for (int64_t half = 0; half < 2; ++half) {
+          stored.index.push_back(part(pair.frequency, half));
+          key_source_[static_cast<size_t>(g * maps_.head_dim + part(pair.frequency, half))] =
+              stored.range.end++;
+        }
+      }
+      begin = stored.range.end;
+      if (stored.range.size() == 0) continue;
+      maps_.stored.push_back(std::move(stored));
+      matrices_.emplace_back();
+    }
+  }
+
+  // The k latent as it is cached, through a real matrix per kv head: (K, 2, c, r).
+  void stored_matrices(const HlaAttention::Maps& latents, const Range& turning, const Range& rest) {
+    const int64_t group = config_.group_size();
+    const at::Tensor fast = wide(latents.fast).flatten(1, 2);  // (K, 2c, r)
+    std::vector<int64_t> entries;
+    for (int64_t half = 0; half < 2; ++half) {
+      for (int64_t f = 0; f < latents.fast_frequencies; ++f) entries.push_back(part(f, half));
+    }
+    for (int64_t g = 0; g < maps_.kv_heads; ++g) {
+      at::Tensor matrix = at::zeros({maps_.head_dim, fast.size(2)}, at::kDouble);
+      matrix.index_copy_(0, index_tensor(entries, at::kCPU), fast[g]);
+      int64_t column = 0;
+      for (const Range& range : {turning, rest}) {
+        if (range.size() == 0) continue;
+        const at::Tensor part_of = matrix.slice(1, column, column + range.size());
+        column += range.size();
+        maps_.stored.push_back({g * group, group, range, {}, floats_of(part_of)});
+        matrices_.push_back(part_of);
+      }
+    }
+  }
+
+  // Biases (K, 2, c) at their places among the keys (K·d).
+  at::Tensor constant_keys(const at::Tensor& bias) const {
+    at::Tensor keys = at::zeros({maps_.kv_heads, 2, config_.frequencies()}, bias.options());
+    keys.slice(2, 0, bias.size(2)).copy_(bias);
+    return keys.flatten();
+  }
+
+  void add_leftovers(const Basis& basis, const at::Tensor& rows, const at::Tensor& bias,
+                     int64_t first, const Ranges& columns, std::vector<Leftover>& to) const {
+    for (const Pair& pair : basis.leftover) {
+      const at::Tensor of_latent = rows[pair.head].select(1, pair.frequency - first);  // (2, r)
+      if (of_latent.abs().max().item<double>() == 0 && !bias.defined()) continue;  // no key at all
+      const at::Tensor of_basis = of_latent.matmul(basis.inverse);
+      at::Tensor constant = -of_basis.matmul(basis.offset);
+      if (bias.defined()) constant = constant + bias[pair.head].select(1, pair.frequency - first);
+      at::Tensor all = at::zeros({2, maps_.floats}, at::kDouble);
+      int64_t column = 0;
+      for (const Range& range : columns) {
+        all.slice(1, range.begin, range.end)
+            .copy_(of_basis.slice(1, column, column + range.size()));
+        column += range.size();
+      }
+      to.push_back({pair, all, constant});
+    }
+  }
+
+  // Rebuilds the fast ones and absorbs the slow ones, where that is cheaper.
+  void share_out(std::vector<Leftover>& leftovers) {
+    std::stable_sort(leftovers.begin(), leftovers.end(), [](const Leftover& a, const Leftover& b) {
+      return a.pair.frequency < b.pair.frequency;
+    });
+    std::vector<Pair> pairs;
+    for (const Leftover& leftover : leftovers) pairs.push_back(leftover.pair);
+    Sharing sharing = cheapest_sharing(pairs);
+    maps_.nodes = std::move(sharing.nodes);
+    maps_.absorbed_block = sharing.block;
+    const auto cut = leftovers.begin() + static_cast<std::ptrdiff_t>(sharing.rebuilt);
+    rebuilt_.assign(leftovers.begin(), cut);
+    absorbed_.assign(cut, leftovers.end());
+    for (std::vector<Leftover>* keys : {&rebuilt_, &absorbed_}) {
+      std::stable_sort(keys->begin(), keys->end(), [](const Leftover& a, const Leftover& b) {
+        return a.pair.head < b.pair.head;
+      });
+    }
+  }
+
+  struct Sharing {
+    size_t rebuilt = 0;  // the first so many pairs; the others are absorbed
+    std::vector<int32_t> nodes;
+    int64_t block = kTileTokens;
+    double cost = 0;  // products per token that is read
+  };
+
+  // Of pairs, fastest first.
+  Sharing cheapest_sharing(const std::vector<Pair>& pairs) const {
+    const auto group = static_cast<double>(config_.group_size());
+    const auto columns = static_cast<double>(maps_.floats);
+    const auto rebuilding = [&](size_t count) {
+      return static_cast<double>(count) * (2 * columns + 4 + 2 * group);
+    };
+    Sharing best = {pairs.size(), {}, kTileTokens, rebuilding(pairs.size())};
+    std::vector<bool> absorbs(static_cast<size_t>(maps_.kv_heads), false);
+    double kv_heads = 0;  // that have absorbed pairs
+    double fastest = 0;   // of them; some kinds of scaling do not order frequencies
+    for (size_t rebuilt = pairs.size(); rebuilt-- > 0;) {
+      fastest = std::max(fastest, frequencies_[static_cast<size_t>(pairs[rebuilt].frequency)]);
+      const auto head = static_cast<size_t>(pairs[rebuilt].head);
+      if (!absorbs[head]) kv_heads += 1;
+      absorbs[head] = true;
+      const auto absorbed = static_cast<double>(pairs.size() - rebuilt);
+      for (int64_t block = kTileTokens; block <= kLongestAbsorbedBlock; block *= 2) {
+        std::vector<int32_t> nodes;
+        for (int64_t count = 1; count <= kMostNodes; ++count) {
+          nodes = chebyshev_nodes(count, block);
+          if (interpolation_error(nodes, block, fastest) <= options_.absorb_error) break;
+          nodes.clear();
+        }
+        if (nodes.empty()) continue;
+        const auto many = static_cast<double>(nodes.size());
+        const double cost =
+            rebuilding(rebuilt) +
+            many * group * columns * (kv_heads + 2 * absorbed / static_cast<double>(block));
+        if (cost < best.cost) best = {rebuilt, nodes, block, cost};
+      }
+    }
+    return best;
+  }
+
+  // The basis of the kv latent whose leftovers cost least: with so many kv heads' keys whole, and
+  // the others sharing what is left.
+  Basis cheapest_basis(const at::Tensor& rows, const at::Tensor& bias, int64_t first) const {
+    Basis best;
+    double least = 0;
+    for (int64_t whole = 0; whole < maps_.kv_heads; ++whole) {
+      Basis basis = choose_basis(rows, bias, first, options_.independence, whole);
+      const double cost = cheapest_sharing(basis.leftover).cost;
+      const bool complete = basis.leftover.empty();
+      if (whole == 0 || cost < least) {
+        least = cost;
+        best = std::move(basis);
+      }
+      if (complete) break;
+    }
+    return best;
+  }
+
+  // The coordinates that any of the rows reads, in stretches.
+  Ranges columns_read(const at::Tensor& rows) const {
+    const at::Tensor used = rows.abs().amax(0).gt(0);
+    Ranges ranges;
+    for (int64_t i = 0; i < maps_.floats; ++i) {
+      if (!used[i].item<bool>()) continue;
+      if (ranges.empty() || ranges.back().end != i) ranges.push_back({i, i});
+      ++ranges.back().end;
+    }
+    return ranges;
+  }
+
+  template <typename AsModel>
+  void tensors_of(DecodeMaps::Keys& keys, const std::vector<Leftover>& leftovers,
+                  KeyTensors& tensors, const AsModel& as_model) const {
+    if (leftovers.empty()) return;
+    std::vector<at::Tensor> rows;
+    std::vector<at::Tensor> biases;
+    std::vector<int64_t> target;
+    for (const Leftover& leftover : leftovers) {
+      rows.push_back(leftover.rows);
+      biases.push_back(leftover.bias);
+      keys.frequency.push_back(static_cast<int32_t>(leftover.pair.frequency));
+      for (int64_t g = leftover.pair.head; g < maps_.kv_heads; ++g) {
+        ++keys.first_pair[static_cast<size_t>(g + 1)];
+      }
+      for (int64_t half = 0; half < 2; ++half) {
+        keys.query_index.push_back(part(leftover.pair.frequency, half));
+        target.push_back(leftover.pair.head * maps_.head_dim + keys.query_index.back());
+      }
+    }
+    const at::Tensor all = at::cat(rows);
+    const at::Tensor bias = at::cat(biases);
+    keys.from = columns_read(all);
+    std::vector<at::Tensor> read = {all.slice(1, 0, 0)};
+    for (const Range& range : keys.from) read.push_back(all.slice(1, range.begin, range.end));
+    const at::Tensor matrix = at::cat(read, 1);  // (rows, columns)
+    keys.matrix = floats_of(&keys == &maps_.rebuilt ? matrix.t() : matrix);
+    if (bias.abs().max().item<double>() > 0) {
+      keys.bias = floats_of(bias);
+      tensors.bias = as_model(bias);
+    }
+    tensors.matrix = as_model(matrix);
+    const at::Device device = tensors.matrix.device();
+    tensors.frequency = index_tensor(keys.frequency, device);
+    tensors.target = index_tensor(target, device);
+    tensors.query_index = index_tensor(keys.query_index, device);
+  }
+
+  DecodeAttention& to_;
+  DecodeMaps& maps_;
+  const ModelConfig& config_;
+  DecodeAttentionOptions options_;
+  std::vector<int32_t> rotation_;
+  std::vector<double> frequencies_;  // radians per token
+  std::vector<int64_t> key_source_;
+  std::vector<at::Tensor> matrices_;
+  std::vector<Leftover> rebuilt_, absorbed_;
+};
+
+DecodeAttention::DecodeAttention(const Attention& attention, const ModelConfig& config,
+                                 const at::Tensor& inv_freq, const DecodeAttentionOptions& options)
+    : attention_(attention) {
+  Builder builder(*this, config, options);
+  if (const auto* hla = dynamic_cast<const HlaAttention*>(&attention)) {
+    builder.of_hla(*hla, inv_freq);
+  } else {
+    builder.of_llama();
+  }
+}
+
+// The first `pairs` pairs (2i, 2i+1) of x (N, n), turned by the positions' angles, or back.
+at::Tensor DecodeAttention::turn(const at::Tensor& x, int64_t pairs, const RopeTables& rope,
+                                 bool back) const {
+  if (pairs == 0) return x;
+  const at::Tensor frequency = rotation_.slice(0, 0, pairs);
+  if (cpu::applies(x)) {
+    at::Tensor turned = x.clone();
+    cpu::turn_pairs_(turned, frequency, rope.cos, rope.sin, back);
+    return turned;
+  }
+  RopeTables tables = rope.select(frequency);
+  if (back) {
+    const at::Tensor scale = (tables.cos.square() + tables.sin.square()).reciprocal();
+    tables = {tables.cos * scale, -tables.sin * scale};
+  }
+  return at::cat({apply_rope_interleaved(x.slice(1, 0, 2 * pairs), tables), x.slice(1, 2 * pairs)},
+                 1);
+}
+
+DecodeAttention::Projected DecodeAttention::project(const at::Tensor& x,
+                                                    const RopeTables& rope) const {
+  if (!down_.defined()) {
+    const at::Tensor records = attention_.records(x.unsqueeze(0), rope).squeeze(0);
+    return {records, records};
+  }
+  const at::Tensor plain = is_few_rows(x, down_)  ? few_rows_linear(x, down_, down_bias_)
+                           : down_bias_.defined() ? at::linear(x, down_, down_bias_)
+                                                  : at::linear(x, down_);
+  return {plain, turn(plain, rotation_.numel(), rope, /*back=*/false)};
+}
+
+std::pair<at::Tensor, at::Tensor> DecodeAttention::rebuild(const at::Tensor& records,
+                                                           const RopeTables& rope) const {
+  const auto pairs = static_cast<int64_t>(maps_.unrotated.size());
+  return rebuild(Projected{turn(records, pairs, rope, /*back=*/true), records}, rope);
+}
+
+std::pair<at::Tensor, at::Tensor> DecodeAttention::rebuild(const Projected& projected,
+                                                           const RopeTables& rope) const {
+  const int64_t d = maps_.head_dim;
+  const int64_t kv_heads = maps_.kv_heads;
+  const at::Tensor& records = projected.records;
+  const int64_t length = records.size(0);
+  if (!down_.defined()) {
+    const at::Tensor heads = records.view({length, 2 * kv_heads, d});
+    return {heads.slice(1, 0, kv_heads), heads.slice(1, kv_heads)};
+  }
+  at::Tensor keys = gather_columns(records, key_source_);  // (L, K·d)
+  for (size_t i = 0; i < maps_.stored.size(); ++i) {
+    if (!stored_matrices_[i].defined()) continue;
+    const DecodeMaps::Stored& group = maps_.stored[i];
+    const int64_t g = group.head / group.heads;
+    keys.slice(1, g * d, (g + 1) * d)
+        .add_(records.slice(1, group.range.begin, group.range.end).matmul(stored_matrices_[i].t()));
+  }
+  const auto add_keys = [&](const DecodeMaps::Keys& map, const KeyTensors& tensors) {
+    if (!tensors.matrix.defined()) return;
+    at::Tensor rows = columns(projected.plain, map.from).matmul(tensors.matrix.t());
+    if (tensors.bias.defined()) rows = rows + tensors.bias;
+    keys.index_add_(1, tensors.target,
+                    apply_rope_interleaved(rows, rope.select(tensors.frequency)));
+  };
+  add_keys(maps_.rebuilt, rebuilt_);
+  add_keys(maps_.absorbed, absorbed_);
+  if (constant_keys_.defined()) keys.add_(constant_keys_);
+  at::Tensor values;
+  if (values_.defined()) {
+    const at::Tensor latent = columns(projected.plain, maps_.values[0].from);
+    const at::Tensor matrix = values_.flatten(0, 1);
+    values = values_bias_.defined() ? at::linear(latent, matrix, values_bias_.flatten())
+                                    : at::linear(latent, matrix);
+  } else {
+    values = at::zeros_like(keys);
+  }
+  return {keys.view({length, kv_heads, d}), values.view({length, kv_heads, d})};
+}
+
+at::Tensor DecodeAttention::gather(const at::Tensor& contexts) const {
+  const int64_t count = contexts.size(0);
+  if (!down_.defined()) return contexts;
+  if (!values_.defined()) return contexts.new_zeros({count, maps_.heads * maps_.head_dim});
+  if (cpu::applies(contexts) && cpu::applies(values_)) {
+    const at::Tensor gathered =
+        at::empty({count, maps_.heads * maps_.head_dim}, contexts.options());
+    gather_values(contexts, values_, values_bias_, gathered);
+    return gathered;
+  }
+  const int64_t group = maps_.heads / maps_.kv_heads;
+  const at::Tensor by_head = contexts.view({count, maps_.kv_heads, group, -1})
+                                 .transpose(0, 1)
+                                 .reshape({maps_.kv_heads, count * group, -1});
+  at::Tensor gathered = at::bmm(by_head, values_.transpose(1, 2));  // (K, N·G, d)
+  if (values_bias_.defined()) gathered = gathered + values_bias_.unsqueeze(1);
+  return gathered.view({maps_.kv_heads, count, group, maps_.head_dim})
+      .transpose(0, 1)
+      .reshape({count, maps_.heads * maps_.head_dim});
+}
+
+at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& records,
+                                    const RopeTables& rope) const {
+  const int64_t d = maps_.head_dim;
+  const int64_t length = records.size(0);
+  const int64_t group = maps_.heads / maps_.kv_heads;
+  const at::Tensor q = query / std::sqrt(static_cast<double>(d));  // (H, d)
+  const RopeTables positions = {rope.cos.slice(0, 0, length), rope.sin.slice(0, 0, length)};
+  const at::Tensor plain =
+      turn(records, static_cast<int64_t>(maps_.unrotated.size()), positions, /*back=*/true);
+  at::Tensor scores = q.new_zeros({maps_.heads, length});
+  for (size_t i = 0; i < maps_.stored.size(); ++i) {
+    const DecodeMaps::Stored& stored = maps_.stored[i];
+    const at::Tensor heads = q.slice(0, stored.head, stored.head + stored.heads);
+    const at::Tensor weights =
+        down_.defined() && stored_matrices_[i].defined()
+            ? heads.matmul(stored_matrices_[i])
+            : heads.index_select(1, at::tensor(stored.index, at::kInt).to(q.device(), at::kLong));
+    scores.slice(0, stored.head, stored.head + stored.heads)
+        .add_(weights.matmul(records.slice(1, stored.range.begin, stored.range.end).t()));
+  }
+  const auto of_head = [&](const DecodeMaps::Keys& map, int64_t g) {
+    return Range{2 * map.first_pair[static_cast<size_t>(g)],
+                 2 * map.first_pair[static_cast<size_t>(g + 1)]};
+  };
+  if (rebuilt_.matrix.defined()) {
+    at::Tensor keys = columns(plain, maps_.rebuilt.from).matmul(rebuilt_.matrix.t());
+    if (rebuilt_.bias.defined()) keys = keys + rebuilt_.bias;
+    keys = apply_rope_interleaved(keys, positions.select(rebuilt_.frequency));
+    const at::Tensor weights = q.index_select(1, rebuilt_.query_index);  // (H, rows)
+    for (int64_t g = 0; g < maps_.kv_heads; ++g) {
+      const Range rows = of_head(maps_.rebuilt, g);
+      const Range heads = {g * group, (g + 1) * group};
+      scores.slice(0, heads.begin, heads.end)
+          .add_(weights.slice(0, heads.begin, heads.end)
+                    .slice(1, rows.begin, rows.end)
+                    .matmul(keys.slice(1, rows.begin, rows.end).t()));
+    }
+  }
+  if (absorbed_.matrix.defined()) {
+    const int64_t block = maps_.absorbed_block;
+    const int64_t blocks = (length + block - 1) / block;
+    const at::Tensor begins = at::arange(blocks, records.options().dtype(at::kLong)) * block;
+    const at::Tensor shares = at::tensor(interpolation_weights(maps_.nodes, block))
+                                  .view({-1, block})
+                                  .to(q.device(), q.scalar_type());
+    const at::Tensor latent = columns(plain, maps_.absorbed.from);
+    for (size_t p = 0; p < maps_.nodes.size(); ++p) {
+      // The query turned back by each block's node, (blocks, H, rows).
+      RopeTables tables = {rope.cos.index_select(0, begins + maps_.nodes[p]),
+                           -rope.sin.index_select(0, begins + maps_.nodes[p])};
+      tables = tables.select(absorbed_.frequency);
+      tables = {tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)};
+      const at::Tensor rows = q.index_select(1, absorbed_.query_index).unsqueeze(0);
+      const at::Tensor turned = apply_rope_interleaved(rows, tables);
+      for (int64_t g = 0; g < maps_.kv_heads; ++g) {
+        const Range range = of_head(maps_.absorbed, g);
+        const at::Tensor part = turned.slice(1, g * group, (g + 1) * group)
+                                    .slice(2, range.begin, range.end);  // (blocks, G, rows of g)
+        const at::Tensor matrix = absorbed_.matrix.slice(0, range.begin, range.end);
+        at::Tensor products = part.matmul(matrix);  // (blocks, G, columns)
+        // (blocks, G, block): tokens beyond the last are zeros and cut off.
+        const at::Tensor padded = at::constant_pad_nd(latent, {0, 0, 0, blocks * block - length})
+                                      .view({blocks, block, latent.size(1)});
+        at::Tensor added = products.matmul(padded.transpose(1, 2));
+        if (absorbed_.bias.defined()) {
+          added = added + part.matmul(absorbed_.bias.slice(0, range.begin, range.end)).unsqueeze(2);
+        }
+        added = (added * shares[static_cast<int64_t>(p)]).transpose(0, 1).flatten(1);
+        scores.slice(0, g * group, (g + 1) * group).add_(added.slice(1, 0, length));
+      }
+    }
+  }
+  const at::Tensor probabilities = scores.softmax(1);
+  std::vector<at::Tensor> contexts = {scores.new_zeros({0})};
+  for (const DecodeMaps::Values& values : maps_.values) {
+    contexts.push_back(probabilities.slice(0, values.head, values.head + values.heads)
+                           .matmul(columns(plain, values.from))
+                           .flatten());
+  }
+  return at::cat(contexts);
+}
+
+double DecodeAttention::decode_cost() const {
+  const auto heads = static_cast<double>(maps_.heads);
+  const double group = heads / static_cast<double>(maps_.kv_heads);
+  double sum = 4.0 * static_cast<double>(maps_.unrotated.size());
+  for (const DecodeMaps::Stored& stored : maps_.stored) {
+    sum += static_cast<double>(stored.heads * stored.range.size());
+  }
+  sum += static_cast<double>(maps_.rebuilt.pairs()) *
+         (2 * static_cast<double>(total_size(maps_.rebuilt.from)) + 4 + 2 * group);
+  const auto nodes = static_cast<double>(maps_.nodes.size());
+  const auto columns = static_cast<double>(total_size(maps_.absorbed.from));
+  sum += nodes * columns *
+         (heads + 2 * group * static_cast<double>(maps_.absorbed.pairs()) /
+                      static_cast<double>(maps_.absorbed_block));
+  for (const DecodeMaps::Values& values : maps_.values) {
+    sum += static_cast<double>(values.heads * total_size(values.from));
+  }
+  return sum;
+}
+
+double DecodeAttention::rebuild_cost() const {
+  if (!down_.defined()) return 0;
+  double sum = 4.0 * static_cast<double>(maps_.unrotated.size());
+  for (const at::Tensor* matrix : {&rebuilt_.matrix, &absorbed_.matrix, &values_}) {
+    if (matrix->defined()) sum += static_cast<double>(matrix->numel());
+  }
+  for (const at::Tensor& matrix : stored_matrices_) {
+    if (matrix.defined()) sum += static_cast<double>(matrix.numel());
+  }
+  return sum;
+}
+
+}  // namespace hla

@@ -1,0 +1,950 @@
+// Compiled like cpu_kernels.cpp.
+#include "hla/model/decode_kernels.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu_vector.h"
+#include "hla/model/cpu_kernels.h"
+
+namespace hla {
+
+int64_t DecodeMaps::context_floats() const {
+  int64_t sum = 0;
+  for (const Values& group : values) sum += group.heads * total_size(group.from);
+  return sum;
+}
+
+bool DecodeMaps::absorbs(int64_t kv_head) const {
+  const auto g = static_cast<size_t>(kv_head);
+  return absorbed.first_pair[g] < absorbed.first_pair[g + 1];
+}
+
+int64_t DecodeMaps::absorbing_heads() const {
+  int64_t count = 0;
+  for (int64_t g = 0; g < kv_heads; ++g) count += absorbs(g) ? heads / kv_heads : 0;
+  return count;
+}
+
+std::vector<float> interpolation_weights(const std::vector<int32_t>& nodes, int64_t block) {
+  std::vector<float> result;
+  for (size_t p = 0; p < nodes.size(); ++p) {
+    for (int64_t token = 0; token < block; ++token) {
+      double weight = 1;
+      for (size_t other = 0; other < nodes.size(); ++other) {
+        if (other == p) continue;
+        weight *= static_cast<double>(token - nodes[other]) / (nodes[p] - nodes[other]);
+      }
+      result.push_back(static_cast<float>(weight));
+    }
+  }
+  return result;
+}
+
+namespace {
+
+constexpr int64_t kTile = kTileTokens;
+// Tokens that a stretch is worked off by: as many as their records leave room for in a core's
+// second-level cache, beside the next ones, which are being fetched.
+constexpr int64_t kChunkBytes = 128 << 10;
+constexpr int64_t kLeastChunk = 64;
+constexpr int64_t kLongestChunk = 256;
+
+// Scores may exceed the reference of the running softmax by so much before it is moved.
+constexpr float kSlack = 16;
+constexpr float kNoReference = -1e30F;
+
+int64_t chunk_tokens(int64_t floats) {
+  int64_t tokens = kLongestChunk;
+  while (tokens > kLeastChunk && tokens * floats * 4 > kChunkBytes) tokens /= 2;
+  return tokens;
+}
+
+// A stretch [begin, end) of an item's tokens, begin at a tile.
+struct Piece {
+  size_t item;
+  int64_t begin, end;
+};
+
+// x (rows, size), weight (out, size), bias (out) or null -> y (rows, out).
+struct LinearArguments {
+  const float* x;
+  const float* weight;
+  const float* bias;
+  float* y;
+  int64_t rows, size, out;
+};
+
+// What a piece has summed up.
+struct Partial {
+  std::vector<float> reference;  // (H) what scores are taken less before exp
+  std::vector<float> sum;        // (H) of the probabilities
+  std::vector<float> context;    // context_floats, not divided by sum
+};
+
+// Working memory of a thread.
+struct Scratch {
+  std::vector<float> records;  // fp32 of a chunk, where the cache is in 16 bits
+  std::vector<float> plain;    // pairs turned back: (tiles, 2·pairs, 16)
+  std::vector<float> keys;     // rebuilt, of one tile: (rows, 16)
+  std::vector<float> weights;  // queries by coordinate
+  std::vector<float> scores;   // (H, chunk)
+  std::vector<float> nodes;    // (nodes·H, chunk)
+  std::vector<float> sums;     // contexts by lane: (context_floats, lanes)
+};
+
+float* sized(std::vector<float>& buffer, int64_t size) {
+  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
+  return buffer.data();
+}
+
+// Queries of one item, laid out (coordinate, head) for the scores.
+struct Queries {
+  std::vector<std::vector<float>> stored;   // by group: (range, heads)
+  std::vector<std::vector<float>> rebuilt;  // by kv head: (rows, G)
+};
+
+Queries make_queries(const DecodeMaps& maps, const float* query) {
+  Queries result;
+  const int64_t d = maps.head_dim;
+  const float scale = 1.0F / std::sqrt(static_cast<float>(d));
+  for (const DecodeMaps::Stored& group : maps.stored) {
+    const int64_t width = group.range.size();
+    std::vector<float> weights(static_cast<size_t>(width * group.heads), 0.0F);
+    for (int64_t h = 0; h < group.heads; ++h) {
+      const float* q = query + (group.head + h) * d;
+      if (group.matrix.empty()) {
+        for (int64_t i = 0; i < width; ++i) {
+          weights[static_cast<size_t>(i * group.heads + h)] =
+              q[group.index[static_cast<size_t>(i)]] * scale;
+        }
+        continue;
+      }
+      for (int64_t row = 0; row < d; ++row) {
+        const float* map = group.matrix.data() + row * width;
+        for (int64_t i = 0; i < width; ++i) {
+          weights[static_cast<size_t>(i * group.heads + h)] += q[row] * scale * map[i];
+        }
+      }
+    }
+    result.stored.push_back(std::move(weights));
+  }
+  const int64_t group_size = maps.heads / maps.kv_heads;
+  for (int64_t g = 0; g < maps.kv_heads && maps.rebuilt.pairs() > 0; ++g) {
+    const int64_t first = 2 * maps.rebuilt.first_pair[static_cast<size_t>(g)];
+    const int64_t last = 2 * maps.rebuilt.first_pair[static_cast<size_t>(g + 1)];
+    std::vector<float> weights;
+    for (int64_t row = first; row < last; ++row) {
+      for (int64_t h = 0; h < group_size; ++h) {
+        weights.push_back(
+            query[(g * group_size + h) * d + maps.rebuilt.query_index[static_cast<size_t>(row)]] *
+            scale);
+      }
+    }
+    result.rebuilt.push_back(std::move(weights));
+  }
+  return result;
+}
+
+// acc[r] += Σ_i z[i]·w[i][r], z (n, 16).
+template <class V, int R, int N>
+HLA_INLINE void add_products(const float* z, int64_t n, const float* w, int64_t stride,
+                             const float* ahead, typename V::Floats (&acc)[R][N]) {
+  for (int64_t i = 0; i < n; ++i, z += kTile, w += stride) {
+    if (ahead != nullptr) __builtin_prefetch(ahead + i * kTile, 0, 2);
+    typename V::Floats x[N];
+    for (int v = 0; v < N; ++v) x[v] = V::load(z + v * V::kLanes);
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < N; ++v) acc[r][v] += x[v] * w[r];
+    }
+  }
+}
+
+// out[r][16] += products of R columns of w.
+template <class V, int R>
+HLA_INLINE void products_of(const float* z, int64_t n, const float* w, int64_t stride,
+                            const float* ahead, float* out, int64_t out_stride) {
+  constexpr int kVectors = static_cast<int>(kTile / V::kLanes);
+  typename V::Floats acc[R][kVectors];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = V::load(out + r * out_stride + v * V::kLanes);
+  }
+  add_products<V, R, kVectors>(z, n, w, stride, ahead, acc);
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kVectors; ++v) V::store(out + r * out_stride + v * V::kLanes, acc[r][v]);
+  }
+}
+
+// The same for any number of columns, a few at a time. `ahead` is fetched once.
+template <class V>
+HLA_INLINE void products(const float* z, int64_t n, const float* w, int64_t columns,
+                         const float* ahead, float* out, int64_t out_stride) {
+  const int64_t parts = (columns + 5) / 6;
+  for (int64_t part = 0, at = 0; part < parts; ++part) {
+    const int64_t count = (columns - at + parts - part - 1) / (parts - part);
+    float* to = out + at * out_stride;
+    switch (count) {
+      case 1:
+        products_of<V, 1>(z, n, w + at, columns, ahead, to, out_stride);
+        break;
+      case 2:
+        products_of<V, 2>(z, n, w + at, columns, ahead, to, out_stride);
+        break;
+      case 3:
+        products_of<V, 3>(z, n, w + at, columns, ahead, to, out_stride);
+        break;
+      case 4:
+        products_of<V, 4>(z, n, w + at, columns, ahead, to, out_stride);
+        break;
+      case 5:
+        products_of<V, 5>(z, n, w + at, columns, ahead, to, out_stride);
+        break;
+      default:
+        products_of<V, 6>(z, n, w + at, columns, ahead, to, out_stride);
+    }
+    at += count;
+    ahead = nullptr;
+  }
+}
+
+// sums[i][r][lane] += Σ_tokens p[r][token]·z[i][token] for D coordinates and R heads.
+template <class V, int R, int D>
+HLA_INLINE void weighted_sums_of(const float* z, int64_t tile_stride, int64_t tiles, const float* p,
+                                 int64_t p_stride, const float* ahead, int64_t ahead_stride,
+                                 float* sums, int64_t sums_stride) {
+  typename V::Floats acc[D][R] = {};
+  for (int64_t t = 0; t < tiles; ++t) {
+    const float* tile = z + t * tile_stride;
+    if (ahead != nullptr) {
+      for (int i = 0; i < D; ++i) __builtin_prefetch(ahead + t * ahead_stride + i * kTile, 0, 2);
+    }
+    for (int64_t at = 0; at < kTile; at += V::kLanes) {
+      typename V::Floats weight[R];
+      for (int r = 0; r < R; ++r) weight[r] = V::load(p + r * p_stride + t * kTile + at);
+      for (int i = 0; i < D; ++i) {
+        const typename V::Floats x = V::load(tile + i * kTile + at);
+        for (int r = 0; r < R; ++r) acc[i][r] += x * weight[r];
+      }
+    }
+  }
+  for (int i = 0; i < D; ++i) {
+    for (int r = 0; r < R; ++r) {
+      float* to = sums + i * sums_stride + r * V::kLanes;
+      V::store(to, V::load(to) + acc[i][r]);
+    }
+  }
+}
+
+template <class V, int D>
+HLA_INLINE void weighted_sums_of(const float* z, int64_t tile_stride, int64_t tiles, const float* p,
+                                 int64_t p_stride, int64_t heads, const float* ahead,
+                                 int64_t ahead_stride, float* sums) {
+  const int64_t stride = heads * V::kLanes;
+  for (int64_t r = 0; r < heads;) {
+    const float* probabilities = p + r * p_stride;
+    float* to = sums + r * V::kLanes;
+    if (heads - r >= 3 && heads - r != 4) {
+      weighted_sums_of<V, 3, D>(z, tile_stride, tiles, probabilities, p_stride, ahead, ahead_stride,
+                                to, stride);
+      r += 3;
+    } else if (heads - r >= 2) {
+      weighted_sums_of<V, 2, D>(z, tile_stride, tiles, probabilities, p_stride, ahead, ahead_stride,
+                                to, stride);
+      r += 2;
+    } else {
+      weighted_sums_of<V, 1, D>(z, tile_stride, tiles, probabilities, p_stride, ahead, ahead_stride,
+                                to, stride);
+      r += 1;
+    }
+    ahead = nullptr;
+  }
+}
+
+// For n coordinates and all of a group's heads.
+template <class V>
+HLA_INLINE void weighted_sums(const float* z, int64_t n, int64_t tile_stride, int64_t tiles,
+                              const float* p, int64_t p_stride, int64_t heads, const float* ahead,
+                              int64_t ahead_stride, float* sums) {
+  int64_t i = 0;
+  const auto next = [&](int64_t at) { return ahead == nullptr ? nullptr : ahead + at * kTile; };
+  for (; i + 4 <= n; i += 4) {
+    weighted_sums_of<V, 4>(z + i * kTile, tile_stride, tiles, p, p_stride, heads, next(i),
+                           ahead_stride, sums + i * heads * V::kLanes);
+  }
+  for (; i < n; ++i) {
+    weighted_sums_of<V, 1>(z + i * kTile, tile_stride, tiles, p, p_stride, heads, next(i),
+                           ahead_stride, sums + i * heads * V::kLanes);
+  }
+}
+
+// The tiles of a chunk.
+struct Chunk {
+  const float* records;  // (tiles, n, 16)
+  const float* plain;    // the pairs turned back: (2·pairs, 16), every plain_stride
+  int64_t plain_stride;
+  const float* next;  // records of the chunk after it, or null
+  int64_t tiles;
+  int64_t position;  // of its first token
+  int64_t tokens;    // that count; those behind them in the last tile do not
+};
+
+// Where coordinates [range] that are to be read unrotated lie, in at most two parts.
+template <class Action>
+HLA_INLINE void for_parts(const DecodeMaps& maps, const Chunk& chunk, const Range& range,
+                          const Action& action) {
+  const auto turned = static_cast<int64_t>(2 * maps.unrotated.size());
+  const int64_t cut = std::clamp(turned, range.begin, range.end);
+  if (range.begin < cut) {
+    action(chunk.plain + range.begin * kTile, chunk.plain_stride, cut - range.begin, range.begin);
+  }
+  if (cut < range.end) {
+    action(chunk.records + cut * kTile, maps.floats * kTile, range.end - cut, cut);
+  }
+}
+
+// The pairs of tile t.
+template <class V>
+HLA_INLINE void turn_back(const DecodeMaps& maps, const TiledRope& rope, const Chunk& chunk,
+                          int64_t t, float* plain) {
+  const auto pairs = static_cast<int64_t>(maps.unrotated.size());
+  const int32_t* frequency = maps.unrotated.data();
+  const typename V::Floats scale = typename V::Floats{} + rope.unrotate_scale;
+  const float* z = chunk.records + t * maps.floats * kTile;
+  const int64_t tables = (chunk.position / kTile + t) * rope.frequencies * kTile;
+  const float* cos_table = rope.cos + tables;
+  const float* sin_table = rope.sin + tables;
+  float* y = plain + t * chunk.plain_stride;
+  for (int64_t i = 0; i < pairs; ++i, z += 2 * kTile, y += 2 * kTile) {
+    const float* c = cos_table + frequency[i] * kTile;
+    const float* s = sin_table + frequency[i] * kTile;
+    for (int64_t at = 0; at < kTile; at += V::kLanes) {
+      const auto cos = V::load(c + at) * scale;
+      const auto sin = V::load(s + at) * scale;
+      const auto re = V::load(z + at);
+      const auto im = V::load(z + kTile + at);
+      V::store(y + at, re * cos + im * sin);
+      V::store(y + kTile + at, im * cos - re * sin);
+    }
+  }
+}
+
+// Keys of one tile made again and rotated; their scores are added.
+template <class V>
+HLA_INLINE void add_rebuilt_scores(const DecodeMaps& maps, const TiledRope& rope,
+                                   const Chunk& chunk, int64_t t, const Queries& queries,
+                                   float* keys, float* scores, int64_t stride) {
+  const DecodeMaps::Keys& map = maps.rebuilt;
+  const int64_t rows = 2 * map.pairs();
+  for (int64_t row = 0; row < rows; ++row) {
+    const float bias = map.bias.empty() ? 0.0F : map.bias[static_cast<size_t>(row)];
+    std::fill_n(keys + row * kTile, kTile, bias);
+  }
+  const float* matrix = map.matrix.data();
+  for (const Range& range : map.from) {
+    for_parts(
+        maps, chunk, range,
+        [&](const float* z, int64_t tile_stride, int64_t n, int64_t)
+            __attribute__((always_inline)) {
+              products<V>(z + t * tile_stride, n, matrix, rows, nullptr, keys, kTile);
+              matrix += n * rows;
+            });
+  }
+  const int64_t tables = (chunk.position / kTile + t) * rope.frequencies * kTile;
+  for (int64_t i = 0; i < map.pairs(); ++i) {
+    const float* c = rope.cos + tables + map.frequency[static_cast<size_t>(i)] * kTile;
+    const float* s = rope.sin + tables + map.frequency[static_cast<size_t>(i)] * kTile;
+    float* k = keys + 2 * i * kTile;
+    for (int64_t at = 0; at < kTile; at += V::kLanes) {
+      const auto re = V::load(k + at);
+      const auto im = V::load(k + kTile + at);
+      V::store(k + at, re * V::load(c + at) - im * V::load(s + at));
+      V::store(k + kTile + at, im * V::load(c + at) + re * V::load(s + at));
+    }
+  }
+  const int64_t group = maps.heads / maps.kv_heads;
+  for (int64_t g = 0; g < maps.kv_heads; ++g) {
+    const int64_t first = 2 * map.first_pair[static_cast<size_t>(g)];
+    const int64_t last = 2 * map.first_pair[static_cast<size_t>(g + 1)];
+    products<V>(keys + first * kTile, last - first, queries.rebuilt[static_cast<size_t>(g)].data(),
+                group, nullptr, scores + g * group * stride + t * kTile, stride);
+  }
+}
+
+// Weights (columns, queries) of a block at `position`, and what the biases add, (queries). Queries:
+// by node, and by head of those kv heads that have absorbed keys.
+template <class V>
+HLA_INLINE void absorb_queries(const DecodeMaps& maps, const TiledRope& rope, const float* query,
+                               int64_t position, float* turned, float* weights, float* constants) {
+  const DecodeMaps::Keys& map = maps.absorbed;
+  const int64_t columns = total_size(map.from);
+  const int64_t group = maps.heads / maps.kv_heads;
+  const auto nodes = static_cast<int64_t>(maps.nodes.size());
+  const int64_t heads = maps.absorbing_heads();
+  const int64_t width = nodes * heads;
+  const float scale = 1.0F / std::sqrt(static_cast<float>(maps.head_dim));
+  int64_t first_head = 0;  // of the queries of kv head g
+  for (int64_t g = 0; g < maps.kv_heads; ++g) {
+    const int64_t first = map.first_pair[static_cast<size_t>(g)];
+    const int64_t last = map.first_pair[static_cast<size_t>(g + 1)];
+    if (first == last) continue;
+    // turned (rows of g, nodes·G): the queries in the frame of a node.
+    const int64_t many = nodes * group;
+    for (int64_t pair = first; pair < last; ++pair) {
+      for (int64_t p = 0; p < nodes; ++p) {
+        const int64_t at = position + maps.nodes[static_cast<size_t>(p)];
+        const int64_t table =
+            ((at / kTile) * rope.frequencies + map.frequency[static_cast<size_t>(pair)]) * kTile +
+            at % kTile;
+        const float c = rope.cos[table] * scale;
+        const float s = rope.sin[table] * scale;
+        for (int64_t h = 0; h < group; ++h) {
+          const float* q = query + (g * group + h) * maps.head_dim;
+          const float re = q[map.query_index[static_cast<size_t>(2 * pair)]];
+          const float im = q[map.query_index[static_cast<size_t>(2 * pair + 1)]];
+          float* to = turned + 2 * (pair - first) * many + p * group + h;
+          to[0] = re * c + im * s;
+          to[many] = im * c - re * s;
+        }
+      }
+    }
+    const int64_t rows = 2 * (last - first);
+    const auto place = [&](int64_t q) { return q / group * heads + first_head + q % group; };
+    for (int64_t q = 0; q < many; ++q) {
+      float sum = 0;
+      for (int64_t row = 0; row < rows && !map.bias.empty(); ++row) {
+        sum += turned[row * many + q] * map.bias[static_cast<size_t>(2 * first + row)];
+      }
+      constants[place(q)] = sum;
+    }
+    // matrixᵀ · turned, a vector of columns and up to three queries at a time.
+    const float* matrix = map.matrix.data() + 2 * first * columns;
+    for (int64_t i = 0; i < columns; i += V::kLanes) {
+      const int64_t lanes = std::min<int64_t>(V::kLanes, columns - i);
+      for (int64_t q = 0; q < many; q += 3) {
+        const int64_t count = std::min<int64_t>(3, many - q);
+        typename V::Floats acc[3] = {};
+        if (lanes == V::kLanes && count == 3) {
+          for (int64_t row = 0; row < rows; ++row) {
+            const auto u = V::load(matrix + row * columns + i);
+            for (int64_t k = 0; k < 3; ++k) acc[k] += u * turned[row * many + q + k];
+          }
+        } else {
+          for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t k = 0; k < count; ++k) {
+              for (int64_t lane = 0; lane < lanes; ++lane) {
+                acc[k][lane] += matrix[row * columns + i + lane] * turned[row * many + q + k];
+              }
+            }
+          }
+        }
+        for (int64_t k = 0; k < count; ++k) {
+          for (int64_t lane = 0; lane < lanes; ++lane) {
+            weights[(i + lane) * width + place(q + k)] = acc[k][lane];
+          }
+        }
+      }
+    }
+    first_head += group;
+  }
+}
+
+template <class V>
+HLA_INLINE void add_absorbed_scores(const DecodeMaps& maps, const TiledRope& rope,
+                                    const Chunk& chunk, const float* query,
+                                    const std::vector<float>& interpolation, Scratch& scratch,
+                                    float* scores, int64_t stride) {
+  const auto nodes = static_cast<int64_t>(maps.nodes.size());
+  const int64_t group = maps.heads / maps.kv_heads;
+  const int64_t heads = maps.absorbing_heads();
+  const int64_t width = nodes * heads;
+  const int64_t columns = total_size(maps.absorbed.from);
+  const int64_t rows = 2 * maps.absorbed.pairs();
+  float* weights = sized(scratch.weights, (columns + rows + 1) * width);
+  float* turned = weights + columns * width;
+  float* constants = turned + rows * width;
+  float* by_query = sized(scratch.nodes, width * kTile);
+  const int64_t block_tiles = maps.absorbed_block / kTile;
+  for (int64_t t = 0; t < chunk.tiles; ++t) {
+    if (t % block_tiles == 0) {
+      absorb_queries<V>(maps, rope, query, chunk.position + t * kTile, turned, weights, constants);
+    }
+    for (int64_t i = 0; i < width; ++i) std::fill_n(by_query + i * kTile, kTile, constants[i]);
+    const float* w = weights;
+    for (const Range& range : maps.absorbed.from) {
+      for_parts(
+          maps, chunk, range,
+          [&](const float* z, int64_t tile_stride, int64_t n, int64_t)
+              __attribute__((always_inline)) {
+                products<V>(z + t * tile_stride, n, w, width, nullptr, by_query, kTile);
+                w += n * width;
+              });
+    }
+    for (int64_t p = 0; p < nodes; ++p) {
+      const float* share =
+          interpolation.data() + p * maps.absorbed_block + (t % block_tiles) * kTile;
+      const float* from = by_query + p * heads * kTile;
+      for (int64_t g = 0; g < maps.kv_heads; ++g) {
+        if (!maps.absorbs(g)) continue;
+        for (int64_t h = 0; h < group; ++h, from += kTile) {
+          float* to = scores + (g * group + h) * stride + t * kTile;
+          for (int64_t at = 0; at < kTile; at += V::kLanes) {
+            V::store(to + at, V::load(to + at) + V::load(share + at) * V::load(from + at));
+          }
+        }
+      }
+    }
+  }
+}
+
+// Scores of one head become probabilities, not divided by their sum. Returns what sums so far must
+// be multiplied by.
+template <class V>
+HLA_INLINE float soften(float* scores, int64_t tokens, int64_t padded, float& reference,
+                        float& sum) {
+  for (int64_t i = tokens; i < padded; ++i) scores[i] = kNoReference;
+  typename V::Floats highest = V::load(scores);
+  for (int64_t i = V::kLanes; i < padded; i += V::kLanes) {
+    highest = V::max(highest, V::load(scores + i));
+  }
+  float max = kNoReference;
+  for (int64_t lane = 0; lane < V::kLanes; ++lane) max = std::max(max, highest[lane]);
+  float scale = 1;
+  if (reference == kNoReference || max > reference + kSlack) {
+    scale = reference == kNoReference ? 0.0F : std::exp(reference - max);
+    reference = max;
+  }
+  typename V::Floats total = {};
+  for (int64_t i = 0; i < padded; i += V::kLanes) {
+    const auto e = V::exp(V::load(scores + i) - reference);
+    V::store(scores + i, e);
+    total += e;
+  }
+  float added = V::total(total);
+  for (int64_t i = tokens; i < padded; ++i) {
+    added -= scores[i];
+    scores[i] = 0;
+  }
+  sum = sum * scale + added;
+  return scale;
+}
+
+float to_fp32(uint16_t bits, bool is_half) {
+  const auto wide = static_cast<uint32_t>(bits);
+  if (!is_half) {
+    const uint32_t shifted = wide << 16;
+    float value;
+    std::memcpy(&value, &shifted, 4);
+    return value;
+  }
+  const uint32_t exponent = wide & 0x7c00;
+  uint32_t shifted = (wide & 0x7fff) << 13;
+  float value;
+  std::memcpy(&value, &shifted, 4);
+  value *= 0x1p112F;
+  std::memcpy(&shifted, &value, 4);
+  if (exponent == 0x7c00) shifted |= 0x7f800000;
+  shifted |= (wide & 0x8000) << 16;
+  std::memcpy(&value, &shifted, 4);
+  return value;
+}
+
+template <class V>
+HLA_INLINE void attend_piece(const DecodeMaps& maps, const TiledRope& rope, const DecodeItem& item,
+                             const Queries& queries, const std::vector<float>& interpolation,
+                             at::ScalarType cache_type, int64_t block_tokens, const Piece& piece,
+                             Scratch& scratch, Partial& partial) {
+  const int64_t heads = maps.heads;
+  const int64_t chunk_size = std::min(chunk_tokens(maps.floats), block_tokens);
+  const auto pairs = static_cast<int64_t>(maps.unrotated.size());
+  const int64_t tile_floats = maps.floats * kTile;
+  const bool narrow = cache_type != at::kFloat;
+  float* scores = sized(scratch.scores, heads * chunk_size);
+  // Tiles a multiple of 4 KB apart would fall on the same lines of the first-level cache.
+  const int64_t plain_stride = 2 * pairs * kTile + 4 * kTile;
+  float* plain = sized(scratch.plain, chunk_size / kTile * plain_stride);
+  float* keys = sized(scratch.keys, 2 * maps.rebuilt.pairs() * kTile);
+  const int64_t context = maps.context_floats();
+  float* sums = sized(scratch.sums, context * V::kLanes);
+  std::fill_n(sums, context * V::kLanes, 0.0F);
+  partial.reference.assign(static_cast<size_t>(heads), kNoReference);
+  partial.sum.assign(static_cast<size_t>(heads), 0.0F);
+
+  // The next chunk's records are fetched while the sums of this one are made; those that no sum
+  // reads, with the scores.
+  std::vector<bool> fetch_now;
+  for (const DecodeMaps::Stored& group : maps.stored) {
+    bool fetched_later = false;
+    for (const DecodeMaps::Values& values : maps.values) {
+      for (const Range& range : values.from) {
+        fetched_later |= range.begin <= group.range.begin && group.range.end <= range.end;
+      }
+    }
+    fetch_now.push_back(!fetched_later);
+  }
+
+  const auto records_at = [&](int64_t position) {
+    const void* block = item.blocks[position / block_tokens];
+    const int64_t at = (position % block_tokens) * maps.floats;
+    return narrow ? static_cast<const void*>(static_cast<const uint16_t*>(block) + at)
+                  : static_cast<const void*>(static_cast<const float*>(block) + at);
+  };
+  for (int64_t position = piece.begin; position < piece.end;) {
+    // Chunks do not cross multiples of their size, so that they lie within a block.
+    const int64_t end = std::min(piece.end, (position / chunk_size + 1) * chunk_size);
+    Chunk chunk = {};
+    chunk.position = position;
+    chunk.tokens = end - position;
+    chunk.tiles = (chunk.tokens + kTile - 1) / kTile;
+    if (narrow) {
+      float* wide = sized(scratch.records, chunk_size * maps.floats);
+      const auto* bits = static_cast<const uint16_t*>(records_at(position));
+      const bool is_half = cache_type == at::kHalf;
+      for (int64_t i = 0; i < chunk.tiles * tile_floats; ++i) wide[i] = to_fp32(bits[i], is_half);
+      chunk.records = wide;
+    } else {
+      chunk.records = static_cast<const float*>(records_at(position));
+      // A prefetch never faults, so it may reach beyond a chunk that is shorter.
+      if (end < piece.end) chunk.next = static_cast<const float*>(records_at(end));
+    }
+    chunk.plain = plain;
+    chunk.plain_stride = plain_stride;
+    const int64_t padded = chunk.tiles * kTile;
+
+    for (int64_t h = 0; h < heads; ++h) std::fill_n(scores + h * chunk_size, padded, 0.0F);
+    for (int64_t t = 0; t < chunk.tiles; ++t) {
+      for (size_t g = 0; g < maps.stored.size(); ++g) {
+        const DecodeMaps::Stored& group = maps.stored[g];
+        const int64_t at = t * tile_floats + group.range.begin * kTile;
+        products<V>(chunk.records + at, group.range.size(), queries.stored[g].data(), group.heads,
+                    fetch_now[g] && chunk.next != nullptr ? chunk.next + at : nullptr,
+                    scores + group.head * chunk_size + t * kTile, chunk_size);
+      }
+      if (pairs > 0) turn_back<V>(maps, rope, chunk, t, plain);
+    }
+    for (int64_t t = 0; t < chunk.tiles && maps.rebuilt.pairs() > 0; ++t) {
+      add_rebuilt_scores<V>(maps, rope, chunk, t, queries, keys, scores, chunk_size);
+    }
+    if (maps.absorbed.pairs() > 0) {
+      add_absorbed_scores<V>(maps, rope, chunk, item.query, interpolation, scratch, scores,
+                             chunk_size);
+    }
+    float* to = sums;
+    for (const DecodeMaps::Values& group : maps.values) {
+      const int64_t width = total_size(group.from);
+      for (int64_t h = 0; h < group.heads; ++h) {
+        const auto head = static_cast<size_t>(group.head + h);
+        const float scale = soften<V>(scores + (group.head + h) * chunk_size, chunk.tokens, padded,
+                                      partial.reference[head], partial.sum[head]);
+        if (scale == 1) continue;
+        for (int64_t i = 0; i < width; ++i) {
+          float* lanes = to + (i * group.heads + h) * V::kLanes;
+          V::store(lanes, V::load(lanes) * scale);
+        }
+      }
+      for (const Range& range : group.from) {
+        for_parts(
+            maps, chunk, range,
+            [&](const float* z, int64_t tile_stride, int64_t n, int64_t at)
+                __attribute__((always_inline)) {
+                  weighted_sums<V>(z, n, tile_stride, chunk.tiles, scores + group.head * chunk_size,
+                                   chunk_size, group.heads,
+                                   chunk.next == nullptr ? nullptr : chunk.next + at * kTile,
+                                   tile_floats, to);
+                  to += n * group.heads * V::kLanes;
+                });
+      }
+    }
+    position = end;
+  }
+  partial.context.resize(static_cast<size_t>(context));
+  // From (coordinate, head) by group to (head, coordinate).
+  int64_t from = 0;
+  int64_t out = 0;
+  for (const DecodeMaps::Values& group : maps.values) {
+    const int64_t width = total_size(group.from);
+    for (int64_t h = 0; h < group.heads; ++h) {
+      for (int64_t i = 0; i < width; ++i) {
+        partial.context[static_cast<size_t>(out++)] =
+            V::total(V::load(sums + (from + i * group.heads + h) * V::kLanes));
+      }
+    }
+    from += width * group.heads;
+  }
+}
+
+// y[n][r] = w[r]·x[n] + bias[r] for R rows of w and N of x.
+template <class V, int R, int N>
+HLA_INLINE void few_products(const float* w, const float* bias, const float* x, int64_t size,
+                             float* y, int64_t y_stride) {
+  typename V::Floats acc[R][N] = {};
+  int64_t i = 0;
+  const auto step = [&]() __attribute__((always_inline)) {
+    typename V::Floats in[N];
+    for (int n = 0; n < N; ++n) in[n] = V::load(x + n * size + i);
+    for (int r = 0; r < R; ++r) {
+      const auto weight = V::load(w + r * size + i);
+      for (int n = 0; n < N; ++n) acc[r][n] += weight * in[n];
+    }
+    i += V::kLanes;
+  };
+  while (i + kTile <= size) {  // a line of each row
+    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (r + 2 * R) * size + i, 0, 3);
+    for (int v = 0; v < kTile / V::kLanes; ++v) step();
+  }
+  while (i + V::kLanes <= size) step();
+  for (int n = 0; n < N; ++n) {
+    for (int r = 0; r < R; ++r) {
+      float sum = V::total(acc[r][n]);
+      for (int64_t tail = i; tail < size; ++tail) sum += w[r * size + tail] * x[n * size + tail];
+      y[n * y_stride + r] = bias == nullptr ? sum : sum + bias[r];
+    }
+  }
+}
+
+// Rows [begin, end) of w, for N rows of x.
+template <class V, int N>
+HLA_INLINE void few_rows_of(const LinearArguments& a, int64_t begin, int64_t end) {
+  constexpr int kRows = N <= 2 ? 4 : N <= 4 ? 2 : 1;
+  const auto bias = [&](int64_t row) { return a.bias == nullptr ? nullptr : a.bias + row; };
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) {
+    few_products<V, kRows, N>(a.weight + row * a.size, bias(row), a.x, a.size, a.y + row, a.out);
+  }
+  for (; row < end; ++row) {
+    few_products<V, 1, N>(a.weight + row * a.size, bias(row), a.x, a.size, a.y + row, a.out);
+  }
+}
+
+template <class V>
+HLA_INLINE void few_rows(const LinearArguments& a, int64_t begin, int64_t end) {
+  switch (a.rows) {
+    case 1:
+      return few_rows_of<V, 1>(a, begin, end);
+    case 2:
+      return few_rows_of<V, 2>(a, begin, end);
+    case 3:
+      return few_rows_of<V, 3>(a, begin, end);
+    case 4:
+      return few_rows_of<V, 4>(a, begin, end);
+    case 5:
+      return few_rows_of<V, 5>(a, begin, end);
+    case 6:
+      return few_rows_of<V, 6>(a, begin, end);
+    case 7:
+      return few_rows_of<V, 7>(a, begin, end);
+    default:
+      return few_rows_of<V, 8>(a, begin, end);
+  }
+}
+
+using AttendPiece = void (*)(const DecodeMaps&, const TiledRope&, const DecodeItem&, const Queries&,
+                             const std::vector<float>&, at::ScalarType, int64_t, const Piece&,
+                             Scratch&, Partial&);
+
+using FewRows = void (*)(const LinearArguments&, int64_t begin, int64_t end);
+
+// Both for one instruction set.
+#define HLA_DEFINE_VARIANT(name, attributes, bytes)                                               \
+  attributes void attend_##name(                                                                  \
+      const DecodeMaps& maps, const TiledRope& rope, const DecodeItem& item,                      \
+      const Queries& queries, const std::vector<float>& interpolation, at::ScalarType cache_type, \
+      int64_t block_tokens, const Piece& piece, Scratch& scratch, Partial& partial) {             \
+    attend_piece<Vector<bytes>>(maps, rope, item, queries, interpolation, cache_type,             \
+                                block_tokens, piece, scratch, partial);                           \
+  }                                                                                               \
+  attributes void few_rows_##name(const LinearArguments& arguments, int64_t begin, int64_t end) { \
+    few_rows<Vector<bytes>>(arguments, begin, end);                                               \
+  }
+
+HLA_DEFINE_VARIANT(portable, , 16)
+#if defined(__x86_64__) && defined(__GNUC__)
+HLA_DEFINE_VARIANT(avx2, __attribute__((target("avx2,fma"))), 32)
+HLA_DEFINE_VARIANT(avx512, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))),
+                   64)
+#endif
+
+struct Variant {
+  AttendPiece attend;
+  FewRows few_rows;
+};
+
+Variant variant(SimdLevel level) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (level == SimdLevel::kAvx512) return {attend_avx512, few_rows_avx512};
+  if (level == SimdLevel::kAvx2) return {attend_avx2, few_rows_avx2};
+#endif
+  return {attend_portable, few_rows_portable};
+}
+
+// Equal stretches of all tokens, cut at tiles, for so many threads.
+std::vector<std::vector<Piece>> cut(const std::vector<DecodeItem>& items, int64_t threads) {
+  int64_t tiles = 0;
+  for (const DecodeItem& item : items) tiles += (item.length + kTile - 1) / kTile;
+  std::vector<std::vector<Piece>> result(static_cast<size_t>(threads));
+  int64_t before = 0;  // tiles of earlier items
+  for (size_t i = 0; i < items.size(); ++i) {
+    const int64_t count = (items[i].length + kTile - 1) / kTile;
+    for (int64_t thread = 0; thread < threads; ++thread) {
+      const int64_t begin = std::clamp(tiles * thread / threads - before, int64_t{0}, count);
+      const int64_t end = std::clamp(tiles * (thread + 1) / threads - before, int64_t{0}, count);
+      if (begin < end) {
+        result[static_cast<size_t>(thread)].push_back(
+            {i, begin * kTile, std::min(end * kTile, items[i].length)});
+      }
+    }
+    before += count;
+  }
+  return result;
+}
+
+// The contexts of an item from those of its pieces.
+void merge(const DecodeMaps& maps, const std::vector<const Partial*>& partials, float* context) {
+  int64_t offset = 0;
+  for (const DecodeMaps::Values& group : maps.values) {
+    const int64_t width = total_size(group.from);
+    for (int64_t h = 0; h < group.heads; ++h, context += width, offset += width) {
+      const auto head = static_cast<size_t>(group.head + h);
+      float reference = kNoReference;
+      for (const Partial* partial : partials) {
+        reference = std::max(reference, partial->reference[head]);
+      }
+      float sum = 0;
+      std::fill_n(context, width, 0.0F);
+      for (const Partial* partial : partials) {
+        const float scale = std::exp(partial->reference[head] - reference);
+        sum += scale * partial->sum[head];
+        const float* from = partial->context.data() + offset;
+        for (int64_t i = 0; i < width; ++i) context[i] += scale * from[i];
+      }
+      const float scale = 1 / sum;
+      for (int64_t i = 0; i < width; ++i) context[i] *= scale;
+    }
+  }
+}
+
+}  // namespace
+
+SimdLevel simd_level() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  static const SimdLevel level = [] {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+      return SimdLevel::kAvx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return SimdLevel::kAvx2;
+    return SimdLevel::kPortable;
+  }();
+  return level;
+#else
+  return SimdLevel::kPortable;
+#endif
+}
+
+void decode_attention(const DecodeMaps& maps, const TiledRope& rope,
+                      const std::vector<DecodeItem>& items, at::ScalarType cache_type,
+                      int64_t block_tokens, SimdLevel level) {
+  RECORD_FUNCTION("hla::decode_attention", {});
+  const AttendPiece attend = variant(level).attend;
+  const std::vector<float> interpolation = interpolation_weights(maps.nodes, maps.absorbed_block);
+  int64_t tokens = 0;
+  for (const DecodeItem& item : items) tokens += item.length;
+  // A short sequence is not worth waking a thread for.
+  constexpr int64_t kGrain = 32;
+  const int64_t threads = std::clamp<int64_t>(tokens / kGrain, 1, at::get_num_threads());
+  const std::vector<std::vector<Piece>> work = cut(items, threads);
+  std::vector<std::vector<Partial>> partials(work.size());
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const auto index = static_cast<size_t>(thread);
+      partials[index].resize(work[index].size());
+      for (size_t i = 0; i < work[index].size(); ++i) {
+        const Piece& piece = work[index][i];
+        const DecodeItem& item = items[piece.item];
+        attend(maps, rope, item, make_queries(maps, item.query), interpolation, cache_type,
+               block_tokens, piece, scratch, partials[index][i]);
+      }
+    }
+  });
+  std::vector<std::vector<const Partial*>> by_item(items.size());
+  for (size_t thread = 0; thread < work.size(); ++thread) {
+    for (size_t i = 0; i < work[thread].size(); ++i) {
+      by_item[work[thread][i].item].push_back(&partials[thread][i]);
+    }
+  }
+  for (size_t i = 0; i < items.size(); ++i) merge(maps, by_item[i], items[i].context);
+}
+
+bool is_few_rows(const at::Tensor& x, const at::Tensor& weight) {
+  return cpu::applies(x) && cpu::applies(weight) && x.numel() > 0 &&
+         x.numel() <= kFewRows * weight.size(1);
+}
+
+at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                           SimdLevel level) {
+  RECORD_FUNCTION("hla::few_rows_linear", {});
+  const FewRows run = variant(level).few_rows;
+  std::vector<int64_t> shape = x.sizes().vec();
+  LinearArguments arguments = {};
+  arguments.size = weight.size(1);
+  arguments.out = weight.size(0);
+  arguments.rows = x.numel() / arguments.size;
+  shape.back() = arguments.out;
+  at::Tensor y = at::empty(shape, x.options());
+  arguments.x = x.const_data_ptr<float>();
+  arguments.weight = weight.const_data_ptr<float>();
+  arguments.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  arguments.y = y.mutable_data_ptr<float>();
+  // Less than this of a matrix is read before another thread is awake.
+  constexpr int64_t kGrainFloats = 1 << 14;
+  at::parallel_for(0, arguments.out, std::max<int64_t>(1, kGrainFloats / arguments.size),
+                   [&](int64_t begin, int64_t end) { run(arguments, begin, end); });
+  return y;
+}
+
+void gather_values(const at::Tensor& contexts, const at::Tensor& values, const at::Tensor& bias,
+                   const at::Tensor& out, SimdLevel level) {
+  RECORD_FUNCTION("hla::gather_values", {});
+  const FewRows run = variant(level).few_rows;
+  const int64_t kv_heads = values.size(0);
+  const int64_t head_dim = values.size(1);
+  const int64_t width = values.size(2);
+  const int64_t tokens = contexts.size(0);
+  const int64_t group = contexts.numel() / std::max<int64_t>(1, tokens * kv_heads * width);
+  const float* from = contexts.const_data_ptr<float>();
+  const float* matrix = values.const_data_ptr<float>();
+  const float* constant = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  float* to = out.mutable_data_ptr<float>();
+  const auto of_head = [&](int64_t g, int64_t begin, int64_t end) {
+    LinearArguments arguments = {};
+    arguments.weight = matrix + g * head_dim * width;
+    arguments.bias = constant == nullptr ? nullptr : constant + g * head_dim;
+    arguments.size = width;
+    arguments.out = head_dim;
+    for (int64_t token = 0; token < tokens; ++token) {
+      for (int64_t h = 0; h < group; h += kFewRows) {
+        const int64_t head = (token * kv_heads + g) * group + h;
+        arguments.x = from + head * width;
+        arguments.y = to + head * head_dim;
+        arguments.rows = std::min(kFewRows, group - h);
+        run(arguments, begin, end);
+      }
+    }
+  };
+  constexpr int64_t kGrainFloats = 1 << 14;
+  at::parallel_for(0, kv_heads * head_dim, std::max<int64_t>(1, kGrainFloats / width),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t g = begin / head_dim; g * head_dim < end; ++g) {
+                       of_head(g, std::max(begin - g * head_dim, int64_t{0}),
+                               std::min(end - g * head_dim, head_dim));
+                     }
+                   });
+}
+
+}  // namespace hla

@@ -1,0 +1,348 @@
+// Attention over cached records, against keys and values that are made by the layer itself.
+#include "hla/model/decode_attention.h"
+
+#include <c10/core/InferenceMode.h>
+
+#include <cmath>
+
+#include "hla/model/hla_attention.h"
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+using testing::max_abs_difference;
+using testing::RandomSource;
+
+constexpr int64_t kHidden = 40;
+constexpr int64_t kHeads = 6;
+constexpr int64_t kKvHeads = 3;
+constexpr int64_t kHeadDim = 16;
+constexpr int64_t kPositions = 1024;
+
+ModelConfig config_of(HlaRope rope, const HlaLayerConfig& layer, bool bias) {
+  ModelConfig config;
+  config.hidden_size = kHidden;
+  config.intermediate_size = 32;
+  config.num_hidden_layers = 1;
+  config.num_attention_heads = kHeads;
+  config.num_key_value_heads = kKvHeads;
+  config.head_dim = kHeadDim;
+  config.vocab_size = 10;
+  config.attention_bias = bias;
+  config.hla = HlaConfig{rope, 0.75, {layer}};
+  return config;
+}
+
+HlaLayerConfig layer_of(int64_t fast, int64_t k_rank, std::vector<int64_t> k_ranks, int64_t kv_rank,
+                        int64_t q_rank = 0) {
+  HlaLayerConfig layer;
+  layer.fast_frequencies = fast;
+  layer.k_rank = k_rank;
+  layer.k_ranks = std::move(k_ranks);
+  layer.kv_rank = kv_rank;
+  layer.q_rank = q_rank;
+  return layer;
+}
+
+// Latents that hold all keys, some, or next to none; K and V together and apart.
+std::vector<ModelConfig> all_configs() {
+  std::vector<ModelConfig> configs;
+  for (const bool bias : {false, true}) {
+    const auto add = [&](HlaRope rope, const HlaLayerConfig& layer) {
+      configs.push_back(config_of(rope, layer, bias));
+    };
+    for (const int64_t rank : {5, 20, 47, 52, 70}) {
+      add(HlaRope::kOriginal, layer_of(0, 0, {}, rank));
+    }
+    add(HlaRope::kOriginal, layer_of(8, 17, {}, 20));
+    add(HlaRope::kOriginal, layer_of(3, 9, {}, 25));
+    add(HlaRope::kOriginal, layer_of(8, 24, {}, 0));
+    add(HlaRope::kLatent, layer_of(2, 0, {2, 3}, 31));
+    add(HlaRope::kLatent, layer_of(8, 0, {1, 2, 3, 1, 0, 1, 2, 1}, 20));
+    add(HlaRope::kPaper, layer_of(8, 24, {}, 20, 24));
+  }
+  return configs;
+}
+
+struct Layer {
+  Layer(const ModelConfig& of, at::ScalarType dtype, const DecodeAttentionOptions& options)
+      : config(of),
+        source(dtype),
+        attention(std::make_shared<HlaAttention>(source, "a", config, 0)),
+        rope(rope_tables(config, at::arange(kPositions, at::kLong), dtype)),
+        decode(*attention, config,
+               rope_frequencies(config.rope, kHeadDim, kPositions, kPositions).inv_freq, options) {}
+
+  RopeTables positions(int64_t begin, int64_t end) const {
+    return {rope.cos.slice(0, begin, end), rope.sin.slice(0, begin, end)};
+  }
+  at::Tensor random_x(int64_t length) const { return at::randn({length, kHidden}, source.dtype); }
+
+  ModelConfig config;
+  RandomSource source;
+  std::shared_ptr<HlaAttention> attention;
+  RopeTables rope;
+  DecodeAttention decode;
+};
+
+// What the last of the tokens x gathers, (H·d), the plain way.
+at::Tensor plain_context(const Layer& layer, const at::Tensor& x) {
+  const int64_t length = x.size(0);
+  Qkv qkv = layer.attention->project(x.unsqueeze(0), layer.positions(0, length));
+  qkv.q = qkv.q.slice(1, length - 1);
+  return Attention::context(qkv).flatten();
+}
+
+at::Tensor last_query(const Layer& layer, const at::Tensor& x) {
+  const int64_t length = x.size(0);
+  return layer.attention
+      ->queries(x.slice(0, length - 1).unsqueeze(0), layer.positions(length - 1, length))
+      .view({kHeads, kHeadDim});
+}
+
+TEST(DecodeAttentionTest, RecordsGiveTheLayersKeysAndValues) {
+  const c10::InferenceMode guard;
+  at::manual_seed(1);
+  const std::vector<ModelConfig> configs = all_configs();
+  for (size_t i = 0; i < configs.size(); ++i) {
+    SCOPED_TRACE(i);
+    const Layer layer(configs[i], at::kDouble, {});
+    const at::Tensor x = layer.random_x(7);
+    const RopeTables rope = layer.positions(90, 97);
+    const Qkv expected = layer.attention->project(x.unsqueeze(0), rope);
+    const DecodeAttention::Projected projected = layer.decode.project(x, rope);
+    EXPECT_EQ(projected.records.sizes(), at::IntArrayRef({7, configs[i].cache_floats(0)}));
+    const auto [k, v] = layer.decode.rebuild(projected, rope);
+    EXPECT_LE(max_abs_difference(k, expected.k[0]), 1e-8);
+    EXPECT_LE(max_abs_difference(v, expected.v[0]), 1e-8);
+    const auto [cached_k, cached_v] = layer.decode.rebuild(projected.records, rope);
+    EXPECT_LE(max_abs_difference(cached_k, expected.k[0]), 1e-8);
+    EXPECT_LE(max_abs_difference(cached_v, expected.v[0]), 1e-8);
+  }
+}
+
+TEST(DecodeAttentionTest, ContextIsThatOfTheLayer) {
+  const c10::InferenceMode guard;
+  at::manual_seed(2);
+  const std::vector<ModelConfig> configs = all_configs();
+  for (size_t i = 0; i < configs.size(); ++i) {
+    SCOPED_TRACE(i);
+    const Layer layer(configs[i], at::kDouble, {.absorb_error = 0});
+    EXPECT_TRUE(layer.decode.maps().nodes.empty());
+    const at::Tensor x = layer.random_x(90);
+    const at::Tensor records = layer.decode.project(x, layer.positions(0, 90)).records;
+    const at::Tensor context = layer.decode.context(last_query(layer, x), records, layer.rope);
+    EXPECT_EQ(context.numel(), layer.decode.maps().context_floats());
+    EXPECT_LE(
+        max_abs_difference(layer.decode.gather(context.unsqueeze(0))[0], plain_context(layer, x)),
+        1e-8);
+  }
+}
+
+// As many keys as fit are coordinates, fastest first.
+TEST(DecodeAttentionTest, CoordinatesAreKeys) {
+  const c10::InferenceMode guard;
+  at::manual_seed(3);
+  const auto maps_of = [](int64_t rank) {
+    return Layer(config_of(HlaRope::kOriginal, layer_of(0, 0, {}, rank), false), at::kDouble, {})
+        .decode.maps();
+  };
+  const DecodeMaps all = maps_of(48);
+  EXPECT_EQ(all.unrotated.size(), 24u);
+  EXPECT_EQ(all.rebuilt.pairs() + all.absorbed.pairs(), 0);
+  const DecodeMaps most = maps_of(46);  // one key of 24 is left, of the slowest frequency
+  EXPECT_EQ(most.unrotated.size(), 23u);
+  EXPECT_EQ(most.rebuilt.pairs() + most.absorbed.pairs(), 1);
+  EXPECT_EQ((most.rebuilt.pairs() > 0 ? most.rebuilt : most.absorbed).frequency[0], 7);
+  const DecodeMaps few = maps_of(12);
+  EXPECT_EQ(few.unrotated.size(), 6u);
+  EXPECT_GT(few.rebuilt.pairs(), 0);
+  EXPECT_GT(few.absorbed.pairs(), 0);
+  EXPECT_LE(*std::max_element(few.rebuilt.frequency.begin(), few.rebuilt.frequency.end()),
+            *std::min_element(few.absorbed.frequency.begin(), few.absorbed.frequency.end()));
+}
+
+// Absorbing keys costs what its bound says, and no more: the error of a score is at most the bound
+// times Σ |q||k| over the absorbed frequencies, and falls with the bound.
+TEST(DecodeAttentionTest, AbsorbedKeysKeepTheirErrorBound) {
+  const c10::InferenceMode guard;
+  double before = 1;
+  for (const double bound : {1e-1, 1e-2, 1e-3, 1e-5}) {
+    at::manual_seed(4);
+    const Layer layer(config_of(HlaRope::kOriginal, layer_of(0, 0, {}, 12), true), at::kDouble,
+                      {.absorb_error = bound});
+    ASSERT_GT(layer.decode.maps().absorbed.pairs(), 0) << bound;
+    const at::Tensor x = layer.random_x(700);
+    const at::Tensor records = layer.decode.project(x, layer.positions(0, 700)).records;
+    const at::Tensor context = layer.decode.context(last_query(layer, x), records, layer.rope);
+    const double error =
+        max_abs_difference(layer.decode.gather(context.unsqueeze(0))[0], plain_context(layer, x));
+    // Averages of values of size 1 by probabilities that are off by the error of the scores.
+    EXPECT_LE(error, 10 * bound);
+    EXPECT_LT(error, before);
+    before = error;
+  }
+}
+
+std::vector<SimdLevel> levels() {
+  std::vector<SimdLevel> result;
+  for (const SimdLevel level : {SimdLevel::kPortable, SimdLevel::kAvx2, SimdLevel::kAvx512}) {
+    if (level <= simd_level()) result.push_back(level);
+  }
+  return result;
+}
+
+// Kernels against the same maps in ATen's operations, for sequences of all lengths at once.
+void check_kernels(const DecodeAttention& decode, const std::vector<at::Tensor>& records,
+                   const std::vector<at::Tensor>& queries, const RopeTables& rope,
+                   at::ScalarType cache_dtype, double tolerance) {
+  const auto tiled = [](const at::Tensor& table) {
+    return table.unflatten(0, {-1, kTileTokens}).transpose(1, 2).contiguous();
+  };
+  const at::Tensor cos = tiled(rope.cos);
+  const at::Tensor sin = tiled(rope.sin);
+  const TiledRope tables = {cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), cos.size(1),
+                            1.0F};
+  const int64_t floats = decode.maps().context_floats();
+  std::vector<LayerCache> caches;
+  std::vector<std::vector<const void*>> blocks;
+  std::vector<at::Tensor> expected;
+  for (size_t i = 0; i < records.size(); ++i) {
+    LayerCache& cache = caches.emplace_back(decode.maps().floats, cache_dtype);
+    cache.append(records[i]);
+    std::vector<const void*>& pointers = blocks.emplace_back();
+    for (const at::Tensor& block : cache.blocks()) pointers.push_back(block.const_data_ptr());
+    expected.push_back(decode.context(queries[i], cache.records().to(at::kFloat), rope));
+  }
+  for (const SimdLevel level : levels()) {
+    const at::Tensor got = at::full({static_cast<int64_t>(records.size()), floats}, NAN);
+    std::vector<DecodeItem> items;
+    for (size_t i = 0; i < records.size(); ++i) {
+      items.push_back({blocks[i].data(), records[i].size(0), queries[i].const_data_ptr<float>(),
+                       got.mutable_data_ptr<float>() + static_cast<int64_t>(i) * floats});
+    }
+    decode_attention(decode.maps(), tables, items, cache_dtype, kCacheBlock, level);
+    for (size_t i = 0; i < records.size() && floats > 0; ++i) {
+      EXPECT_LE(max_abs_difference(got[static_cast<int64_t>(i)], expected[i]), tolerance)
+          << "level " << static_cast<int>(level) << ", length " << records[i].size(0);
+    }
+  }
+}
+
+TEST(DecodeAttentionTest, KernelsEqualTheirTwin) {
+  const c10::InferenceMode guard;
+  at::manual_seed(5);
+  const std::vector<ModelConfig> configs = all_configs();
+  for (size_t i = 0; i < configs.size(); ++i) {
+    SCOPED_TRACE(i);
+    const Layer layer(configs[i], at::kFloat, {});
+    for (const std::vector<int64_t>& lengths :
+         {std::vector<int64_t>{1}, {40}, {17, 300, 1, 64}, {900}}) {
+      std::vector<at::Tensor> records;
+      std::vector<at::Tensor> queries;
+      for (const int64_t length : lengths) {
+        const at::Tensor x = layer.random_x(length);
+        records.push_back(layer.decode.project(x, layer.positions(0, length)).records);
+        queries.push_back(last_query(layer, x).contiguous());
+      }
+      check_kernels(layer.decode, records, queries, layer.rope, at::kFloat, 2e-4);
+      check_kernels(layer.decode, records, queries, layer.rope, at::kHalf, 2e-4);
+      check_kernels(layer.decode, records, queries, layer.rope, at::kBFloat16, 2e-4);
+    }
+  }
+}
+
+// Base models go through the same kernels; heads that share no key, or all of them, too.
+TEST(DecodeAttentionTest, LlamasRecordsAreKeysAndValues) {
+  const c10::InferenceMode guard;
+  at::manual_seed(6);
+  for (const int64_t kv_heads : {1, 2, 5, 10}) {
+    SCOPED_TRACE(kv_heads);
+    ModelConfig config = config_of(HlaRope::kOriginal, {}, false);
+    config.hla.reset();
+    config.num_attention_heads = 10;
+    config.num_key_value_heads = kv_heads;
+    RandomSource source(at::kFloat);
+    const LlamaAttention attention(source, "a", config);
+    const RopeTables rope = rope_tables(config, at::arange(kPositions, at::kLong), at::kFloat);
+    const DecodeAttention decode(
+        attention, config,
+        rope_frequencies(config.rope, kHeadDim, kPositions, kPositions).inv_freq);
+    std::vector<at::Tensor> records;
+    std::vector<at::Tensor> queries;
+    for (const int64_t length : {3, 333}) {
+      const at::Tensor x = at::randn({length, kHidden});
+      const RopeTables positions = {rope.cos.slice(0, 0, length), rope.sin.slice(0, 0, length)};
+      records.push_back(decode.project(x, positions).records);
+      Qkv qkv = attention.project(x.unsqueeze(0), positions);
+      const auto [k, v] = decode.rebuild(records.back(), positions);
+      EXPECT_LE(max_abs_difference(k, qkv.k[0]), 1e-6);
+      EXPECT_LE(max_abs_difference(v, qkv.v[0]), 1e-6);
+      qkv.q = qkv.q.slice(1, length - 1);
+      queries.push_back(qkv.q.reshape({10, kHeadDim}).contiguous());
+      const at::Tensor context = decode.context(queries.back(), records.back(), rope);
+      EXPECT_LE(max_abs_difference(decode.gather(context.unsqueeze(0)).flatten(),
+                                   Attention::context(qkv).flatten()),
+                1e-5);
+    }
+    check_kernels(decode, records, queries, rope, at::kFloat, 1e-5);
+  }
+}
+
+// Scores beyond what exp can take, rising and falling.
+TEST(DecodeAttentionTest, KernelsTakeLargeScores) {
+  const c10::InferenceMode guard;
+  at::manual_seed(7);
+  const Layer layer(config_of(HlaRope::kOriginal, layer_of(0, 0, {}, 48), false), at::kFloat, {});
+  const at::Tensor x = layer.random_x(600) * at::linspace(0, 60, 600).unsqueeze(1);
+  const at::Tensor records = layer.decode.project(x, layer.positions(0, 600)).records;
+  const at::Tensor falling =
+      layer.decode.project(x.flip(0).contiguous(), layer.positions(0, 600)).records;
+  const at::Tensor query = last_query(layer, x).contiguous();
+  check_kernels(layer.decode, {records, falling}, {query, query}, layer.rope, at::kFloat, 1e-2);
+}
+
+TEST(FewRowsTest, EqualsTheProduct) {
+  const c10::InferenceMode guard;
+  at::manual_seed(8);
+  for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8}) {
+    for (const int64_t size : {1, 40, 577}) {
+      const at::Tensor x = at::randn({rows, size});
+      const at::Tensor weight = at::randn({103, size});
+      const at::Tensor bias = at::randn({103});
+      ASSERT_TRUE(is_few_rows(x, weight));
+      for (const SimdLevel level : levels()) {
+        EXPECT_LE(max_abs_difference(few_rows_linear(x, weight, bias, level),
+                                     at::linear(x, weight, bias)),
+                  2e-4);
+        EXPECT_LE(max_abs_difference(few_rows_linear(x, weight, {}, level), at::linear(x, weight)),
+                  2e-4);
+      }
+    }
+  }
+  EXPECT_FALSE(is_few_rows(at::randn({9, 4}), at::randn({3, 4})));
+  EXPECT_FALSE(is_few_rows(at::randn({2, 4}, at::kDouble), at::randn({3, 4}, at::kDouble)));
+  EXPECT_FALSE(is_few_rows(at::randn({4, 2}).t(), at::randn({3, 4})));
+}
+
+TEST(DecodeAttentionTest, RunsOnCuda) {
+  if (cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  const c10::InferenceMode guard;
+  at::manual_seed(9);
+  const Layer layer(config_of(HlaRope::kLatent, layer_of(2, 0, {2, 3}, 12), true), at::kFloat, {});
+  const at::Tensor x = layer.random_x(100);
+  const at::Tensor records = layer.decode.project(x, layer.positions(0, 100)).records;
+  const at::Tensor query = last_query(layer, x);
+  layer.attention->to(at::Device(at::kCUDA, 0));
+  const DecodeAttention on_gpu(
+      *layer.attention, layer.config,
+      rope_frequencies(layer.config.rope, kHeadDim, kPositions, kPositions).inv_freq);
+  const RopeTables rope = {layer.rope.cos.cuda(), layer.rope.sin.cuda()};
+  EXPECT_LE(max_abs_difference(on_gpu.context(query.cuda(), records.cuda(), rope).cpu(),
+                               layer.decode.context(query, records, layer.rope)),
+            1e-3);
+}
+
+}  // namespace
+}  // namespace hla

@@ -1,0 +1,108 @@
+#include "hla/eval/bench.h"
+
+#include <iostream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "commands.h"
+#include "hla/core/error.h"
+#include "hla/io/svg_plot.h"
+#include "hla/model/device.h"
+#include "options.h"
+
+namespace hla::tools {
+namespace {
+
+struct BenchArguments {
+  BenchOptions bench;
+  std::string attend = "cheapest";
+  std::string cache_dtype = "auto";
+  std::string json;
+  std::string csv;
+  std::string plot;
+  bool force = false;
+  DeviceOptions device;
+};
+
+void run_bench(const BenchArguments& arguments) {
+  check_output_target("--json", arguments.json, arguments.force);
+  check_output_target("--csv", arguments.csv, arguments.force);
+  check_output_target("--plot", arguments.plot, arguments.force);
+  if (arguments.plot == "-") throw_usage("[--plot] expected a file, got -");
+  BenchOptions options = arguments.bench;
+  options.load = [&arguments] { return resolve(arguments.device); };
+  options.cache_dtype = parse_dtype(arguments.cache_dtype);
+  options.attend =
+      std::map<std::string, DecoderOptions::Attend>{{"cheapest", DecoderOptions::Attend::kCheapest},
+                                                    {"decode", DecoderOptions::Attend::kDecode},
+                                                    {"rebuild", DecoderOptions::Attend::kRebuild}}
+          .at(arguments.attend);
+  const BenchReport report = bench(options);
+  if (arguments.json != "-" && arguments.csv != "-") std::cout << report.to_markdown();
+  if (!arguments.json.empty()) {
+    write_json_result(arguments.json, report.to_json(), arguments.force);
+  }
+  if (!arguments.csv.empty()) write_text_result(arguments.csv, report.to_csv(), arguments.force);
+  if (!arguments.plot.empty()) write_svg_file(arguments.plot, report.to_plot(), arguments.force);
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app) {
+  auto arguments = std::make_shared<BenchArguments>();
+  BenchOptions& bench = arguments->bench;
+  CLI::App* command =
+      app.add_subcommand("bench", "Measures speed and memory of models side by side");
+  command
+      ->add_option("MODEL", bench.models,
+                   "Model folders, HF ids in the local cache, or llama2.c files; the others are "
+                   "compared with the first")
+      ->required();
+  command
+      ->add_option("-p,--prompt-tokens", bench.prompt_tokens, "Tokens of a prompt; 0: no such test")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      ->add_option("-n,--generated-tokens", bench.generated_tokens,
+                   "Tokens decoded of every sequence; 0: no such test")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  add_list_option(*command, "-d,--depth", bench.depths,
+                  "Tokens in the cache before a test; several: 0,2048,8192; default 0");
+  add_list_option(*command, "-b,--batch", bench.batches,
+                  "Sequences decoded at once; several: 1,4; default 1");
+  command->add_option("-r,--repetitions", bench.repetitions, "Of every test")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--cache-dtype", arguments->cache_dtype,
+                   "Of the caches: auto (as the model), fp32, bf16 or fp16")
+      ->capture_default_str();
+  command
+      ->add_option("--attend", arguments->attend,
+                   "How new tokens attend to the cache: decode (records are read as they are), "
+                   "rebuild (keys and values of all tokens are made anew) or cheapest")
+      ->check(CLI::IsMember({"cheapest", "decode", "rebuild"}))
+      ->capture_default_str();
+  add_device_options(*command, arguments->device);
+  command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
+  command->add_option("--csv", arguments->csv,
+                      "Write every repetition to FILE as CSV; - for stdout");
+  command->add_option("--plot", arguments->plot, "Draw tokens/s against depth into FILE.svg");
+  command->add_flag("--force", arguments->force, "Replace existing output files");
+  command->footer(
+      "Every model runs in a process of its own, and they take turns. \"bound\" is the speed-up "
+      "that memory\ntraffic allows, (weights + cached records) of the first model over the row's; "
+      "\"share\" is how much of it\nwas reached, (speed-up - 1) / (bound - 1). \"memory\" and "
+      "\"peak\" are resident, at the end of the test and\nat most up to then. Positions beyond the "
+      "model's max_position_embeddings are timed as any others.\n\n"
+      "Examples:\n"
+      "  hla bench models/SmolLM2-135M-Instruct models/latent-50\n"
+      "  hla bench models/SmolLM2-135M-Instruct models/latent-50 -d 0,2048,8192 -b 1,4 --plot "
+      "speed.svg\n"
+      "  hla bench models/latent-50 -p 2048 -n 0 --json -");
+  command->callback([arguments] { run_bench(*arguments); });
+}
+
+}  // namespace hla::tools
