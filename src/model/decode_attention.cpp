@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <numbers>
 #include <numeric>
 
@@ -14,8 +15,7 @@
 namespace hla {
 namespace {
 
-// The block of the absorbed keys must divide this.
-constexpr int64_t kLongestAbsorbedBlock = 64;
+constexpr int64_t kLongestTurnedBlock = 256;
 constexpr int64_t kMostNodes = 6;
 
 at::Tensor index_tensor(const std::vector<int64_t>& index, at::Device device) {
@@ -154,6 +154,22 @@ Basis choose_basis(const at::Tensor& rows, const at::Tensor& bias, int64_t first
 
 class DecodeAttention::Builder {
  public:
+  // Blocks and nodes that keep the error of absorbing frequencies up to one.
+  struct Absorption {
+    DecodeMaps::Blocks turned, scored;
+
+    // Products per token of `heads` query heads and `pairs` keys in all.
+    double cost(double heads, double pairs, double group, double columns) const {
+      const auto turned_nodes = static_cast<double>(turned.nodes.size());
+      const auto nodes = static_cast<double>(scored.nodes.size());
+      const bool two_steps = turned.size != scored.size;
+      return columns *
+             (heads * nodes *
+                  (1 + (two_steps ? turned_nodes / static_cast<double>(scored.size) : 0.0)) +
+              2 * pairs * group * turned_nodes / static_cast<double>(turned.size));
+    }
+  };
+
   Builder(DecodeAttention& to, const ModelConfig& config, const DecodeAttentionOptions& options)
       : to_(to), maps_(to.maps_), config_(config), options_(options) {
     maps_.heads = config.num_attention_heads;
@@ -387,8 +403,8 @@ class DecodeAttention::Builder {
     std::vector<Pair> pairs;
     for (const Leftover& leftover : leftovers) pairs.push_back(leftover.pair);
     Sharing sharing = cheapest_sharing(pairs);
-    maps_.nodes = std::move(sharing.nodes);
-    maps_.absorbed_block = sharing.block;
+    maps_.turned = std::move(sharing.absorption.turned);
+    maps_.scored = std::move(sharing.absorption.scored);
     const auto cut = leftovers.begin() + static_cast<std::ptrdiff_t>(sharing.rebuilt);
     rebuilt_.assign(leftovers.begin(), cut);
     absorbed_.assign(cut, leftovers.end());
@@ -399,43 +415,56 @@ class DecodeAttention::Builder {
     }
   }
 
+  const std::vector<Absorption>& absorptions(double fastest) {
+    const auto known = absorptions_.find(fastest);
+    if (known != absorptions_.end()) return known->second;
+    const auto blocks_of = [&](int64_t size) {
+      DecodeMaps::Blocks blocks = {size, {}};
+      for (int64_t count = 1; count <= kMostNodes; ++count) {
+        blocks.nodes = chebyshev_nodes(count, size);
+        if (interpolation_error(blocks.nodes, size, fastest) <= options_.absorb_error) break;
+        blocks.nodes.clear();
+      }
+      return blocks;
+    };
+    std::vector<Absorption>& list = absorptions_[fastest];
+    for (int64_t large = kTileTokens; large <= kLongestTurnedBlock; large *= 2) {
+      const DecodeMaps::Blocks turned = blocks_of(large);
+      if (turned.nodes.empty()) break;
+      for (int64_t small = kTileTokens; small <= large; small *= 2) {
+        list.push_back({turned, blocks_of(small)});
+      }
+    }
+    return list;
+  }
+
   struct Sharing {
     size_t rebuilt = 0;  // the first so many pairs; the others are absorbed
-    std::vector<int32_t> nodes;
-    int64_t block = kTileTokens;
+    Absorption absorption;
     double cost = 0;  // products per token that is read
   };
 
   // Of pairs, fastest first.
-  Sharing cheapest_sharing(const std::vector<Pair>& pairs) const {
+  Sharing cheapest_sharing(const std::vector<Pair>& pairs) {
     const auto group = static_cast<double>(config_.group_size());
     const auto columns = static_cast<double>(maps_.floats);
     const auto rebuilding = [&](size_t count) {
       return static_cast<double>(count) * (2 * columns + 4 + 2 * group);
     };
-    Sharing best = {pairs.size(), {}, kTileTokens, rebuilding(pairs.size())};
+    Sharing best = {pairs.size(), {}, rebuilding(pairs.size())};
     std::vector<bool> absorbs(static_cast<size_t>(maps_.kv_heads), false);
-    double kv_heads = 0;  // that have absorbed pairs
-    double fastest = 0;   // of them; some kinds of scaling do not order frequencies
+    double heads = 0;    // query heads of kv heads that have absorbed pairs
+    double fastest = 0;  // of them; some kinds of scaling do not order frequencies
     for (size_t rebuilt = pairs.size(); rebuilt-- > 0;) {
       fastest = std::max(fastest, frequencies_[static_cast<size_t>(pairs[rebuilt].frequency)]);
       const auto head = static_cast<size_t>(pairs[rebuilt].head);
-      if (!absorbs[head]) kv_heads += 1;
+      if (!absorbs[head]) heads += group;
       absorbs[head] = true;
-      const auto absorbed = static_cast<double>(pairs.size() - rebuilt);
-      for (int64_t block = kTileTokens; block <= kLongestAbsorbedBlock; block *= 2) {
-        std::vector<int32_t> nodes;
-        for (int64_t count = 1; count <= kMostNodes; ++count) {
-          nodes = chebyshev_nodes(count, block);
-          if (interpolation_error(nodes, block, fastest) <= options_.absorb_error) break;
-          nodes.clear();
-        }
-        if (nodes.empty()) continue;
-        const auto many = static_cast<double>(nodes.size());
+      for (const Absorption& absorption : absorptions(fastest)) {
         const double cost =
             rebuilding(rebuilt) +
-            many * group * columns * (kv_heads + 2 * absorbed / static_cast<double>(block));
-        if (cost < best.cost) best = {rebuilt, nodes, block, cost};
+            absorption.cost(heads, static_cast<double>(pairs.size() - rebuilt), group, columns);
+        if (cost < best.cost) best = {rebuilt, absorption, cost};
       }
     }
     return best;
@@ -443,7 +472,7 @@ class DecodeAttention::Builder {
 
   // The basis of the kv latent whose leftovers cost least: with so many kv heads' keys whole, and
   // the others sharing what is left.
-  Basis cheapest_basis(const at::Tensor& rows, const at::Tensor& bias, int64_t first) const {
+  Basis cheapest_basis(const at::Tensor& rows, const at::Tensor& bias, int64_t first) {
     Basis best;
     double least = 0;
     for (int64_t whole = 0; whole < maps_.kv_heads; ++whole) {
@@ -496,7 +525,8 @@ class DecodeAttention::Builder {
     std::vector<at::Tensor> read = {all.slice(1, 0, 0)};
     for (const Range& range : keys.from) read.push_back(all.slice(1, range.begin, range.end));
     const at::Tensor matrix = at::cat(read, 1);  // (rows, columns)
-    keys.matrix = floats_of(&keys == &maps_.rebuilt ? matrix.t() : matrix);
+    keys.stride = (matrix.size(1) + kTileTokens - 1) / kTileTokens * kTileTokens;
+    keys.matrix = floats_of(at::constant_pad_nd(matrix, {0, keys.stride - matrix.size(1)}));
     if (bias.abs().max().item<double>() > 0) {
       keys.bias = floats_of(bias);
       tensors.bias = as_model(bias);
@@ -514,6 +544,7 @@ class DecodeAttention::Builder {
   DecodeAttentionOptions options_;
   std::vector<int32_t> rotation_;
   std::vector<double> frequencies_;  // radians per token
+  std::map<double, std::vector<Absorption>> absorptions_;
   std::vector<int64_t> key_source_;
   std::vector<at::Tensor> matrices_;
   std::vector<Leftover> rebuilt_, absorbed_;
@@ -667,17 +698,32 @@ at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& r
     }
   }
   if (absorbed_.matrix.defined()) {
-    const int64_t block = maps_.absorbed_block;
+    const int64_t block = maps_.turned.size;
     const int64_t blocks = (length + block - 1) / block;
     const at::Tensor begins = at::arange(blocks, records.options().dtype(at::kLong)) * block;
-    const at::Tensor shares = at::tensor(interpolation_weights(maps_.nodes, block))
-                                  .view({-1, block})
-                                  .to(q.device(), q.scalar_type());
-    const at::Tensor latent = columns(plain, maps_.absorbed.from);
-    for (size_t p = 0; p < maps_.nodes.size(); ++p) {
-      // The query turned back by each block's node, (blocks, H, rows).
-      RopeTables tables = {rope.cos.index_select(0, begins + maps_.nodes[p]),
-                           -rope.sin.index_select(0, begins + maps_.nodes[p])};
+    // (block, nodes): both interpolations at once.
+    std::vector<at::Tensor> both;
+    for (int64_t token = 0; token < block; ++token) {
+      const int64_t begin = token / maps_.scored.size * maps_.scored.size;
+      const auto between = interpolation_weights(maps_.scored.nodes, token - begin);
+      at::Tensor sum = at::zeros({static_cast<int64_t>(maps_.turned.nodes.size())});
+      for (size_t p = 0; p < between.size(); ++p) {
+        sum +=
+            at::tensor(interpolation_weights(maps_.turned.nodes, begin + maps_.scored.nodes[p])) *
+            between[p];
+      }
+      both.push_back(sum);
+    }
+    const at::Tensor shares = at::stack(both).to(q.device(), q.scalar_type());
+    // (blocks, block, columns): tokens beyond the last are zeros, and cut off in the end.
+    const at::Tensor latent =
+        at::constant_pad_nd(columns(plain, maps_.absorbed.from), {0, 0, 0, blocks * block - length})
+            .unflatten(0, {blocks, block});
+    for (size_t p = 0; p < maps_.turned.nodes.size(); ++p) {
+      // The queries turned back by each block's node, (blocks, H, rows).
+      const at::Tensor positions_of_node = begins + maps_.turned.nodes[p];
+      RopeTables tables = {rope.cos.index_select(0, positions_of_node),
+                           -rope.sin.index_select(0, positions_of_node)};
       tables = tables.select(absorbed_.frequency);
       tables = {tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)};
       const at::Tensor rows = q.index_select(1, absorbed_.query_index).unsqueeze(0);
@@ -686,16 +732,13 @@ at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& r
         const Range range = of_head(maps_.absorbed, g);
         const at::Tensor part = turned.slice(1, g * group, (g + 1) * group)
                                     .slice(2, range.begin, range.end);  // (blocks, G, rows of g)
-        const at::Tensor matrix = absorbed_.matrix.slice(0, range.begin, range.end);
-        at::Tensor products = part.matmul(matrix);  // (blocks, G, columns)
-        // (blocks, G, block): tokens beyond the last are zeros and cut off.
-        const at::Tensor padded = at::constant_pad_nd(latent, {0, 0, 0, blocks * block - length})
-                                      .view({blocks, block, latent.size(1)});
-        at::Tensor added = products.matmul(padded.transpose(1, 2));
+        const at::Tensor pulled =
+            part.matmul(absorbed_.matrix.slice(0, range.begin, range.end));  // (blocks, G, columns)
+        at::Tensor added = pulled.matmul(latent.transpose(1, 2));            // (blocks, G, block)
         if (absorbed_.bias.defined()) {
           added = added + part.matmul(absorbed_.bias.slice(0, range.begin, range.end)).unsqueeze(2);
         }
-        added = (added * shares[static_cast<int64_t>(p)]).transpose(0, 1).flatten(1);
+        added = (added * shares.select(1, static_cast<int64_t>(p))).transpose(0, 1).flatten(1);
         scores.slice(0, g * group, (g + 1) * group).add_(added.slice(1, 0, length));
       }
     }
@@ -719,11 +762,11 @@ double DecodeAttention::decode_cost() const {
   }
   sum += static_cast<double>(maps_.rebuilt.pairs()) *
          (2 * static_cast<double>(total_size(maps_.rebuilt.from)) + 4 + 2 * group);
-  const auto nodes = static_cast<double>(maps_.nodes.size());
-  const auto columns = static_cast<double>(total_size(maps_.absorbed.from));
-  sum += nodes * columns *
-         (heads + 2 * group * static_cast<double>(maps_.absorbed.pairs()) /
-                      static_cast<double>(maps_.absorbed_block));
+  if (maps_.absorbed.pairs() > 0) {
+    sum += Builder::Absorption{maps_.turned, maps_.scored}.cost(
+        static_cast<double>(maps_.absorbing_heads()), static_cast<double>(maps_.absorbed.pairs()),
+        group, static_cast<double>(total_size(maps_.absorbed.from)));
+  }
   for (const DecodeMaps::Values& values : maps_.values) {
     sum += static_cast<double>(values.heads * total_size(values.from));
   }

@@ -31,17 +31,15 @@ int64_t DecodeMaps::absorbing_heads() const {
   return count;
 }
 
-std::vector<float> interpolation_weights(const std::vector<int32_t>& nodes, int64_t block) {
+std::vector<float> interpolation_weights(const std::vector<int32_t>& nodes, int64_t token) {
   std::vector<float> result;
   for (size_t p = 0; p < nodes.size(); ++p) {
-    for (int64_t token = 0; token < block; ++token) {
-      double weight = 1;
-      for (size_t other = 0; other < nodes.size(); ++other) {
-        if (other == p) continue;
-        weight *= static_cast<double>(token - nodes[other]) / (nodes[p] - nodes[other]);
-      }
-      result.push_back(static_cast<float>(weight));
+    double weight = 1;
+    for (size_t other = 0; other < nodes.size(); ++other) {
+      if (other == p) continue;
+      weight *= static_cast<double>(token - nodes[other]) / (nodes[p] - nodes[other]);
     }
+    result.push_back(static_cast<float>(weight));
   }
   return result;
 }
@@ -103,10 +101,10 @@ float* sized(std::vector<float>& buffer, int64_t size) {
   return buffer.data();
 }
 
-// Queries of one item, laid out (coordinate, head) for the scores.
+// Queries of one item, by coordinate.
 struct Queries {
-  std::vector<std::vector<float>> stored;   // by group: (range, heads)
-  std::vector<std::vector<float>> rebuilt;  // by kv head: (rows, G)
+  std::vector<std::vector<float>> stored;   // by group: (heads, range)
+  std::vector<std::vector<float>> rebuilt;  // by kv head: (G, rows)
 };
 
 Queries make_queries(const DecodeMaps& maps, const float* query) {
@@ -118,18 +116,14 @@ Queries make_queries(const DecodeMaps& maps, const float* query) {
     std::vector<float> weights(static_cast<size_t>(width * group.heads), 0.0F);
     for (int64_t h = 0; h < group.heads; ++h) {
       const float* q = query + (group.head + h) * d;
+      float* to = weights.data() + h * width;
       if (group.matrix.empty()) {
-        for (int64_t i = 0; i < width; ++i) {
-          weights[static_cast<size_t>(i * group.heads + h)] =
-              q[group.index[static_cast<size_t>(i)]] * scale;
-        }
+        for (int64_t i = 0; i < width; ++i) to[i] = q[group.index[static_cast<size_t>(i)]] * scale;
         continue;
       }
       for (int64_t row = 0; row < d; ++row) {
         const float* map = group.matrix.data() + row * width;
-        for (int64_t i = 0; i < width; ++i) {
-          weights[static_cast<size_t>(i * group.heads + h)] += q[row] * scale * map[i];
-        }
+        for (int64_t i = 0; i < width; ++i) to[i] += q[row] * scale * map[i];
       }
     }
     result.stored.push_back(std::move(weights));
@@ -139,11 +133,10 @@ Queries make_queries(const DecodeMaps& maps, const float* query) {
     const int64_t first = 2 * maps.rebuilt.first_pair[static_cast<size_t>(g)];
     const int64_t last = 2 * maps.rebuilt.first_pair[static_cast<size_t>(g + 1)];
     std::vector<float> weights;
-    for (int64_t row = first; row < last; ++row) {
-      for (int64_t h = 0; h < group_size; ++h) {
-        weights.push_back(
-            query[(g * group_size + h) * d + maps.rebuilt.query_index[static_cast<size_t>(row)]] *
-            scale);
+    for (int64_t h = 0; h < group_size; ++h) {
+      const float* q = query + (g * group_size + h) * d;
+      for (int64_t row = first; row < last; ++row) {
+        weights.push_back(q[maps.rebuilt.query_index[static_cast<size_t>(row)]] * scale);
       }
     }
     result.rebuilt.push_back(std::move(weights));
@@ -151,21 +144,7 @@ Queries make_queries(const DecodeMaps& maps, const float* query) {
   return result;
 }
 
-// acc[r] += Σ_i z[i]·w[i][r], z (n, 16).
-template <class V, int R, int N>
-HLA_INLINE void add_products(const float* z, int64_t n, const float* w, int64_t stride,
-                             const float* ahead, typename V::Floats (&acc)[R][N]) {
-  for (int64_t i = 0; i < n; ++i, z += kTile, w += stride) {
-    if (ahead != nullptr) __builtin_prefetch(ahead + i * kTile, 0, 2);
-    typename V::Floats x[N];
-    for (int v = 0; v < N; ++v) x[v] = V::load(z + v * V::kLanes);
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < N; ++v) acc[r][v] += x[v] * w[r];
-    }
-  }
-}
-
-// out[r][16] += products of R columns of w.
+// out[r][16] += Σ_i w[r][i]·z[i][16] of R rows of w, z (n, 16).
 template <class V, int R>
 HLA_INLINE void products_of(const float* z, int64_t n, const float* w, int64_t stride,
                             const float* ahead, float* out, int64_t out_stride) {
@@ -174,38 +153,47 @@ HLA_INLINE void products_of(const float* z, int64_t n, const float* w, int64_t s
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < kVectors; ++v) acc[r][v] = V::load(out + r * out_stride + v * V::kLanes);
   }
-  add_products<V, R, kVectors>(z, n, w, stride, ahead, acc);
+  for (int64_t i = 0; i < n; ++i) {
+    if (ahead != nullptr) __builtin_prefetch(ahead + i * kTile, 0, 2);
+    typename V::Floats x[kVectors];
+    for (int v = 0; v < kVectors; ++v) x[v] = V::load(z + i * kTile + v * V::kLanes);
+    for (int r = 0; r < R; ++r) {
+      const float weight = w[r * stride + i];
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += x[v] * weight;
+    }
+  }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < kVectors; ++v) V::store(out + r * out_stride + v * V::kLanes, acc[r][v]);
   }
 }
 
-// The same for any number of columns, a few at a time. `ahead` is fetched once.
+// The same for any number of rows, a few at a time. `ahead` is fetched once.
 template <class V>
-HLA_INLINE void products(const float* z, int64_t n, const float* w, int64_t columns,
+HLA_INLINE void products(const float* z, int64_t n, const float* w, int64_t rows, int64_t stride,
                          const float* ahead, float* out, int64_t out_stride) {
-  const int64_t parts = (columns + 5) / 6;
+  const int64_t parts = (rows + 5) / 6;
   for (int64_t part = 0, at = 0; part < parts; ++part) {
-    const int64_t count = (columns - at + parts - part - 1) / (parts - part);
+    const int64_t count = (rows - at + parts - part - 1) / (parts - part);
+    const float* from = w + at * stride;
     float* to = out + at * out_stride;
     switch (count) {
       case 1:
-        products_of<V, 1>(z, n, w + at, columns, ahead, to, out_stride);
+        products_of<V, 1>(z, n, from, stride, ahead, to, out_stride);
         break;
       case 2:
-        products_of<V, 2>(z, n, w + at, columns, ahead, to, out_stride);
+        products_of<V, 2>(z, n, from, stride, ahead, to, out_stride);
         break;
       case 3:
-        products_of<V, 3>(z, n, w + at, columns, ahead, to, out_stride);
+        products_of<V, 3>(z, n, from, stride, ahead, to, out_stride);
         break;
       case 4:
-        products_of<V, 4>(z, n, w + at, columns, ahead, to, out_stride);
+        products_of<V, 4>(z, n, from, stride, ahead, to, out_stride);
         break;
       case 5:
-        products_of<V, 5>(z, n, w + at, columns, ahead, to, out_stride);
+        products_of<V, 5>(z, n, from, stride, ahead, to, out_stride);
         break;
       default:
-        products_of<V, 6>(z, n, w + at, columns, ahead, to, out_stride);
+        products_of<V, 6>(z, n, from, stride, ahead, to, out_stride);
     }
     at += count;
     ahead = nullptr;
@@ -350,8 +338,8 @@ HLA_INLINE void add_rebuilt_scores(const DecodeMaps& maps, const TiledRope& rope
         maps, chunk, range,
         [&](const float* z, int64_t tile_stride, int64_t n, int64_t)
             __attribute__((always_inline)) {
-              products<V>(z + t * tile_stride, n, matrix, rows, nullptr, keys, kTile);
-              matrix += n * rows;
+              products<V>(z + t * tile_stride, n, matrix, rows, map.stride, nullptr, keys, kTile);
+              matrix += n;
             });
   }
   const int64_t tables = (chunk.position / kTile + t) * rope.frequencies * kTile;
@@ -369,23 +357,38 @@ HLA_INLINE void add_rebuilt_scores(const DecodeMaps& maps, const TiledRope& rope
   const int64_t group = maps.heads / maps.kv_heads;
   for (int64_t g = 0; g < maps.kv_heads; ++g) {
     const int64_t first = 2 * map.first_pair[static_cast<size_t>(g)];
-    const int64_t last = 2 * map.first_pair[static_cast<size_t>(g + 1)];
-    products<V>(keys + first * kTile, last - first, queries.rebuilt[static_cast<size_t>(g)].data(),
-                group, nullptr, scores + g * group * stride + t * kTile, stride);
+    const int64_t count = 2 * map.first_pair[static_cast<size_t>(g + 1)] - first;
+    products<V>(keys + first * kTile, count, queries.rebuilt[static_cast<size_t>(g)].data(), group,
+                count, nullptr, scores + g * group * stride + t * kTile, stride);
   }
 }
 
-// Weights (columns, queries) of a block at `position`, and what the biases add, (queries). Queries:
-// by node, and by head of those kv heads that have absorbed keys.
+// out[q][columns] = Σ_rows turned[row][q]·matrix[row][columns] for Q queries and U vectors.
+template <class V, int Q, int U>
+HLA_INLINE void pull_through(const float* matrix, int64_t stride, int64_t rows, const float* turned,
+                             int64_t many, float* const (&out)[Q]) {
+  typename V::Floats acc[Q][U] = {};
+  for (int64_t row = 0; row < rows; ++row) {
+    typename V::Floats x[U];
+    for (int u = 0; u < U; ++u) x[u] = V::load(matrix + row * stride + u * V::kLanes);
+    for (int q = 0; q < Q; ++q) {
+      for (int u = 0; u < U; ++u) acc[q][u] += x[u] * turned[row * many + q];
+    }
+  }
+  for (int q = 0; q < Q; ++q) {
+    for (int u = 0; u < U; ++u) V::store(out[q] + u * V::kLanes, acc[q][u]);
+  }
+}
+
+// Queries of a block at `position` in terms of coordinates, (nodes·heads, stride), heads of those
+// kv heads that absorb, and what the biases add, (nodes·heads).
 template <class V>
 HLA_INLINE void absorb_queries(const DecodeMaps& maps, const TiledRope& rope, const float* query,
                                int64_t position, float* turned, float* weights, float* constants) {
   const DecodeMaps::Keys& map = maps.absorbed;
-  const int64_t columns = total_size(map.from);
   const int64_t group = maps.heads / maps.kv_heads;
-  const auto nodes = static_cast<int64_t>(maps.nodes.size());
+  const auto nodes = static_cast<int64_t>(maps.turned.nodes.size());
   const int64_t heads = maps.absorbing_heads();
-  const int64_t width = nodes * heads;
   const float scale = 1.0F / std::sqrt(static_cast<float>(maps.head_dim));
   int64_t first_head = 0;  // of the queries of kv head g
   for (int64_t g = 0; g < maps.kv_heads; ++g) {
@@ -396,7 +399,7 @@ HLA_INLINE void absorb_queries(const DecodeMaps& maps, const TiledRope& rope, co
     const int64_t many = nodes * group;
     for (int64_t pair = first; pair < last; ++pair) {
       for (int64_t p = 0; p < nodes; ++p) {
-        const int64_t at = position + maps.nodes[static_cast<size_t>(p)];
+        const int64_t at = position + maps.turned.nodes[static_cast<size_t>(p)];
         const int64_t table =
             ((at / kTile) * rope.frequencies + map.frequency[static_cast<size_t>(pair)]) * kTile +
             at % kTile;
@@ -421,72 +424,131 @@ HLA_INLINE void absorb_queries(const DecodeMaps& maps, const TiledRope& rope, co
       }
       constants[place(q)] = sum;
     }
-    // matrixᵀ · turned, a vector of columns and up to three queries at a time.
-    const float* matrix = map.matrix.data() + 2 * first * columns;
-    for (int64_t i = 0; i < columns; i += V::kLanes) {
-      const int64_t lanes = std::min<int64_t>(V::kLanes, columns - i);
-      for (int64_t q = 0; q < many; q += 3) {
-        const int64_t count = std::min<int64_t>(3, many - q);
-        typename V::Floats acc[3] = {};
-        if (lanes == V::kLanes && count == 3) {
-          for (int64_t row = 0; row < rows; ++row) {
-            const auto u = V::load(matrix + row * columns + i);
-            for (int64_t k = 0; k < 3; ++k) acc[k] += u * turned[row * many + q + k];
-          }
-        } else {
-          for (int64_t row = 0; row < rows; ++row) {
-            for (int64_t k = 0; k < count; ++k) {
-              for (int64_t lane = 0; lane < lanes; ++lane) {
-                acc[k][lane] += matrix[row * columns + i + lane] * turned[row * many + q + k];
-              }
-            }
-          }
+    const float* matrix = map.matrix.data() + 2 * first * map.stride;
+    constexpr int kUnroll = 4;
+    for (int64_t q = 0; q < many;) {
+      const auto out = [&](int64_t k, int64_t i) {
+        return weights + place(q + k) * map.stride + i;
+      };
+      int64_t i = 0;
+      if (many - q >= 3) {
+        for (; i + kUnroll * V::kLanes <= map.stride; i += kUnroll * V::kLanes) {
+          pull_through<V, 3, kUnroll>(matrix + i, map.stride, rows, turned + q, many,
+                                      {out(0, i), out(1, i), out(2, i)});
         }
-        for (int64_t k = 0; k < count; ++k) {
-          for (int64_t lane = 0; lane < lanes; ++lane) {
-            weights[(i + lane) * width + place(q + k)] = acc[k][lane];
-          }
+        for (; i < map.stride; i += V::kLanes) {
+          pull_through<V, 3, 1>(matrix + i, map.stride, rows, turned + q, many,
+                                {out(0, i), out(1, i), out(2, i)});
         }
+        q += 3;
+      } else {
+        for (; i < map.stride; i += V::kLanes) {
+          pull_through<V, 1, 1>(matrix + i, map.stride, rows, turned + q, many, {out(0, i)});
+        }
+        q += 1;
       }
     }
     first_head += group;
   }
 }
 
+// How the absorbed keys' scores are put together: the same for all blocks.
+struct Interpolation {
+  bool two_steps = false;
+  std::vector<std::vector<float>> queries;  // by block within a turned one and its node: (nodes)
+  std::vector<float> scores;                // (nodes, scored.size)
+};
+
+Interpolation interpolation_of(const DecodeMaps& maps) {
+  Interpolation result;
+  if (maps.absorbed.pairs() == 0) return result;
+  const DecodeMaps::Blocks& turned = maps.turned;
+  const DecodeMaps::Blocks& scored = maps.scored;
+  result.two_steps = turned.size != scored.size || turned.nodes != scored.nodes;
+  for (int64_t begin = 0; begin < turned.size; begin += scored.size) {
+    for (const int32_t node : scored.nodes) {
+      result.queries.push_back(interpolation_weights(turned.nodes, begin + node));
+    }
+  }
+  result.scores.resize(scored.nodes.size() * static_cast<size_t>(scored.size));
+  for (int64_t token = 0; token < scored.size; ++token) {
+    const std::vector<float> weights = interpolation_weights(scored.nodes, token);
+    for (size_t p = 0; p < weights.size(); ++p) {
+      result.scores[p * static_cast<size_t>(scored.size) + static_cast<size_t>(token)] = weights[p];
+    }
+  }
+  return result;
+}
+
 template <class V>
 HLA_INLINE void add_absorbed_scores(const DecodeMaps& maps, const TiledRope& rope,
                                     const Chunk& chunk, const float* query,
-                                    const std::vector<float>& interpolation, Scratch& scratch,
+                                    const Interpolation& interpolation, Scratch& scratch,
                                     float* scores, int64_t stride) {
-  const auto nodes = static_cast<int64_t>(maps.nodes.size());
+  const DecodeMaps::Keys& map = maps.absorbed;
+  const auto turned_nodes = static_cast<int64_t>(maps.turned.nodes.size());
+  const auto nodes = static_cast<int64_t>(maps.scored.nodes.size());
   const int64_t group = maps.heads / maps.kv_heads;
   const int64_t heads = maps.absorbing_heads();
-  const int64_t width = nodes * heads;
-  const int64_t columns = total_size(maps.absorbed.from);
-  const int64_t rows = 2 * maps.absorbed.pairs();
-  float* weights = sized(scratch.weights, (columns + rows + 1) * width);
-  float* turned = weights + columns * width;
-  float* constants = turned + rows * width;
-  float* by_query = sized(scratch.nodes, width * kTile);
-  const int64_t block_tiles = maps.absorbed_block / kTile;
+  const int64_t rows = 2 * map.pairs();
+  const int64_t wide = map.stride + 1;  // a query's weights, then its constants
+  float* turned =
+      sized(scratch.weights, rows * turned_nodes * heads + (turned_nodes + nodes) * heads * wide);
+  float* exact = turned + rows * turned_nodes * heads;
+  float* between = exact + turned_nodes * heads * wide;
+  float* by_query = sized(scratch.nodes, nodes * heads * kTile);
   for (int64_t t = 0; t < chunk.tiles; ++t) {
-    if (t % block_tiles == 0) {
-      absorb_queries<V>(maps, rope, query, chunk.position + t * kTile, turned, weights, constants);
+    const int64_t in_turned = t * kTile % maps.turned.size;
+    const int64_t in_scored = t * kTile % maps.scored.size;
+    if (in_turned == 0) {
+      absorb_queries<V>(maps, rope, query, chunk.position + t * kTile, turned, exact,
+                        exact + turned_nodes * heads * map.stride);
     }
-    for (int64_t i = 0; i < width; ++i) std::fill_n(by_query + i * kTile, kTile, constants[i]);
-    const float* w = weights;
-    for (const Range& range : maps.absorbed.from) {
+    if (in_scored == 0 && interpolation.two_steps) {
+      for (int64_t p = 0; p < nodes; ++p) {
+        const std::vector<float>& shares =
+            interpolation.queries[static_cast<size_t>(in_turned / maps.scored.size * nodes + p)];
+        const auto mix = [&](const float* from, int64_t size, float* to)
+            __attribute__((always_inline)) {
+          // The constants are as many as heads, which need not fill vectors.
+          int64_t i = 0;
+          for (; i + V::kLanes <= size; i += V::kLanes) {
+            typename V::Floats sum = {};
+            for (int64_t c = 0; c < turned_nodes; ++c) {
+              sum += V::load(from + c * size + i) * shares[static_cast<size_t>(c)];
+            }
+            V::store(to + i, sum);
+          }
+          for (; i < size; ++i) {
+            float sum = 0;
+            for (int64_t c = 0; c < turned_nodes; ++c) {
+              sum += from[c * size + i] * shares[static_cast<size_t>(c)];
+            }
+            to[i] = sum;
+          }
+        };
+        mix(exact, heads * map.stride, between + p * heads * map.stride);
+        mix(exact + turned_nodes * heads * map.stride, heads,
+            between + nodes * heads * map.stride + p * heads);
+      }
+    }
+    const float* weights = interpolation.two_steps ? between : exact;
+    const float* constants = weights + nodes * heads * map.stride;
+    for (int64_t i = 0; i < nodes * heads; ++i) {
+      std::fill_n(by_query + i * kTile, kTile, constants[i]);
+    }
+    for (const Range& range : map.from) {
       for_parts(
           maps, chunk, range,
           [&](const float* z, int64_t tile_stride, int64_t n, int64_t)
               __attribute__((always_inline)) {
-                products<V>(z + t * tile_stride, n, w, width, nullptr, by_query, kTile);
-                w += n * width;
+                products<V>(z + t * tile_stride, n, weights, nodes * heads, map.stride, nullptr,
+                            by_query, kTile);
+                weights += n;
               });
     }
     for (int64_t p = 0; p < nodes; ++p) {
-      const float* share =
-          interpolation.data() + p * maps.absorbed_block + (t % block_tiles) * kTile;
+      const float* share = interpolation.scores.data() + p * maps.scored.size + in_scored;
       const float* from = by_query + p * heads * kTile;
       for (int64_t g = 0; g < maps.kv_heads; ++g) {
         if (!maps.absorbs(g)) continue;
@@ -555,7 +617,7 @@ float to_fp32(uint16_t bits, bool is_half) {
 
 template <class V>
 HLA_INLINE void attend_piece(const DecodeMaps& maps, const TiledRope& rope, const DecodeItem& item,
-                             const Queries& queries, const std::vector<float>& interpolation,
+                             const Queries& queries, const Interpolation& interpolation,
                              at::ScalarType cache_type, int64_t block_tokens, const Piece& piece,
                              Scratch& scratch, Partial& partial) {
   const int64_t heads = maps.heads;
@@ -621,6 +683,7 @@ HLA_INLINE void attend_piece(const DecodeMaps& maps, const TiledRope& rope, cons
         const DecodeMaps::Stored& group = maps.stored[g];
         const int64_t at = t * tile_floats + group.range.begin * kTile;
         products<V>(chunk.records + at, group.range.size(), queries.stored[g].data(), group.heads,
+                    group.range.size(),
                     fetch_now[g] && chunk.next != nullptr ? chunk.next + at : nullptr,
                     scores + group.head * chunk_size + t * kTile, chunk_size);
       }
@@ -743,8 +806,8 @@ HLA_INLINE void few_rows(const LinearArguments& a, int64_t begin, int64_t end) {
 }
 
 using AttendPiece = void (*)(const DecodeMaps&, const TiledRope&, const DecodeItem&, const Queries&,
-                             const std::vector<float>&, at::ScalarType, int64_t, const Piece&,
-                             Scratch&, Partial&);
+                             const Interpolation&, at::ScalarType, int64_t, const Piece&, Scratch&,
+                             Partial&);
 
 using FewRows = void (*)(const LinearArguments&, int64_t begin, int64_t end);
 
@@ -752,7 +815,7 @@ using FewRows = void (*)(const LinearArguments&, int64_t begin, int64_t end);
 #define HLA_DEFINE_VARIANT(name, attributes, bytes)                                               \
   attributes void attend_##name(                                                                  \
       const DecodeMaps& maps, const TiledRope& rope, const DecodeItem& item,                      \
-      const Queries& queries, const std::vector<float>& interpolation, at::ScalarType cache_type, \
+      const Queries& queries, const Interpolation& interpolation, at::ScalarType cache_type,      \
       int64_t block_tokens, const Piece& piece, Scratch& scratch, Partial& partial) {             \
     attend_piece<Vector<bytes>>(maps, rope, item, queries, interpolation, cache_type,             \
                                 block_tokens, piece, scratch, partial);                           \
@@ -851,7 +914,7 @@ void decode_attention(const DecodeMaps& maps, const TiledRope& rope,
                       int64_t block_tokens, SimdLevel level) {
   RECORD_FUNCTION("hla::decode_attention", {});
   const AttendPiece attend = variant(level).attend;
-  const std::vector<float> interpolation = interpolation_weights(maps.nodes, maps.absorbed_block);
+  const Interpolation interpolation = interpolation_of(maps);
   int64_t tokens = 0;
   for (const DecodeItem& item : items) tokens += item.length;
   // A short sequence is not worth waking a thread for.

@@ -9,7 +9,7 @@ namespace hla {
 namespace {
 
 // Blocks of absorbed keys may reach so far beyond the last token.
-constexpr int64_t kBeyond = 64;
+constexpr int64_t kBeyond = 256;
 
 RopeTables positions_of(const RopeTables& tables, int64_t begin, int64_t end) {
   return {tables.cos.slice(0, begin, end), tables.sin.slice(0, begin, end)};

@@ -75,7 +75,7 @@ TEST_F(TokenScoresTest, ComparisonEqualsADirectComputation) {
     EXPECT_LE(max_abs_difference(at::tensor(fast.nll, at::kDouble), nll), 3e-5);
     const at::Tensor teacher_nll = -p.gather(1, targets.unsqueeze(1)).squeeze(1);
     EXPECT_LE(max_abs_difference(at::tensor(fast.teacher_nll, at::kDouble), teacher_nll), 3e-5);
-    expect_near(fast.kl, naive.kl, 5e-5);
+    expect_near(fast.kl, naive.kl, 1e-4);  // both in fp32, of values up to 20
     EXPECT_EQ(fast.same_top1, naive.same_top1);
   }
 }

@@ -18,7 +18,7 @@ constexpr int64_t kHidden = 40;
 constexpr int64_t kHeads = 6;
 constexpr int64_t kKvHeads = 3;
 constexpr int64_t kHeadDim = 16;
-constexpr int64_t kPositions = 1024;
+constexpr int64_t kPositions = 1280;
 
 ModelConfig config_of(HlaRope rope, const HlaLayerConfig& layer, bool bias) {
   ModelConfig config;
@@ -129,7 +129,7 @@ TEST(DecodeAttentionTest, ContextIsThatOfTheLayer) {
   for (size_t i = 0; i < configs.size(); ++i) {
     SCOPED_TRACE(i);
     const Layer layer(configs[i], at::kDouble, {.absorb_error = 0});
-    EXPECT_TRUE(layer.decode.maps().nodes.empty());
+    EXPECT_EQ(layer.decode.maps().absorbed.pairs(), 0);
     const at::Tensor x = layer.random_x(90);
     const at::Tensor records = layer.decode.project(x, layer.positions(0, 90)).records;
     const at::Tensor context = layer.decode.context(last_query(layer, x), records, layer.rope);
@@ -224,7 +224,9 @@ void check_kernels(const DecodeAttention& decode, const std::vector<at::Tensor>&
     }
     decode_attention(decode.maps(), tables, items, cache_dtype, kCacheBlock, level);
     for (size_t i = 0; i < records.size() && floats > 0; ++i) {
-      EXPECT_LE(max_abs_difference(got[static_cast<int64_t>(i)], expected[i]), tolerance)
+      // Of the largest coordinate.
+      const double scale = std::max(1.0, expected[i].abs().max().item<double>());
+      EXPECT_LE(max_abs_difference(got[static_cast<int64_t>(i)], expected[i]), tolerance * scale)
           << "level " << static_cast<int>(level) << ", length " << records[i].size(0);
     }
   }
@@ -236,7 +238,8 @@ TEST(DecodeAttentionTest, KernelsEqualTheirTwin) {
   const std::vector<ModelConfig> configs = all_configs();
   for (size_t i = 0; i < configs.size(); ++i) {
     SCOPED_TRACE(i);
-    const Layer layer(configs[i], at::kFloat, {});
+    // Blocks begin elsewhere in the twin, so that the two err apart.
+    const Layer layer(configs[i], at::kFloat, {.absorb_error = 1e-6});
     for (const std::vector<int64_t>& lengths :
          {std::vector<int64_t>{1}, {40}, {17, 300, 1, 64}, {900}}) {
       std::vector<at::Tensor> records;

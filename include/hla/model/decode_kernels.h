@@ -45,23 +45,29 @@ struct DecodeMaps {
   };
   std::vector<Stored> stored;
 
-  // Keys that are made again for every token, by kv head: pairs of rows (2i, 2i+1).
+  // Keys that are no coordinates, by kv head: pairs of rows (2i, 2i+1).
   struct Keys {
     Ranges from;
     std::vector<int32_t> frequency;   // of each pair
     std::vector<int32_t> first_pair;  // (K + 1): pairs of kv head g are first_pair[g]…[g + 1] - 1
     std::vector<int32_t> query_index;  // entry of q of each row
-    std::vector<float> matrix;         // rebuilt: (columns, rows); absorbed: (rows, columns)
+    int64_t stride = 0;                // of the matrix: its columns, rounded up to kTileTokens
+    std::vector<float> matrix;         // (rows, stride), zeros behind the columns
     std::vector<float> bias;           // (rows), or empty
     int64_t pairs() const { return static_cast<int64_t>(frequency.size()); }
   };
+  // These are made again for every token.
   Keys rebuilt;
-  // Keys so slow that their map is moved onto the query once per block of tokens: the scores of a
-  // block are interpolated between those with the query turned for each of `nodes` (in tokens from
-  // the block's beginning, integers).
+  // These turn so slowly that their map is moved onto the query: it is turned for the nodes of a
+  // block of tokens and pulled through the matrix; from the results, queries for the nodes of the
+  // smaller blocks within are interpolated; from their products with a token, its score is.
   Keys absorbed;
-  int64_t absorbed_block = kTileTokens;  // tokens, a multiple of kTileTokens that divides 64
-  std::vector<int32_t> nodes;
+  struct Blocks {
+    int64_t size = kTileTokens;  // tokens, a multiple of kTileTokens
+    std::vector<int32_t> nodes;  // in tokens from a block's beginning
+  };
+  Blocks turned;
+  Blocks scored;  // turned.size is a multiple of scored.size
 
   // Contexts: averages of coordinates by the heads' probabilities. Groups of heads in order.
   struct Values {
@@ -75,8 +81,8 @@ struct DecodeMaps {
   int64_t absorbing_heads() const;      // query heads of those that have
 };
 
-// Lagrange's polynomials of the nodes at every token of a block, (nodes, block).
-std::vector<float> interpolation_weights(const std::vector<int32_t>& nodes, int64_t block);
+// Lagrange's polynomials of the nodes at a token counted from the block's beginning.
+std::vector<float> interpolation_weights(const std::vector<int32_t>& nodes, int64_t token);
 
 // Cosines and sines of all positions in tiles: (tiles, frequencies, kTileTokens) each.
 struct TiledRope {
