@@ -33,12 +33,12 @@ struct Vector {
   static HLA_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
   static HLA_INLINE float total(Floats x) {
+    float lanes[kLanes];
+    store(lanes, x);
     for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-      Bits other;
-      for (int64_t i = 0; i < kLanes; ++i) other[i] = static_cast<uint32_t>(i ^ half);
-      x += __builtin_shuffle(x, other);
+      for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[half + i];
     }
-    return x[0];
+    return lanes[0];
   }
 
   // e^x to about 1 ulp for -87 <= x <= 88, after S. L. Moshier's Cephes (expf). Below the range the

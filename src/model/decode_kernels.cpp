@@ -49,7 +49,7 @@ namespace {
 constexpr int64_t kTile = kTileTokens;
 // Tokens that a stretch is worked off by: as many as their records leave room for in a core's
 // second-level cache, beside the next ones, which are being fetched.
-constexpr int64_t kChunkBytes = 128 << 10;
+constexpr int64_t kChunkBytes = 64 << 10;
 constexpr int64_t kLeastChunk = 64;
 constexpr int64_t kLongestChunk = 256;
 
@@ -149,21 +149,32 @@ template <class V, int R>
 HLA_INLINE void products_of(const float* z, int64_t n, const float* w, int64_t stride,
                             const float* ahead, float* out, int64_t out_stride) {
   constexpr int kVectors = static_cast<int>(kTile / V::kLanes);
-  typename V::Floats acc[R][kVectors];
+  // Few sums wait for each other: then those of even and odd coordinates are apart.
+  constexpr int kApart = R <= 3 ? 2 : 1;
+  typename V::Floats acc[kApart][R][kVectors] = {};
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = V::load(out + r * out_stride + v * V::kLanes);
+    for (int v = 0; v < kVectors; ++v) acc[0][r][v] = V::load(out + r * out_stride + v * V::kLanes);
   }
-  for (int64_t i = 0; i < n; ++i) {
+  const auto add = [&](int64_t i, int apart) __attribute__((always_inline)) {
     if (ahead != nullptr) __builtin_prefetch(ahead + i * kTile, 0, 2);
     typename V::Floats x[kVectors];
     for (int v = 0; v < kVectors; ++v) x[v] = V::load(z + i * kTile + v * V::kLanes);
     for (int r = 0; r < R; ++r) {
       const float weight = w[r * stride + i];
-      for (int v = 0; v < kVectors; ++v) acc[r][v] += x[v] * weight;
+      for (int v = 0; v < kVectors; ++v) acc[apart][r][v] += x[v] * weight;
     }
+  };
+  int64_t i = 0;
+  for (; i + kApart <= n; i += kApart) {
+    add(i, 0);
+    if (kApart > 1) add(i + 1, kApart - 1);
   }
+  for (; i < n; ++i) add(i, 0);
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kVectors; ++v) V::store(out + r * out_stride + v * V::kLanes, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      V::store(out + r * out_stride + v * V::kLanes,
+               kApart > 1 ? acc[0][r][v] + acc[kApart - 1][r][v] : acc[0][r][v]);
+    }
   }
 }
 
@@ -228,27 +239,38 @@ HLA_INLINE void weighted_sums_of(const float* z, int64_t tile_stride, int64_t ti
   }
 }
 
+// For D coordinates and all heads of a group, a few at a time. `ahead` is fetched once.
 template <class V, int D>
 HLA_INLINE void weighted_sums_of(const float* z, int64_t tile_stride, int64_t tiles, const float* p,
                                  int64_t p_stride, int64_t heads, const float* ahead,
                                  int64_t ahead_stride, float* sums) {
   const int64_t stride = heads * V::kLanes;
-  for (int64_t r = 0; r < heads;) {
-    const float* probabilities = p + r * p_stride;
+  constexpr int64_t kMost = D <= 2 ? 6 : 3;
+  const int64_t parts = (heads + kMost - 1) / kMost;
+  for (int64_t part = 0, r = 0; part < parts; ++part) {
+    const int64_t count = (heads - r + parts - part - 1) / (parts - part);
+    const float* from = p + r * p_stride;
     float* to = sums + r * V::kLanes;
-    if (heads - r >= 3 && heads - r != 4) {
-      weighted_sums_of<V, 3, D>(z, tile_stride, tiles, probabilities, p_stride, ahead, ahead_stride,
-                                to, stride);
-      r += 3;
-    } else if (heads - r >= 2) {
-      weighted_sums_of<V, 2, D>(z, tile_stride, tiles, probabilities, p_stride, ahead, ahead_stride,
-                                to, stride);
-      r += 2;
-    } else {
-      weighted_sums_of<V, 1, D>(z, tile_stride, tiles, probabilities, p_stride, ahead, ahead_stride,
-                                to, stride);
-      r += 1;
+    const auto run = [&]<int R>() __attribute__((always_inline)) {
+      weighted_sums_of<V, R, D>(z, tile_stride, tiles, from, p_stride, ahead, ahead_stride, to,
+                                stride);
+    };
+    if (count == 1) {
+      run.template operator()<1>();
+    } else if (count == 2) {
+      run.template operator()<2>();
+    } else if (count == 3) {
+      run.template operator()<3>();
+    } else if constexpr (D <= 2) {
+      if (count == 4) {
+        run.template operator()<4>();
+      } else if (count == 5) {
+        run.template operator()<5>();
+      } else {
+        run.template operator()<6>();
+      }
     }
+    r += count;
     ahead = nullptr;
   }
 }
@@ -259,15 +281,20 @@ HLA_INLINE void weighted_sums(const float* z, int64_t n, int64_t tile_stride, in
                               const float* p, int64_t p_stride, int64_t heads, const float* ahead,
                               int64_t ahead_stride, float* sums) {
   int64_t i = 0;
-  const auto next = [&](int64_t at) { return ahead == nullptr ? nullptr : ahead + at * kTile; };
-  for (; i + 4 <= n; i += 4) {
-    weighted_sums_of<V, 4>(z + i * kTile, tile_stride, tiles, p, p_stride, heads, next(i),
-                           ahead_stride, sums + i * heads * V::kLanes);
+  const auto run = [&]<int D>() __attribute__((always_inline)) {
+    for (; i + D <= n; i += D) {
+      weighted_sums_of<V, D>(z + i * kTile, tile_stride, tiles, p, p_stride, heads,
+                             ahead == nullptr ? nullptr : ahead + i * kTile, ahead_stride,
+                             sums + i * heads * V::kLanes);
+    }
+  };
+  // As many sums at once as there are registers: of few coordinates where there are many heads.
+  if (heads > 3) {
+    run.template operator()<2>();
+  } else {
+    run.template operator()<4>();
   }
-  for (; i < n; ++i) {
-    weighted_sums_of<V, 1>(z + i * kTile, tile_stride, tiles, p, p_stride, heads, next(i),
-                           ahead_stride, sums + i * heads * V::kLanes);
-  }
+  run.template operator()<1>();
 }
 
 // The tiles of a chunk.
@@ -306,10 +333,13 @@ HLA_INLINE void turn_back(const DecodeMaps& maps, const TiledRope& rope, const C
   const int64_t tables = (chunk.position / kTile + t) * rope.frequencies * kTile;
   const float* cos_table = rope.cos + tables;
   const float* sin_table = rope.sin + tables;
+  const int64_t next_tables = rope.frequencies * kTile;
   float* y = plain + t * chunk.plain_stride;
   for (int64_t i = 0; i < pairs; ++i, z += 2 * kTile, y += 2 * kTile) {
     const float* c = cos_table + frequency[i] * kTile;
     const float* s = sin_table + frequency[i] * kTile;
+    __builtin_prefetch(c + next_tables, 0, 3);
+    __builtin_prefetch(s + next_tables, 0, 3);
     for (int64_t at = 0; at < kTile; at += V::kLanes) {
       const auto cos = V::load(c + at) * scale;
       const auto sin = V::load(s + at) * scale;
@@ -452,6 +482,34 @@ HLA_INLINE void absorb_queries(const DecodeMaps& maps, const TiledRope& rope, co
   }
 }
 
+// to[i] = Σ_c shares[c]·from[c][i] for U vectors.
+template <class V, int U>
+HLA_INLINE void mix_of(const float* from, int64_t size, const std::vector<float>& shares,
+                       float* to) {
+  typename V::Floats acc[U] = {};
+  for (size_t c = 0; c < shares.size(); ++c, from += size) {
+    for (int u = 0; u < U; ++u) acc[u] += V::load(from + u * V::kLanes) * shares[c];
+  }
+  for (int u = 0; u < U; ++u) V::store(to + u * V::kLanes, acc[u]);
+}
+
+template <class V>
+HLA_INLINE void mix(const float* from, int64_t size, const std::vector<float>& shares, float* to) {
+  constexpr int kUnroll = 8;
+  int64_t i = 0;
+  for (; i + kUnroll * V::kLanes <= size; i += kUnroll * V::kLanes) {
+    mix_of<V, kUnroll>(from + i, size, shares, to + i);
+  }
+  for (; i + V::kLanes <= size; i += V::kLanes) mix_of<V, 1>(from + i, size, shares, to + i);
+  for (; i < size; ++i) {
+    float sum = 0;
+    for (size_t c = 0; c < shares.size(); ++c) {
+      sum += from[static_cast<int64_t>(c) * size + i] * shares[c];
+    }
+    to[i] = sum;
+  }
+}
+
 // How the absorbed keys' scores are put together: the same for all blocks.
 struct Interpolation {
   bool two_steps = false;
@@ -508,28 +566,9 @@ HLA_INLINE void add_absorbed_scores(const DecodeMaps& maps, const TiledRope& rop
       for (int64_t p = 0; p < nodes; ++p) {
         const std::vector<float>& shares =
             interpolation.queries[static_cast<size_t>(in_turned / maps.scored.size * nodes + p)];
-        const auto mix = [&](const float* from, int64_t size, float* to)
-            __attribute__((always_inline)) {
-          // The constants are as many as heads, which need not fill vectors.
-          int64_t i = 0;
-          for (; i + V::kLanes <= size; i += V::kLanes) {
-            typename V::Floats sum = {};
-            for (int64_t c = 0; c < turned_nodes; ++c) {
-              sum += V::load(from + c * size + i) * shares[static_cast<size_t>(c)];
-            }
-            V::store(to + i, sum);
-          }
-          for (; i < size; ++i) {
-            float sum = 0;
-            for (int64_t c = 0; c < turned_nodes; ++c) {
-              sum += from[c * size + i] * shares[static_cast<size_t>(c)];
-            }
-            to[i] = sum;
-          }
-        };
-        mix(exact, heads * map.stride, between + p * heads * map.stride);
-        mix(exact + turned_nodes * heads * map.stride, heads,
-            between + nodes * heads * map.stride + p * heads);
+        mix<V>(exact, heads * map.stride, shares, between + p * heads * map.stride);
+        mix<V>(exact + turned_nodes * heads * map.stride, heads, shares,
+               between + nodes * heads * map.stride + p * heads);
       }
     }
     const float* weights = interpolation.two_steps ? between : exact;
@@ -577,7 +616,7 @@ HLA_INLINE float soften(float* scores, int64_t tokens, int64_t padded, float& re
   for (int64_t lane = 0; lane < V::kLanes; ++lane) max = std::max(max, highest[lane]);
   float scale = 1;
   if (reference == kNoReference || max > reference + kSlack) {
-    scale = reference == kNoReference ? 0.0F : std::exp(reference - max);
+    if (reference != kNoReference) scale = std::exp(reference - max);  // else there are no sums yet
     reference = max;
   }
   typename V::Floats total = {};
@@ -756,7 +795,7 @@ HLA_INLINE void few_products(const float* w, const float* bias, const float* x, 
     i += V::kLanes;
   };
   while (i + kTile <= size) {  // a line of each row
-    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (r + 2 * R) * size + i, 0, 3);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (r + 8) * size + i, 0, 3);
     for (int v = 0; v < kTile / V::kLanes; ++v) step();
   }
   while (i + V::kLanes <= size) step();
@@ -772,7 +811,7 @@ HLA_INLINE void few_products(const float* w, const float* bias, const float* x, 
 // Rows [begin, end) of w, for N rows of x.
 template <class V, int N>
 HLA_INLINE void few_rows_of(const LinearArguments& a, int64_t begin, int64_t end) {
-  constexpr int kRows = N <= 2 ? 4 : N <= 4 ? 2 : 1;
+  constexpr int kRows = N <= 2 ? 4 : N <= 4 ? 3 : 1;
   const auto bias = [&](int64_t row) { return a.bias == nullptr ? nullptr : a.bias + row; };
   int64_t row = begin;
   for (; row + kRows <= end; row += kRows) {
