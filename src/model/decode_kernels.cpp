@@ -144,6 +144,15 @@ Queries make_queries(const DecodeMaps& maps, const float* query) {
   return result;
 }
 
+// Calls action<count>(): loops over 1…Most sums are unrolled, so that they stay in registers.
+template <int Most, class Action>
+HLA_INLINE void with_count(int64_t count, const Action& action) {
+  if constexpr (Most > 1) {
+    if (count < Most) return with_count<Most - 1>(count, action);
+  }
+  action.template operator()<Most>();
+}
+
 // out[r][16] += Σ_i w[r][i]·z[i][16] of R rows of w, z (n, 16).
 template <class V, int R>
 HLA_INLINE void products_of(const float* z, int64_t n, const float* w, int64_t stride,
@@ -187,25 +196,10 @@ HLA_INLINE void products(const float* z, int64_t n, const float* w, int64_t rows
     const int64_t count = (rows - at + parts - part - 1) / (parts - part);
     const float* from = w + at * stride;
     float* to = out + at * out_stride;
-    switch (count) {
-      case 1:
-        products_of<V, 1>(z, n, from, stride, ahead, to, out_stride);
-        break;
-      case 2:
-        products_of<V, 2>(z, n, from, stride, ahead, to, out_stride);
-        break;
-      case 3:
-        products_of<V, 3>(z, n, from, stride, ahead, to, out_stride);
-        break;
-      case 4:
-        products_of<V, 4>(z, n, from, stride, ahead, to, out_stride);
-        break;
-      case 5:
-        products_of<V, 5>(z, n, from, stride, ahead, to, out_stride);
-        break;
-      default:
-        products_of<V, 6>(z, n, from, stride, ahead, to, out_stride);
-    }
+    with_count<6>(
+        count, [&]<int R>() __attribute__((always_inline)) {
+          products_of<V, R>(z, n, from, stride, ahead, to, out_stride);
+        });
     at += count;
     ahead = nullptr;
   }
@@ -245,31 +239,17 @@ HLA_INLINE void weighted_sums_of(const float* z, int64_t tile_stride, int64_t ti
                                  int64_t p_stride, int64_t heads, const float* ahead,
                                  int64_t ahead_stride, float* sums) {
   const int64_t stride = heads * V::kLanes;
-  constexpr int64_t kMost = D <= 2 ? 6 : 3;
+  constexpr int kMost = D <= 2 ? 6 : 3;
   const int64_t parts = (heads + kMost - 1) / kMost;
   for (int64_t part = 0, r = 0; part < parts; ++part) {
     const int64_t count = (heads - r + parts - part - 1) / (parts - part);
     const float* from = p + r * p_stride;
     float* to = sums + r * V::kLanes;
-    const auto run = [&]<int R>() __attribute__((always_inline)) {
-      weighted_sums_of<V, R, D>(z, tile_stride, tiles, from, p_stride, ahead, ahead_stride, to,
-                                stride);
-    };
-    if (count == 1) {
-      run.template operator()<1>();
-    } else if (count == 2) {
-      run.template operator()<2>();
-    } else if (count == 3) {
-      run.template operator()<3>();
-    } else if constexpr (D <= 2) {
-      if (count == 4) {
-        run.template operator()<4>();
-      } else if (count == 5) {
-        run.template operator()<5>();
-      } else {
-        run.template operator()<6>();
-      }
-    }
+    with_count<kMost>(
+        count, [&]<int R>() __attribute__((always_inline)) {
+          weighted_sums_of<V, R, D>(z, tile_stride, tiles, from, p_stride, ahead, ahead_stride, to,
+                                    stride);
+        });
     r += count;
     ahead = nullptr;
   }
@@ -824,24 +804,8 @@ HLA_INLINE void few_rows_of(const LinearArguments& a, int64_t begin, int64_t end
 
 template <class V>
 HLA_INLINE void few_rows(const LinearArguments& a, int64_t begin, int64_t end) {
-  switch (a.rows) {
-    case 1:
-      return few_rows_of<V, 1>(a, begin, end);
-    case 2:
-      return few_rows_of<V, 2>(a, begin, end);
-    case 3:
-      return few_rows_of<V, 3>(a, begin, end);
-    case 4:
-      return few_rows_of<V, 4>(a, begin, end);
-    case 5:
-      return few_rows_of<V, 5>(a, begin, end);
-    case 6:
-      return few_rows_of<V, 6>(a, begin, end);
-    case 7:
-      return few_rows_of<V, 7>(a, begin, end);
-    default:
-      return few_rows_of<V, 8>(a, begin, end);
-  }
+  with_count<kFewRows>(
+      a.rows, [&]<int N>() __attribute__((always_inline)) { few_rows_of<V, N>(a, begin, end); });
 }
 
 using AttendPiece = void (*)(const DecodeMaps&, const TiledRope&, const DecodeItem&, const Queries&,
