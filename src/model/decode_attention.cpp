@@ -171,7 +171,7 @@ class DecodeAttention::Builder {
   };
 
   Builder(DecodeAttention& to, const ModelConfig& config, const DecodeAttentionOptions& options)
-      : to_(to), maps_(to.maps_), config_(config), options_(options) {
+      : to_(to), config_(config), options_(options) {
     maps_.heads = config.num_attention_heads;
     maps_.kv_heads = config.num_key_value_heads;
     maps_.head_dim = config.head_dim;
@@ -303,6 +303,8 @@ class DecodeAttention::Builder {
     tensors_of(maps_.rebuilt, rebuilt_, to_.rebuilt_, as_model);
     tensors_of(maps_.absorbed, absorbed_, to_.absorbed_, as_model);
   }
+
+  DecodeMaps take_maps() { return std::move(maps_); }
 
  private:
   // A key that is made of all coordinates.
@@ -539,7 +541,7 @@ class DecodeAttention::Builder {
   }
 
   DecodeAttention& to_;
-  DecodeMaps& maps_;
+  DecodeMaps maps_;
   const ModelConfig& config_;
   DecodeAttentionOptions options_;
   std::vector<int32_t> rotation_;
@@ -559,6 +561,7 @@ DecodeAttention::DecodeAttention(const Attention& attention, const ModelConfig& 
   } else {
     builder.of_llama();
   }
+  kernel_ = DecodeKernel(builder.take_maps());
 }
 
 // The first `pairs` pairs (2i, 2i+1) of x (N, n), turned by the positions' angles, or back.
@@ -594,14 +597,14 @@ DecodeAttention::Projected DecodeAttention::project(const at::Tensor& x,
 
 std::pair<at::Tensor, at::Tensor> DecodeAttention::rebuild(const at::Tensor& records,
                                                            const RopeTables& rope) const {
-  const auto pairs = static_cast<int64_t>(maps_.unrotated.size());
+  const auto pairs = static_cast<int64_t>(maps().unrotated.size());
   return rebuild(Projected{turn(records, pairs, rope, /*back=*/true), records}, rope);
 }
 
 std::pair<at::Tensor, at::Tensor> DecodeAttention::rebuild(const Projected& projected,
                                                            const RopeTables& rope) const {
-  const int64_t d = maps_.head_dim;
-  const int64_t kv_heads = maps_.kv_heads;
+  const int64_t d = maps().head_dim;
+  const int64_t kv_heads = maps().kv_heads;
   const at::Tensor& records = projected.records;
   const int64_t length = records.size(0);
   if (!down_.defined()) {
@@ -609,9 +612,9 @@ std::pair<at::Tensor, at::Tensor> DecodeAttention::rebuild(const Projected& proj
     return {heads.slice(1, 0, kv_heads), heads.slice(1, kv_heads)};
   }
   at::Tensor keys = gather_columns(records, key_source_);  // (L, K·d)
-  for (size_t i = 0; i < maps_.stored.size(); ++i) {
+  for (size_t i = 0; i < maps().stored.size(); ++i) {
     if (!stored_matrices_[i].defined()) continue;
-    const DecodeMaps::Stored& group = maps_.stored[i];
+    const DecodeMaps::Stored& group = maps().stored[i];
     const int64_t g = group.head / group.heads;
     keys.slice(1, g * d, (g + 1) * d)
         .add_(records.slice(1, group.range.begin, group.range.end).matmul(stored_matrices_[i].t()));
@@ -623,12 +626,12 @@ std::pair<at::Tensor, at::Tensor> DecodeAttention::rebuild(const Projected& proj
     keys.index_add_(1, tensors.target,
                     apply_rope_interleaved(rows, rope.select(tensors.frequency)));
   };
-  add_keys(maps_.rebuilt, rebuilt_);
-  add_keys(maps_.absorbed, absorbed_);
+  add_keys(maps().rebuilt, rebuilt_);
+  add_keys(maps().absorbed, absorbed_);
   if (constant_keys_.defined()) keys.add_(constant_keys_);
   at::Tensor values;
   if (values_.defined()) {
-    const at::Tensor latent = columns(projected.plain, maps_.values[0].from);
+    const at::Tensor latent = columns(projected.plain, maps().values[0].from);
     const at::Tensor matrix = values_.flatten(0, 1);
     values = values_bias_.defined() ? at::linear(latent, matrix, values_bias_.flatten())
                                     : at::linear(latent, matrix);
@@ -641,36 +644,36 @@ std::pair<at::Tensor, at::Tensor> DecodeAttention::rebuild(const Projected& proj
 at::Tensor DecodeAttention::gather(const at::Tensor& contexts) const {
   const int64_t count = contexts.size(0);
   if (!down_.defined()) return contexts;
-  if (!values_.defined()) return contexts.new_zeros({count, maps_.heads * maps_.head_dim});
+  if (!values_.defined()) return contexts.new_zeros({count, maps().heads * maps().head_dim});
   if (cpu::applies(contexts) && cpu::applies(values_)) {
     const at::Tensor gathered =
-        at::empty({count, maps_.heads * maps_.head_dim}, contexts.options());
+        at::empty({count, maps().heads * maps().head_dim}, contexts.options());
     gather_values(contexts, values_, values_bias_, gathered);
     return gathered;
   }
-  const int64_t group = maps_.heads / maps_.kv_heads;
-  const at::Tensor by_head = contexts.view({count, maps_.kv_heads, group, -1})
+  const int64_t group = maps().heads / maps().kv_heads;
+  const at::Tensor by_head = contexts.view({count, maps().kv_heads, group, -1})
                                  .transpose(0, 1)
-                                 .reshape({maps_.kv_heads, count * group, -1});
+                                 .reshape({maps().kv_heads, count * group, -1});
   at::Tensor gathered = at::bmm(by_head, values_.transpose(1, 2));  // (K, N·G, d)
   if (values_bias_.defined()) gathered = gathered + values_bias_.unsqueeze(1);
-  return gathered.view({maps_.kv_heads, count, group, maps_.head_dim})
+  return gathered.view({maps().kv_heads, count, group, maps().head_dim})
       .transpose(0, 1)
-      .reshape({count, maps_.heads * maps_.head_dim});
+      .reshape({count, maps().heads * maps().head_dim});
 }
 
 at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& records,
                                     const RopeTables& rope) const {
-  const int64_t d = maps_.head_dim;
+  const int64_t d = maps().head_dim;
   const int64_t length = records.size(0);
-  const int64_t group = maps_.heads / maps_.kv_heads;
+  const int64_t group = maps().heads / maps().kv_heads;
   const at::Tensor q = query / std::sqrt(static_cast<double>(d));  // (H, d)
   const RopeTables positions = {rope.cos.slice(0, 0, length), rope.sin.slice(0, 0, length)};
   const at::Tensor plain =
-      turn(records, static_cast<int64_t>(maps_.unrotated.size()), positions, /*back=*/true);
-  at::Tensor scores = q.new_zeros({maps_.heads, length});
-  for (size_t i = 0; i < maps_.stored.size(); ++i) {
-    const DecodeMaps::Stored& stored = maps_.stored[i];
+      turn(records, static_cast<int64_t>(maps().unrotated.size()), positions, /*back=*/true);
+  at::Tensor scores = q.new_zeros({maps().heads, length});
+  for (size_t i = 0; i < maps().stored.size(); ++i) {
+    const DecodeMaps::Stored& stored = maps().stored[i];
     const at::Tensor heads = q.slice(0, stored.head, stored.head + stored.heads);
     const at::Tensor weights =
         down_.defined() && stored_matrices_[i].defined()
@@ -684,12 +687,12 @@ at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& r
                  2 * map.first_pair[static_cast<size_t>(g + 1)]};
   };
   if (rebuilt_.matrix.defined()) {
-    at::Tensor keys = columns(plain, maps_.rebuilt.from).matmul(rebuilt_.matrix.t());
+    at::Tensor keys = columns(plain, maps().rebuilt.from).matmul(rebuilt_.matrix.t());
     if (rebuilt_.bias.defined()) keys = keys + rebuilt_.bias;
     keys = apply_rope_interleaved(keys, positions.select(rebuilt_.frequency));
     const at::Tensor weights = q.index_select(1, rebuilt_.query_index);  // (H, rows)
-    for (int64_t g = 0; g < maps_.kv_heads; ++g) {
-      const Range rows = of_head(maps_.rebuilt, g);
+    for (int64_t g = 0; g < maps().kv_heads; ++g) {
+      const Range rows = of_head(maps().rebuilt, g);
       const Range heads = {g * group, (g + 1) * group};
       scores.slice(0, heads.begin, heads.end)
           .add_(weights.slice(0, heads.begin, heads.end)
@@ -698,38 +701,38 @@ at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& r
     }
   }
   if (absorbed_.matrix.defined()) {
-    const int64_t block = maps_.turned.size;
+    const int64_t block = maps().turned.size;
     const int64_t blocks = (length + block - 1) / block;
     const at::Tensor begins = at::arange(blocks, records.options().dtype(at::kLong)) * block;
     // (block, nodes): both interpolations at once.
     std::vector<at::Tensor> both;
     for (int64_t token = 0; token < block; ++token) {
-      const int64_t begin = token / maps_.scored.size * maps_.scored.size;
-      const auto between = interpolation_weights(maps_.scored.nodes, token - begin);
-      at::Tensor sum = at::zeros({static_cast<int64_t>(maps_.turned.nodes.size())});
+      const int64_t begin = token / maps().scored.size * maps().scored.size;
+      const auto between = interpolation_weights(maps().scored.nodes, token - begin);
+      at::Tensor sum = at::zeros({static_cast<int64_t>(maps().turned.nodes.size())});
       for (size_t p = 0; p < between.size(); ++p) {
         sum +=
-            at::tensor(interpolation_weights(maps_.turned.nodes, begin + maps_.scored.nodes[p])) *
+            at::tensor(interpolation_weights(maps().turned.nodes, begin + maps().scored.nodes[p])) *
             between[p];
       }
       both.push_back(sum);
     }
     const at::Tensor shares = at::stack(both).to(q.device(), q.scalar_type());
     // (blocks, block, columns): tokens beyond the last are zeros, and cut off in the end.
-    const at::Tensor latent =
-        at::constant_pad_nd(columns(plain, maps_.absorbed.from), {0, 0, 0, blocks * block - length})
-            .unflatten(0, {blocks, block});
-    for (size_t p = 0; p < maps_.turned.nodes.size(); ++p) {
+    const at::Tensor latent = at::constant_pad_nd(columns(plain, maps().absorbed.from),
+                                                  {0, 0, 0, blocks * block - length})
+                                  .unflatten(0, {blocks, block});
+    for (size_t p = 0; p < maps().turned.nodes.size(); ++p) {
       // The queries turned back by each block's node, (blocks, H, rows).
-      const at::Tensor positions_of_node = begins + maps_.turned.nodes[p];
+      const at::Tensor positions_of_node = begins + maps().turned.nodes[p];
       RopeTables tables = {rope.cos.index_select(0, positions_of_node),
                            -rope.sin.index_select(0, positions_of_node)};
       tables = tables.select(absorbed_.frequency);
       tables = {tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)};
       const at::Tensor rows = q.index_select(1, absorbed_.query_index).unsqueeze(0);
       const at::Tensor turned = apply_rope_interleaved(rows, tables);
-      for (int64_t g = 0; g < maps_.kv_heads; ++g) {
-        const Range range = of_head(maps_.absorbed, g);
+      for (int64_t g = 0; g < maps().kv_heads; ++g) {
+        const Range range = of_head(maps().absorbed, g);
         const at::Tensor part = turned.slice(1, g * group, (g + 1) * group)
                                     .slice(2, range.begin, range.end);  // (blocks, G, rows of g)
         const at::Tensor pulled =
@@ -745,7 +748,7 @@ at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& r
   }
   const at::Tensor probabilities = scores.softmax(1);
   std::vector<at::Tensor> contexts = {scores.new_zeros({0})};
-  for (const DecodeMaps::Values& values : maps_.values) {
+  for (const DecodeMaps::Values& values : maps().values) {
     contexts.push_back(probabilities.slice(0, values.head, values.head + values.heads)
                            .matmul(columns(plain, values.from))
                            .flatten());
@@ -754,20 +757,20 @@ at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& r
 }
 
 double DecodeAttention::decode_cost() const {
-  const auto heads = static_cast<double>(maps_.heads);
-  const double group = heads / static_cast<double>(maps_.kv_heads);
-  double sum = 4.0 * static_cast<double>(maps_.unrotated.size());
-  for (const DecodeMaps::Stored& stored : maps_.stored) {
+  const auto heads = static_cast<double>(maps().heads);
+  const double group = heads / static_cast<double>(maps().kv_heads);
+  double sum = 4.0 * static_cast<double>(maps().unrotated.size());
+  for (const DecodeMaps::Stored& stored : maps().stored) {
     sum += static_cast<double>(stored.heads * stored.range.size());
   }
-  sum += static_cast<double>(maps_.rebuilt.pairs()) *
-         (2 * static_cast<double>(total_size(maps_.rebuilt.from)) + 4 + 2 * group);
-  if (maps_.absorbed.pairs() > 0) {
-    sum += Builder::Absorption{maps_.turned, maps_.scored}.cost(
-        static_cast<double>(maps_.absorbing_heads()), static_cast<double>(maps_.absorbed.pairs()),
-        group, static_cast<double>(total_size(maps_.absorbed.from)));
+  sum += static_cast<double>(maps().rebuilt.pairs()) *
+         (2 * static_cast<double>(total_size(maps().rebuilt.from)) + 4 + 2 * group);
+  if (maps().absorbed.pairs() > 0) {
+    sum += Builder::Absorption{maps().turned, maps().scored}.cost(
+        static_cast<double>(maps().absorbing_heads()), static_cast<double>(maps().absorbed.pairs()),
+        group, static_cast<double>(total_size(maps().absorbed.from)));
   }
-  for (const DecodeMaps::Values& values : maps_.values) {
+  for (const DecodeMaps::Values& values : maps().values) {
     sum += static_cast<double>(values.heads * total_size(values.from));
   }
   return sum;
@@ -775,7 +778,7 @@ double DecodeAttention::decode_cost() const {
 
 double DecodeAttention::rebuild_cost() const {
   if (!down_.defined()) return 0;
-  double sum = 4.0 * static_cast<double>(maps_.unrotated.size());
+  double sum = 4.0 * static_cast<double>(maps().unrotated.size());
   for (const at::Tensor* matrix : {&rebuilt_.matrix, &absorbed_.matrix, &values_}) {
     if (matrix->defined()) sum += static_cast<double>(matrix->numel());
   }

@@ -87,61 +87,128 @@ struct Partial {
 
 // Working memory of a thread.
 struct Scratch {
-  std::vector<float> records;  // fp32 of a chunk, where the cache is in 16 bits
-  std::vector<float> plain;    // pairs turned back: (tiles, 2·pairs, 16)
-  std::vector<float> keys;     // rebuilt, of one tile: (rows, 16)
-  std::vector<float> weights;  // queries by coordinate
-  std::vector<float> scores;   // (H, chunk)
-  std::vector<float> nodes;    // (nodes·H, chunk)
-  std::vector<float> sums;     // contexts by lane: (context_floats, lanes)
+  std::vector<float> records;   // fp32 of a chunk, where the cache is in 16 bits
+  std::vector<float> plain;     // pairs turned back: (tiles, 2·pairs, 16)
+  std::vector<float> keys;      // rebuilt, of one tile: (rows, 16)
+  std::vector<float> queries;   // of stored and rebuilt keys, by coordinate
+  std::vector<float> absorbed;  // queries of absorbed keys, by coordinate
+  std::vector<float> scores;    // (H, chunk)
+  std::vector<float> nodes;     // (nodes·H, 16)
+  std::vector<float> sums;      // contexts by lane: (coordinates, heads, lanes) by group
 };
 
+// Of so many floats, at the beginning of a line of the caches.
 float* sized(std::vector<float>& buffer, int64_t size) {
-  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
-  return buffer.data();
+  constexpr size_t kLine = 64;
+  const size_t wanted = static_cast<size_t>(size) + kLine / sizeof(float);
+  if (buffer.size() < wanted) buffer.resize(wanted);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return buffer.data() + (kLine - address % kLine) % kLine / sizeof(float);
 }
 
-// Queries of one item, by coordinate.
-struct Queries {
-  std::vector<std::vector<float>> stored;   // by group: (heads, range)
-  std::vector<std::vector<float>> rebuilt;  // by kv head: (G, rows)
+// How the absorbed keys' scores are put together: the same for all blocks.
+struct Interpolation {
+  bool two_steps = false;
+  std::vector<std::vector<float>> queries;  // by block within a turned one and its node: (nodes)
+  std::vector<float> scores;                // (nodes, scored.size)
 };
 
-Queries make_queries(const DecodeMaps& maps, const float* query) {
-  Queries result;
+Interpolation interpolation_of(const DecodeMaps& maps) {
+  Interpolation result;
+  if (maps.absorbed.pairs() == 0) return result;
+  const DecodeMaps::Blocks& turned = maps.turned;
+  const DecodeMaps::Blocks& scored = maps.scored;
+  result.two_steps = turned.size != scored.size || turned.nodes != scored.nodes;
+  for (int64_t begin = 0; begin < turned.size; begin += scored.size) {
+    for (const int32_t node : scored.nodes) {
+      result.queries.push_back(interpolation_weights(turned.nodes, begin + node));
+    }
+  }
+  result.scores.resize(scored.nodes.size() * static_cast<size_t>(scored.size));
+  for (int64_t token = 0; token < scored.size; ++token) {
+    const std::vector<float> weights = interpolation_weights(scored.nodes, token);
+    for (size_t p = 0; p < weights.size(); ++p) {
+      result.scores[p * static_cast<size_t>(scored.size) + static_cast<size_t>(token)] = weights[p];
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+struct DecodeKernel::Plan {
+  explicit Plan(DecodeMaps from);
+
+  DecodeMaps maps;
+  // Of a stored group: its coordinates are not all averaged, which would fetch the next ones.
+  std::vector<bool> fetched_with_scores;
+  std::vector<int64_t> stored_query, rebuilt_query;  // where they begin
+  int64_t query_floats = 0;
+  Interpolation interpolation;
+};
+
+DecodeKernel::Plan::Plan(DecodeMaps from) : maps(std::move(from)) {
+  std::vector<bool> is_averaged(static_cast<size_t>(maps.floats), false);
+  for (const DecodeMaps::Values& values : maps.values) {
+    for (const Range& range : values.from) {
+      std::fill(is_averaged.begin() + range.begin, is_averaged.begin() + range.end, true);
+    }
+  }
+  for (const DecodeMaps::Stored& group : maps.stored) {
+    bool all = true;
+    for (int64_t row = group.range.begin; row < group.range.end; ++row) {
+      all &= is_averaged[static_cast<size_t>(row)];
+    }
+    fetched_with_scores.push_back(!all);
+    stored_query.push_back(query_floats);
+    query_floats += group.heads * group.range.size();
+  }
+  const int64_t group_size = maps.heads / maps.kv_heads;
+  for (int64_t g = 0; g < maps.kv_heads; ++g) {
+    rebuilt_query.push_back(query_floats);
+    query_floats += group_size * 2 *
+                    (maps.rebuilt.first_pair[static_cast<size_t>(g + 1)] -
+                     maps.rebuilt.first_pair[static_cast<size_t>(g)]);
+  }
+  interpolation = interpolation_of(maps);
+}
+
+namespace {
+
+using Plan = DecodeKernel::Plan;
+
+// Queries of stored keys by coordinate, (heads, range) of each group, and of rebuilt ones, (G,
+// rows) by kv head.
+void make_queries(const Plan& plan, const float* query, float* to) {
+  const DecodeMaps& maps = plan.maps;
   const int64_t d = maps.head_dim;
   const float scale = 1.0F / std::sqrt(static_cast<float>(d));
   for (const DecodeMaps::Stored& group : maps.stored) {
     const int64_t width = group.range.size();
-    std::vector<float> weights(static_cast<size_t>(width * group.heads), 0.0F);
-    for (int64_t h = 0; h < group.heads; ++h) {
+    for (int64_t h = 0; h < group.heads; ++h, to += width) {
       const float* q = query + (group.head + h) * d;
-      float* to = weights.data() + h * width;
       if (group.matrix.empty()) {
         for (int64_t i = 0; i < width; ++i) to[i] = q[group.index[static_cast<size_t>(i)]] * scale;
         continue;
       }
+      std::fill_n(to, width, 0.0F);
       for (int64_t row = 0; row < d; ++row) {
         const float* map = group.matrix.data() + row * width;
         for (int64_t i = 0; i < width; ++i) to[i] += q[row] * scale * map[i];
       }
     }
-    result.stored.push_back(std::move(weights));
   }
   const int64_t group_size = maps.heads / maps.kv_heads;
   for (int64_t g = 0; g < maps.kv_heads && maps.rebuilt.pairs() > 0; ++g) {
     const int64_t first = 2 * maps.rebuilt.first_pair[static_cast<size_t>(g)];
     const int64_t last = 2 * maps.rebuilt.first_pair[static_cast<size_t>(g + 1)];
-    std::vector<float> weights;
     for (int64_t h = 0; h < group_size; ++h) {
       const float* q = query + (g * group_size + h) * d;
       for (int64_t row = first; row < last; ++row) {
-        weights.push_back(q[maps.rebuilt.query_index[static_cast<size_t>(row)]] * scale);
+        *to++ = q[maps.rebuilt.query_index[static_cast<size_t>(row)]] * scale;
       }
     }
-    result.rebuilt.push_back(std::move(weights));
   }
-  return result;
 }
 
 // Calls action<count>(): loops over 1…Most sums are unrolled, so that they stay in registers.
@@ -205,22 +272,61 @@ HLA_INLINE void products(const float* z, int64_t n, const float* w, int64_t rows
   }
 }
 
+// The records of kTile tokens.
+struct Tile {
+  const float* records;  // (n, 16)
+  const float* plain;    // the pairs turned back, (2·pairs, 16), where the plan wants that
+  int64_t position;      // of its first token
+  const float* cos;      // (frequencies, 16)
+  const float* sin;
+};
+
+// Tiles that are worked off together.
+struct Chunk {
+  const float* records;  // (tiles, n, 16)
+  const float* next;     // of the chunk after it, or null
+  const float* plain;    // (tiles, plain_stride)
+  int64_t plain_stride;
+  int64_t position;  // of its first token
+  int64_t tokens;    // that count; those behind them in the last tile do not
+  int64_t tiles;
+  const float* cos;  // (tiles, frequencies, 16)
+  const float* sin;
+};
+
+Tile tile_of(const Plan& plan, const TiledRope& rope, const Chunk& chunk, int64_t t) {
+  const int64_t tables = t * rope.frequencies * kTile;
+  return {chunk.records + t * plan.maps.floats * kTile, chunk.plain + t * chunk.plain_stride,
+          chunk.position + t * kTile, chunk.cos + tables, chunk.sin + tables};
+}
+
+// Neighbouring coordinates in all tiles of a chunk.
+struct Coordinates {
+  const float* z;      // of the first tile
+  int64_t stride;      // from tile to tile
+  const float* ahead;  // to be fetched, or null
+  int64_t ahead_stride;
+};
+
 // sums[i][r][lane] += Σ_tokens p[r][token]·z[i][token] for D coordinates and R heads.
 template <class V, int R, int D>
-HLA_INLINE void weighted_sums_of(const float* z, int64_t tile_stride, int64_t tiles, const float* p,
-                                 int64_t p_stride, const float* ahead, int64_t ahead_stride,
-                                 float* sums, int64_t sums_stride) {
+HLA_INLINE void weighted_sums_of(const Coordinates& from, int64_t tiles, const float* p,
+                                 int64_t p_stride, float* sums, int64_t sums_stride) {
   typename V::Floats acc[D][R] = {};
   for (int64_t t = 0; t < tiles; ++t) {
-    const float* tile = z + t * tile_stride;
-    if (ahead != nullptr) {
-      for (int i = 0; i < D; ++i) __builtin_prefetch(ahead + t * ahead_stride + i * kTile, 0, 2);
+    const float* tile = from.z + t * from.stride;
+    if (from.ahead != nullptr) {
+      for (int i = 0; i < D; ++i) {
+        __builtin_prefetch(from.ahead + t * from.ahead_stride + i * kTile, 0, 2);
+      }
     }
     for (int64_t at = 0; at < kTile; at += V::kLanes) {
       typename V::Floats weight[R];
-      for (int r = 0; r < R; ++r) weight[r] = V::load(p + r * p_stride + t * kTile + at);
+      for (int r = 0; r < R; ++r) {
+        weight[r] = V::in_register(V::load(p + r * p_stride + t * kTile + at));
+      }
       for (int i = 0; i < D; ++i) {
-        const typename V::Floats x = V::load(tile + i * kTile + at);
+        const auto x = V::in_register(V::load(tile + i * kTile + at));
         for (int r = 0; r < R; ++r) acc[i][r] += x * weight[r];
       }
     }
@@ -235,107 +341,102 @@ HLA_INLINE void weighted_sums_of(const float* z, int64_t tile_stride, int64_t ti
 
 // For D coordinates and all heads of a group, a few at a time. `ahead` is fetched once.
 template <class V, int D>
-HLA_INLINE void weighted_sums_of(const float* z, int64_t tile_stride, int64_t tiles, const float* p,
-                                 int64_t p_stride, int64_t heads, const float* ahead,
-                                 int64_t ahead_stride, float* sums) {
-  const int64_t stride = heads * V::kLanes;
-  constexpr int kMost = D <= 2 ? 6 : 3;
-  const int64_t parts = (heads + kMost - 1) / kMost;
-  for (int64_t part = 0, r = 0; part < parts; ++part) {
-    const int64_t count = (heads - r + parts - part - 1) / (parts - part);
-    const float* from = p + r * p_stride;
+HLA_INLINE void weighted_sums_of(Coordinates from, int64_t tiles, const float* p, int64_t p_stride,
+                                 int64_t heads, float* sums) {
+  // As many sums at once as there are registers, which AVX-512 has twice as many of.
+  constexpr int kMost = (V::kLanes == 16 ? 24 : 12) / D;
+  for (int64_t r = 0; r < heads;) {
+    // 9 heads are 5 and 4, not 6 and 3.
+    const int64_t left = heads - r;
+    const int64_t count = left <= kMost ? left : std::min<int64_t>(kMost, (left + 1) / 2);
+    const float* weights = p + r * p_stride;
     float* to = sums + r * V::kLanes;
     with_count<kMost>(
         count, [&]<int R>() __attribute__((always_inline)) {
-          weighted_sums_of<V, R, D>(z, tile_stride, tiles, from, p_stride, ahead, ahead_stride, to,
-                                    stride);
+          weighted_sums_of<V, R, D>(from, tiles, weights, p_stride, to, heads * V::kLanes);
         });
     r += count;
-    ahead = nullptr;
+    from.ahead = nullptr;
   }
 }
 
 // For n coordinates and all of a group's heads.
 template <class V>
-HLA_INLINE void weighted_sums(const float* z, int64_t n, int64_t tile_stride, int64_t tiles,
-                              const float* p, int64_t p_stride, int64_t heads, const float* ahead,
-                              int64_t ahead_stride, float* sums) {
-  int64_t i = 0;
+HLA_INLINE void weighted_sums(Coordinates from, int64_t n, int64_t tiles, const float* p,
+                              int64_t p_stride, int64_t heads, float* sums) {
   const auto run = [&]<int D>() __attribute__((always_inline)) {
-    for (; i + D <= n; i += D) {
-      weighted_sums_of<V, D>(z + i * kTile, tile_stride, tiles, p, p_stride, heads,
-                             ahead == nullptr ? nullptr : ahead + i * kTile, ahead_stride,
-                             sums + i * heads * V::kLanes);
+    for (; n >= D; n -= D) {
+      weighted_sums_of<V, D>(from, tiles, p, p_stride, heads, sums);
+      from.z += D * kTile;
+      if (from.ahead != nullptr) from.ahead += D * kTile;
+      sums += D * heads * V::kLanes;
     }
   };
-  // As many sums at once as there are registers: of few coordinates where there are many heads.
-  if (heads > 3) {
-    run.template operator()<2>();
-  } else {
-    run.template operator()<4>();
-  }
+  // Many coordinates share a load of the weights, or many heads one of a coordinate.
+  if (heads <= 3) run.template operator()<4>();
+  run.template operator()<2>();
   run.template operator()<1>();
 }
 
-// The tiles of a chunk.
-struct Chunk {
-  const float* records;  // (tiles, n, 16)
-  const float* plain;    // the pairs turned back: (2·pairs, 16), every plain_stride
-  int64_t plain_stride;
-  const float* next;  // records of the chunk after it, or null
-  int64_t tiles;
-  int64_t position;  // of its first token
-  int64_t tokens;    // that count; those behind them in the last tile do not
-};
-
-// Where coordinates [range] that are to be read unrotated lie, in at most two parts.
-template <class Action>
-HLA_INLINE void for_parts(const DecodeMaps& maps, const Chunk& chunk, const Range& range,
-                          const Action& action) {
-  const auto turned = static_cast<int64_t>(2 * maps.unrotated.size());
-  const int64_t cut = std::clamp(turned, range.begin, range.end);
-  if (range.begin < cut) {
-    action(chunk.plain + range.begin * kTile, chunk.plain_stride, cut - range.begin, range.begin);
-  }
-  if (cut < range.end) {
-    action(chunk.records + cut * kTile, maps.floats * kTile, range.end - cut, cut);
+// The sums of a group over a chunk.
+template <class V>
+HLA_INLINE void add_sums(const Plan& plan, const Chunk& chunk, const DecodeMaps::Values& group,
+                         const float* p, int64_t p_stride, float* sums) {
+  const int64_t tile_floats = plan.maps.floats * kTile;
+  const auto turned = static_cast<int64_t>(2 * plan.maps.unrotated.size());
+  const auto add = [&](const float* records, int64_t stride, int64_t begin, int64_t end)
+      __attribute__((always_inline)) {
+    if (begin >= end) return;
+    const Coordinates from = {records + begin * kTile, stride,
+                              chunk.next == nullptr ? nullptr : chunk.next + begin * kTile,
+                              tile_floats};
+    weighted_sums<V>(from, end - begin, chunk.tiles, p, p_stride, group.heads, sums);
+    sums += (end - begin) * group.heads * V::kLanes;
+  };
+  for (const Range& range : group.from) {
+    const int64_t cut = std::clamp(turned, range.begin, range.end);
+    add(chunk.plain, chunk.plain_stride, range.begin, cut);
+    add(chunk.records, tile_floats, cut, range.end);
   }
 }
 
-// The pairs of tile t.
+// Where coordinates [range] that are to be read unrotated lie, in at most two parts.
+template <class Action>
+HLA_INLINE void for_parts(const DecodeMaps& maps, const Tile& tile, const Range& range,
+                          const Action& action) {
+  const auto turned = static_cast<int64_t>(2 * maps.unrotated.size());
+  const int64_t cut = std::clamp(turned, range.begin, range.end);
+  if (range.begin < cut) action(tile.plain + range.begin * kTile, cut - range.begin);
+  if (cut < range.end) action(tile.records + cut * kTile, range.end - cut);
+}
+
+// All pairs, turned back.
 template <class V>
-HLA_INLINE void turn_back(const DecodeMaps& maps, const TiledRope& rope, const Chunk& chunk,
-                          int64_t t, float* plain) {
-  const auto pairs = static_cast<int64_t>(maps.unrotated.size());
-  const int32_t* frequency = maps.unrotated.data();
-  const typename V::Floats scale = typename V::Floats{} + rope.unrotate_scale;
-  const float* z = chunk.records + t * maps.floats * kTile;
-  const int64_t tables = (chunk.position / kTile + t) * rope.frequencies * kTile;
-  const float* cos_table = rope.cos + tables;
-  const float* sin_table = rope.sin + tables;
-  const int64_t next_tables = rope.frequencies * kTile;
-  float* y = plain + t * chunk.plain_stride;
-  for (int64_t i = 0; i < pairs; ++i, z += 2 * kTile, y += 2 * kTile) {
-    const float* c = cos_table + frequency[i] * kTile;
-    const float* s = sin_table + frequency[i] * kTile;
-    __builtin_prefetch(c + next_tables, 0, 3);
-    __builtin_prefetch(s + next_tables, 0, 3);
+HLA_INLINE void turn_back(const Plan& plan, const TiledRope& rope, const Tile& tile, float* y) {
+  for (int64_t f = 0; f < rope.frequencies; ++f) {  // of the next tile
+    __builtin_prefetch(tile.cos + (rope.frequencies + f) * kTile, 0, 3);
+    __builtin_prefetch(tile.sin + (rope.frequencies + f) * kTile, 0, 3);
+  }
+  const float* z = tile.records;
+  for (const int32_t frequency : plan.maps.unrotated) {
     for (int64_t at = 0; at < kTile; at += V::kLanes) {
-      const auto cos = V::load(c + at) * scale;
-      const auto sin = V::load(s + at) * scale;
+      const auto cos = V::load(tile.cos + frequency * kTile + at) * rope.unrotate_scale;
+      const auto sin = V::load(tile.sin + frequency * kTile + at) * rope.unrotate_scale;
       const auto re = V::load(z + at);
       const auto im = V::load(z + kTile + at);
       V::store(y + at, re * cos + im * sin);
       V::store(y + kTile + at, im * cos - re * sin);
     }
+    z += 2 * kTile;
+    y += 2 * kTile;
   }
 }
 
-// Keys of one tile made again and rotated; their scores are added.
+// Keys made again and rotated; their scores are added.
 template <class V>
-HLA_INLINE void add_rebuilt_scores(const DecodeMaps& maps, const TiledRope& rope,
-                                   const Chunk& chunk, int64_t t, const Queries& queries,
+HLA_INLINE void add_rebuilt_scores(const Plan& plan, const Tile& tile, const float* queries,
                                    float* keys, float* scores, int64_t stride) {
+  const DecodeMaps& maps = plan.maps;
   const DecodeMaps::Keys& map = maps.rebuilt;
   const int64_t rows = 2 * map.pairs();
   for (int64_t row = 0; row < rows; ++row) {
@@ -345,17 +446,14 @@ HLA_INLINE void add_rebuilt_scores(const DecodeMaps& maps, const TiledRope& rope
   const float* matrix = map.matrix.data();
   for (const Range& range : map.from) {
     for_parts(
-        maps, chunk, range,
-        [&](const float* z, int64_t tile_stride, int64_t n, int64_t)
-            __attribute__((always_inline)) {
-              products<V>(z + t * tile_stride, n, matrix, rows, map.stride, nullptr, keys, kTile);
-              matrix += n;
-            });
+        maps, tile, range, [&](const float* z, int64_t n) __attribute__((always_inline)) {
+          products<V>(z, n, matrix, rows, map.stride, nullptr, keys, kTile);
+          matrix += n;
+        });
   }
-  const int64_t tables = (chunk.position / kTile + t) * rope.frequencies * kTile;
   for (int64_t i = 0; i < map.pairs(); ++i) {
-    const float* c = rope.cos + tables + map.frequency[static_cast<size_t>(i)] * kTile;
-    const float* s = rope.sin + tables + map.frequency[static_cast<size_t>(i)] * kTile;
+    const float* c = tile.cos + map.frequency[static_cast<size_t>(i)] * kTile;
+    const float* s = tile.sin + map.frequency[static_cast<size_t>(i)] * kTile;
     float* k = keys + 2 * i * kTile;
     for (int64_t at = 0; at < kTile; at += V::kLanes) {
       const auto re = V::load(k + at);
@@ -368,8 +466,8 @@ HLA_INLINE void add_rebuilt_scores(const DecodeMaps& maps, const TiledRope& rope
   for (int64_t g = 0; g < maps.kv_heads; ++g) {
     const int64_t first = 2 * map.first_pair[static_cast<size_t>(g)];
     const int64_t count = 2 * map.first_pair[static_cast<size_t>(g + 1)] - first;
-    products<V>(keys + first * kTile, count, queries.rebuilt[static_cast<size_t>(g)].data(), group,
-                count, nullptr, scores + g * group * stride + t * kTile, stride);
+    products<V>(keys + first * kTile, count, queries + plan.rebuilt_query[static_cast<size_t>(g)],
+                group, count, nullptr, scores + g * group * stride, stride);
   }
 }
 
@@ -490,40 +588,14 @@ HLA_INLINE void mix(const float* from, int64_t size, const std::vector<float>& s
   }
 }
 
-// How the absorbed keys' scores are put together: the same for all blocks.
-struct Interpolation {
-  bool two_steps = false;
-  std::vector<std::vector<float>> queries;  // by block within a turned one and its node: (nodes)
-  std::vector<float> scores;                // (nodes, scored.size)
-};
-
-Interpolation interpolation_of(const DecodeMaps& maps) {
-  Interpolation result;
-  if (maps.absorbed.pairs() == 0) return result;
-  const DecodeMaps::Blocks& turned = maps.turned;
-  const DecodeMaps::Blocks& scored = maps.scored;
-  result.two_steps = turned.size != scored.size || turned.nodes != scored.nodes;
-  for (int64_t begin = 0; begin < turned.size; begin += scored.size) {
-    for (const int32_t node : scored.nodes) {
-      result.queries.push_back(interpolation_weights(turned.nodes, begin + node));
-    }
-  }
-  result.scores.resize(scored.nodes.size() * static_cast<size_t>(scored.size));
-  for (int64_t token = 0; token < scored.size; ++token) {
-    const std::vector<float> weights = interpolation_weights(scored.nodes, token);
-    for (size_t p = 0; p < weights.size(); ++p) {
-      result.scores[p * static_cast<size_t>(scored.size) + static_cast<size_t>(token)] = weights[p];
-    }
-  }
-  return result;
-}
-
+// `since`: tokens of the stretch before this tile; blocks are counted from its beginning.
 template <class V>
-HLA_INLINE void add_absorbed_scores(const DecodeMaps& maps, const TiledRope& rope,
-                                    const Chunk& chunk, const float* query,
-                                    const Interpolation& interpolation, Scratch& scratch,
+HLA_INLINE void add_absorbed_scores(const Plan& plan, const TiledRope& rope, const Tile& tile,
+                                    const float* query, int64_t since, Scratch& scratch,
                                     float* scores, int64_t stride) {
+  const DecodeMaps& maps = plan.maps;
   const DecodeMaps::Keys& map = maps.absorbed;
+  const Interpolation& interpolation = plan.interpolation;
   const auto turned_nodes = static_cast<int64_t>(maps.turned.nodes.size());
   const auto nodes = static_cast<int64_t>(maps.scored.nodes.size());
   const int64_t group = maps.heads / maps.kv_heads;
@@ -531,51 +603,46 @@ HLA_INLINE void add_absorbed_scores(const DecodeMaps& maps, const TiledRope& rop
   const int64_t rows = 2 * map.pairs();
   const int64_t wide = map.stride + 1;  // a query's weights, then its constants
   float* turned =
-      sized(scratch.weights, rows * turned_nodes * heads + (turned_nodes + nodes) * heads * wide);
+      sized(scratch.absorbed, rows * turned_nodes * heads + (turned_nodes + nodes) * heads * wide);
   float* exact = turned + rows * turned_nodes * heads;
   float* between = exact + turned_nodes * heads * wide;
   float* by_query = sized(scratch.nodes, nodes * heads * kTile);
-  for (int64_t t = 0; t < chunk.tiles; ++t) {
-    const int64_t in_turned = t * kTile % maps.turned.size;
-    const int64_t in_scored = t * kTile % maps.scored.size;
-    if (in_turned == 0) {
-      absorb_queries<V>(maps, rope, query, chunk.position + t * kTile, turned, exact,
-                        exact + turned_nodes * heads * map.stride);
-    }
-    if (in_scored == 0 && interpolation.two_steps) {
-      for (int64_t p = 0; p < nodes; ++p) {
-        const std::vector<float>& shares =
-            interpolation.queries[static_cast<size_t>(in_turned / maps.scored.size * nodes + p)];
-        mix<V>(exact, heads * map.stride, shares, between + p * heads * map.stride);
-        mix<V>(exact + turned_nodes * heads * map.stride, heads, shares,
-               between + nodes * heads * map.stride + p * heads);
-      }
-    }
-    const float* weights = interpolation.two_steps ? between : exact;
-    const float* constants = weights + nodes * heads * map.stride;
-    for (int64_t i = 0; i < nodes * heads; ++i) {
-      std::fill_n(by_query + i * kTile, kTile, constants[i]);
-    }
-    for (const Range& range : map.from) {
-      for_parts(
-          maps, chunk, range,
-          [&](const float* z, int64_t tile_stride, int64_t n, int64_t)
-              __attribute__((always_inline)) {
-                products<V>(z + t * tile_stride, n, weights, nodes * heads, map.stride, nullptr,
-                            by_query, kTile);
-                weights += n;
-              });
-    }
+  const int64_t in_turned = since % maps.turned.size;
+  const int64_t in_scored = since % maps.scored.size;
+  if (in_turned == 0) {
+    absorb_queries<V>(maps, rope, query, tile.position, turned, exact,
+                      exact + turned_nodes * heads * map.stride);
+  }
+  if (in_scored == 0 && interpolation.two_steps) {
     for (int64_t p = 0; p < nodes; ++p) {
-      const float* share = interpolation.scores.data() + p * maps.scored.size + in_scored;
-      const float* from = by_query + p * heads * kTile;
-      for (int64_t g = 0; g < maps.kv_heads; ++g) {
-        if (!maps.absorbs(g)) continue;
-        for (int64_t h = 0; h < group; ++h, from += kTile) {
-          float* to = scores + (g * group + h) * stride + t * kTile;
-          for (int64_t at = 0; at < kTile; at += V::kLanes) {
-            V::store(to + at, V::load(to + at) + V::load(share + at) * V::load(from + at));
-          }
+      const std::vector<float>& shares =
+          interpolation.queries[static_cast<size_t>(in_turned / maps.scored.size * nodes + p)];
+      mix<V>(exact, heads * map.stride, shares, between + p * heads * map.stride);
+      mix<V>(exact + turned_nodes * heads * map.stride, heads, shares,
+             between + nodes * heads * map.stride + p * heads);
+    }
+  }
+  const float* weights = interpolation.two_steps ? between : exact;
+  const float* constants = weights + nodes * heads * map.stride;
+  for (int64_t i = 0; i < nodes * heads; ++i) {
+    std::fill_n(by_query + i * kTile, kTile, constants[i]);
+  }
+  for (const Range& range : map.from) {
+    for_parts(
+        maps, tile, range, [&](const float* z, int64_t n) __attribute__((always_inline)) {
+          products<V>(z, n, weights, nodes * heads, map.stride, nullptr, by_query, kTile);
+          weights += n;
+        });
+  }
+  for (int64_t p = 0; p < nodes; ++p) {
+    const float* share = interpolation.scores.data() + p * maps.scored.size + in_scored;
+    const float* from = by_query + p * heads * kTile;
+    for (int64_t g = 0; g < maps.kv_heads; ++g) {
+      if (!maps.absorbs(g)) continue;
+      for (int64_t h = 0; h < group; ++h, from += kTile) {
+        float* to = scores + (g * group + h) * stride;
+        for (int64_t at = 0; at < kTile; at += V::kLanes) {
+          V::store(to + at, V::load(to + at) + V::load(share + at) * V::load(from + at));
         }
       }
     }
@@ -635,16 +702,16 @@ float to_fp32(uint16_t bits, bool is_half) {
 }
 
 template <class V>
-HLA_INLINE void attend_piece(const DecodeMaps& maps, const TiledRope& rope, const DecodeItem& item,
-                             const Queries& queries, const Interpolation& interpolation,
+HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const DecodeItem& item,
                              at::ScalarType cache_type, int64_t block_tokens, const Piece& piece,
                              Scratch& scratch, Partial& partial) {
-  const int64_t heads = maps.heads;
+  const DecodeMaps& maps = plan.maps;
+  const auto heads = static_cast<size_t>(maps.heads);
   const int64_t chunk_size = std::min(chunk_tokens(maps.floats), block_tokens);
   const auto pairs = static_cast<int64_t>(maps.unrotated.size());
   const int64_t tile_floats = maps.floats * kTile;
   const bool narrow = cache_type != at::kFloat;
-  float* scores = sized(scratch.scores, heads * chunk_size);
+  float* scores = sized(scratch.scores, maps.heads * chunk_size);
   // Tiles a multiple of 4 KB apart would fall on the same lines of the first-level cache.
   const int64_t plain_stride = 2 * pairs * kTile + 4 * kTile;
   float* plain = sized(scratch.plain, chunk_size / kTile * plain_stride);
@@ -652,21 +719,10 @@ HLA_INLINE void attend_piece(const DecodeMaps& maps, const TiledRope& rope, cons
   const int64_t context = maps.context_floats();
   float* sums = sized(scratch.sums, context * V::kLanes);
   std::fill_n(sums, context * V::kLanes, 0.0F);
-  partial.reference.assign(static_cast<size_t>(heads), kNoReference);
-  partial.sum.assign(static_cast<size_t>(heads), 0.0F);
-
-  // The next chunk's records are fetched while the sums of this one are made; those that no sum
-  // reads, with the scores.
-  std::vector<bool> fetch_now;
-  for (const DecodeMaps::Stored& group : maps.stored) {
-    bool fetched_later = false;
-    for (const DecodeMaps::Values& values : maps.values) {
-      for (const Range& range : values.from) {
-        fetched_later |= range.begin <= group.range.begin && group.range.end <= range.end;
-      }
-    }
-    fetch_now.push_back(!fetched_later);
-  }
+  partial.reference.assign(heads, kNoReference);
+  partial.sum.assign(heads, 0.0F);
+  float* queries = sized(scratch.queries, plan.query_floats);
+  make_queries(plan, item.query, queries);
 
   const auto records_at = [&](int64_t position) {
     const void* block = item.blocks[position / block_tokens];
@@ -681,6 +737,9 @@ HLA_INLINE void attend_piece(const DecodeMaps& maps, const TiledRope& rope, cons
     chunk.position = position;
     chunk.tokens = end - position;
     chunk.tiles = (chunk.tokens + kTile - 1) / kTile;
+    const int64_t tables = position / kTile * rope.frequencies * kTile;
+    chunk.cos = rope.cos + tables;
+    chunk.sin = rope.sin + tables;
     if (narrow) {
       float* wide = sized(scratch.records, chunk_size * maps.floats);
       const auto* bits = static_cast<const uint16_t*>(records_at(position));
@@ -696,24 +755,27 @@ HLA_INLINE void attend_piece(const DecodeMaps& maps, const TiledRope& rope, cons
     chunk.plain_stride = plain_stride;
     const int64_t padded = chunk.tiles * kTile;
 
-    for (int64_t h = 0; h < heads; ++h) std::fill_n(scores + h * chunk_size, padded, 0.0F);
+    for (int64_t h = 0; h < maps.heads; ++h) std::fill_n(scores + h * chunk_size, padded, 0.0F);
     for (int64_t t = 0; t < chunk.tiles; ++t) {
+      const Tile tile = tile_of(plan, rope, chunk, t);
+      float* of_tile = scores + t * kTile;
       for (size_t g = 0; g < maps.stored.size(); ++g) {
         const DecodeMaps::Stored& group = maps.stored[g];
-        const int64_t at = t * tile_floats + group.range.begin * kTile;
-        products<V>(chunk.records + at, group.range.size(), queries.stored[g].data(), group.heads,
-                    group.range.size(),
-                    fetch_now[g] && chunk.next != nullptr ? chunk.next + at : nullptr,
-                    scores + group.head * chunk_size + t * kTile, chunk_size);
+        const int64_t at = group.range.begin * kTile;
+        const bool fetched = plan.fetched_with_scores[g] && chunk.next != nullptr;
+        products<V>(tile.records + at, group.range.size(), queries + plan.stored_query[g],
+                    group.heads, group.range.size(),
+                    fetched ? chunk.next + t * tile_floats + at : nullptr,
+                    of_tile + group.head * chunk_size, chunk_size);
       }
-      if (pairs > 0) turn_back<V>(maps, rope, chunk, t, plain);
-    }
-    for (int64_t t = 0; t < chunk.tiles && maps.rebuilt.pairs() > 0; ++t) {
-      add_rebuilt_scores<V>(maps, rope, chunk, t, queries, keys, scores, chunk_size);
-    }
-    if (maps.absorbed.pairs() > 0) {
-      add_absorbed_scores<V>(maps, rope, chunk, item.query, interpolation, scratch, scores,
-                             chunk_size);
+      if (pairs > 0) turn_back<V>(plan, rope, tile, plain + t * plain_stride);
+      if (maps.rebuilt.pairs() > 0) {
+        add_rebuilt_scores<V>(plan, tile, queries, keys, of_tile, chunk_size);
+      }
+      if (maps.absorbed.pairs() > 0) {
+        add_absorbed_scores<V>(plan, rope, tile, item.query, tile.position - piece.begin, scratch,
+                               of_tile, chunk_size);
+      }
     }
     float* to = sums;
     for (const DecodeMaps::Values& group : maps.values) {
@@ -728,34 +790,24 @@ HLA_INLINE void attend_piece(const DecodeMaps& maps, const TiledRope& rope, cons
           V::store(lanes, V::load(lanes) * scale);
         }
       }
-      for (const Range& range : group.from) {
-        for_parts(
-            maps, chunk, range,
-            [&](const float* z, int64_t tile_stride, int64_t n, int64_t at)
-                __attribute__((always_inline)) {
-                  weighted_sums<V>(z, n, tile_stride, chunk.tiles, scores + group.head * chunk_size,
-                                   chunk_size, group.heads,
-                                   chunk.next == nullptr ? nullptr : chunk.next + at * kTile,
-                                   tile_floats, to);
-                  to += n * group.heads * V::kLanes;
-                });
-      }
+      add_sums<V>(plan, chunk, group, scores + group.head * chunk_size, chunk_size, to);
+      to += width * group.heads * V::kLanes;
     }
     position = end;
   }
-  partial.context.resize(static_cast<size_t>(context));
   // From (coordinate, head) by group to (head, coordinate).
-  int64_t from = 0;
-  int64_t out = 0;
+  partial.context.clear();
+  const float* from = sums;
   for (const DecodeMaps::Values& group : maps.values) {
-    const int64_t width = total_size(group.from);
     for (int64_t h = 0; h < group.heads; ++h) {
-      for (int64_t i = 0; i < width; ++i) {
-        partial.context[static_cast<size_t>(out++)] =
-            V::total(V::load(sums + (from + i * group.heads + h) * V::kLanes));
+      const float* lanes = from + h * V::kLanes;
+      for (const Range& range : group.from) {
+        for (int64_t i = range.begin; i < range.end; ++i, lanes += group.heads * V::kLanes) {
+          partial.context.push_back(V::total(V::load(lanes)));
+        }
       }
     }
-    from += width * group.heads;
+    from += total_size(group.from) * group.heads * V::kLanes;
   }
 }
 
@@ -808,20 +860,18 @@ HLA_INLINE void few_rows(const LinearArguments& a, int64_t begin, int64_t end) {
       a.rows, [&]<int N>() __attribute__((always_inline)) { few_rows_of<V, N>(a, begin, end); });
 }
 
-using AttendPiece = void (*)(const DecodeMaps&, const TiledRope&, const DecodeItem&, const Queries&,
-                             const Interpolation&, at::ScalarType, int64_t, const Piece&, Scratch&,
-                             Partial&);
+using AttendPiece = void (*)(const Plan&, const TiledRope&, const DecodeItem&, at::ScalarType,
+                             int64_t, const Piece&, Scratch&, Partial&);
 
 using FewRows = void (*)(const LinearArguments&, int64_t begin, int64_t end);
 
 // Both for one instruction set.
 #define HLA_DEFINE_VARIANT(name, attributes, bytes)                                               \
-  attributes void attend_##name(                                                                  \
-      const DecodeMaps& maps, const TiledRope& rope, const DecodeItem& item,                      \
-      const Queries& queries, const Interpolation& interpolation, at::ScalarType cache_type,      \
-      int64_t block_tokens, const Piece& piece, Scratch& scratch, Partial& partial) {             \
-    attend_piece<Vector<bytes>>(maps, rope, item, queries, interpolation, cache_type,             \
-                                block_tokens, piece, scratch, partial);                           \
+  attributes void attend_##name(const Plan& plan, const TiledRope& rope, const DecodeItem& item,  \
+                                at::ScalarType cache_type, int64_t block_tokens,                  \
+                                const Piece& piece, Scratch& scratch, Partial& partial) {         \
+    attend_piece<Vector<bytes>>(plan, rope, item, cache_type, block_tokens, piece, scratch,       \
+                                partial);                                                         \
   }                                                                                               \
   attributes void few_rows_##name(const LinearArguments& arguments, int64_t begin, int64_t end) { \
     few_rows<Vector<bytes>>(arguments, begin, end);                                               \
@@ -912,12 +962,15 @@ SimdLevel simd_level() {
 #endif
 }
 
-void decode_attention(const DecodeMaps& maps, const TiledRope& rope,
-                      const std::vector<DecodeItem>& items, at::ScalarType cache_type,
-                      int64_t block_tokens, SimdLevel level) {
+DecodeKernel::DecodeKernel(DecodeMaps maps)
+    : plan_(std::make_shared<const Plan>(std::move(maps))) {}
+
+const DecodeMaps& DecodeKernel::maps() const { return plan_->maps; }
+
+void DecodeKernel::attend(const TiledRope& rope, const std::vector<DecodeItem>& items,
+                          at::ScalarType cache_type, int64_t block_tokens, SimdLevel level) const {
   RECORD_FUNCTION("hla::decode_attention", {});
-  const AttendPiece attend = variant(level).attend;
-  const Interpolation interpolation = interpolation_of(maps);
+  const AttendPiece run = variant(level).attend;
   int64_t tokens = 0;
   for (const DecodeItem& item : items) tokens += item.length;
   // A short sequence is not worth waking a thread for.
@@ -933,8 +986,7 @@ void decode_attention(const DecodeMaps& maps, const TiledRope& rope,
       for (size_t i = 0; i < work[index].size(); ++i) {
         const Piece& piece = work[index][i];
         const DecodeItem& item = items[piece.item];
-        attend(maps, rope, item, make_queries(maps, item.query), interpolation, cache_type,
-               block_tokens, piece, scratch, partials[index][i]);
+        run(*plan_, rope, item, cache_type, block_tokens, piece, scratch, partials[index][i]);
       }
     }
   });
@@ -944,7 +996,7 @@ void decode_attention(const DecodeMaps& maps, const TiledRope& rope,
       by_item[work[thread][i].item].push_back(&partials[thread][i]);
     }
   }
-  for (size_t i = 0; i < items.size(); ++i) merge(maps, by_item[i], items[i].context);
+  for (size_t i = 0; i < items.size(); ++i) merge(maps(), by_item[i], items[i].context);
 }
 
 bool is_few_rows(const at::Tensor& x, const at::Tensor& weight) {

@@ -109,7 +109,7 @@ at::Tensor Decoder::contexts(int64_t layer, const std::vector<Reader>& readers,
   }
   const TiledRope tables = {tiled_cos_.const_data_ptr<float>(), tiled_sin_.const_data_ptr<float>(),
                             tiled_cos_.size(1), unrotate_scale_};
-  decode_attention(attention.maps(), tables, items, cache_dtype_, kCacheBlock);
+  attention.kernel().attend(tables, items, cache_dtype_, kCacheBlock);
   return result;
 }
 

@@ -222,7 +222,7 @@ void check_kernels(const DecodeAttention& decode, const DecodeMaps& maps,
       items.push_back({blocks[i].data(), records[i].size(0), queries[i].const_data_ptr<float>(),
                        got.mutable_data_ptr<float>() + static_cast<int64_t>(i) * floats});
     }
-    decode_attention(maps, tables, items, cache_dtype, kCacheBlock, level);
+    DecodeKernel(maps).attend(tables, items, cache_dtype, kCacheBlock, level);
     for (size_t i = 0; i < records.size() && floats > 0; ++i) {
       // Of the largest coordinate.
       const double scale = std::max(1.0, expected[i].abs().max().item<double>());

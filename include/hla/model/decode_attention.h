@@ -56,7 +56,8 @@ class DecodeAttention {
   at::Tensor context(const at::Tensor& query, const at::Tensor& records,
                      const RopeTables& rope) const;
 
-  const DecodeMaps& maps() const { return maps_; }
+  const DecodeKernel& kernel() const { return kernel_; }
+  const DecodeMaps& maps() const { return kernel_.maps(); }
   // Products per token read and query token, by decoding and, once for all queries, by rebuilding.
   double decode_cost() const;
   double rebuild_cost() const;
@@ -74,7 +75,7 @@ class DecodeAttention {
   at::Tensor turn(const at::Tensor& x, int64_t pairs, const RopeTables& rope, bool back) const;
 
   const Attention& attention_;
-  DecodeMaps maps_;
+  DecodeKernel kernel_;
   // All undefined for Llama, whose records are keys and values themselves.
   at::Tensor down_, down_bias_;              // (n, D), (n): records before rotation
   at::Tensor rotation_;                      // (P) frequency of pairs (2i, 2i+1), cached rotated

@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "hla/model/cache.h"
@@ -103,10 +104,23 @@ struct DecodeItem {
 enum class SimdLevel { kPortable, kAvx2, kAvx512 };
 SimdLevel simd_level();
 
-// cache_type: fp32, fp16 or bf16. block_tokens: of the cache's blocks, a multiple of 256.
-void decode_attention(const DecodeMaps& maps, const TiledRope& rope,
-                      const std::vector<DecodeItem>& items, at::ScalarType cache_type,
-                      int64_t block_tokens, SimdLevel level = simd_level());
+// Attention over the records of one layer. What does not change from call to call is made once.
+class DecodeKernel {
+ public:
+  DecodeKernel() = default;
+  explicit DecodeKernel(DecodeMaps maps);
+
+  const DecodeMaps& maps() const;
+  // cache_type: fp32, fp16 or bf16. block_tokens: of the cache's blocks, a multiple of kTileTokens.
+  void attend(const TiledRope& rope, const std::vector<DecodeItem>& items,
+              at::ScalarType cache_type, int64_t block_tokens,
+              SimdLevel level = simd_level()) const;
+
+  struct Plan;
+
+ private:
+  std::shared_ptr<const Plan> plan_;
+};
 
 // x·weightᵀ + bias for a few rows of x, as decoding has them: then all the time goes into reading
 // the weight, which LibTorch's product does with one thread. x (…, D), weight (out, D), bias (out)
