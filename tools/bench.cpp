@@ -75,10 +75,7 @@ void add_bench(CLI::App& app) {
   command->add_option("-r,--repetitions", bench.repetitions, "Of every test")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command
-      ->add_option("--cache-dtype", arguments->cache_dtype,
-                   "Of the caches: auto (as the model), fp32, bf16 or fp16")
-      ->capture_default_str();
+  add_cache_dtype_option(*command, arguments->cache_dtype);
   command
       ->add_option("--attend", arguments->attend,
                    "How new tokens attend to the cache: decode (records are read as they are), "

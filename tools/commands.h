@@ -8,6 +8,7 @@ namespace hla::tools {
 
 void add_bench(CLI::App& app);
 void add_convert(CLI::App& app);
+void add_finetune(CLI::App& app);
 void add_generate(CLI::App& app);
 void add_info(CLI::App& app);
 void add_ppl(CLI::App& app);

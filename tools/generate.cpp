@@ -13,6 +13,7 @@
 #include "hla/core/log.h"
 #include "hla/core/memory.h"
 #include "hla/io/mapped_file.h"
+#include "hla/model/device.h"
 #include "hla/text/chat.h"
 #include "options.h"
 
@@ -29,6 +30,7 @@ struct GenerateArguments {
   bool stream = false;
   bool ignore_eos = false;
   int64_t max_length = 0;
+  std::string cache_dtype = "auto";
   GenerateOptions generate;
   DeviceOptions device;
   std::string json;
@@ -107,6 +109,7 @@ std::string statistics(const GenerateReport& report) {
 void run_generate(const GenerateArguments& arguments) {
   check_output_target("--json", arguments.json, arguments.force);
   validate(arguments.generate.sampling);
+  const std::optional<at::ScalarType> cache_dtype = parse_dtype(arguments.cache_dtype);
   const std::vector<std::string> prompts = prompts_of(arguments);
   if (arguments.stream && prompts.size() > 1) {
     throw_usage("--stream shows one continuation as it comes: give one prompt");
@@ -127,7 +130,7 @@ void run_generate(const GenerateArguments& arguments) {
     for (const std::string& prompt : prompts) ids.push_back(tokenizer->encode(prompt));
   }
   const auto model = load_model(checkpoint, resolve(arguments.device));
-  const Decoder decoder(*model, {.max_length = arguments.max_length});
+  const Decoder decoder(*model, {.max_length = arguments.max_length, .cache_dtype = cache_dtype});
 
   const bool to_stdout = arguments.json == "-";
   OnText on_text;
@@ -219,6 +222,7 @@ void add_generate(CLI::App& app) {
       ->group(group);
 
   add_device_options(*command, arguments->device);
+  add_cache_dtype_option(*command, arguments->cache_dtype);
   command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
   command->add_flag("--force", arguments->force, "Replace an existing output file");
   command->footer(

@@ -25,6 +25,12 @@ std::vector<std::string> split(const std::string& text) {
 
 }  // namespace
 
+void add_cache_dtype_option(CLI::App& command, std::string& target) {
+  command
+      .add_option("--cache-dtype", target, "Of the caches: auto (as the model), fp32, bf16 or fp16")
+      ->capture_default_str();
+}
+
 CLI::Option* add_list_option(CLI::App& command, const std::string& name,
                              std::vector<std::string>& target, const std::string& description) {
   return command.add_option_function<std::string>(

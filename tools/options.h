@@ -22,6 +22,9 @@ void add_device_options(CLI::App& command, DeviceOptions& options);
 // Applies --threads and resolves device and dtype.
 LoadOptions resolve(const DeviceOptions& options);
 
+// Registers --cache-dtype, for parse_dtype().
+void add_cache_dtype_option(CLI::App& command, std::string& target);
+
 // An option that takes a list in one argument, "a,b". (CLI11's own lists go on to take the
 // positional that comes after them.)
 CLI::Option* add_list_option(CLI::App& command, const std::string& name,

@@ -47,6 +47,13 @@ std::string TextTable::render() const {
   return text;
 }
 
+std::string csv_field(const std::string& text) {
+  if (text.find_first_of(",\"\r\n") == std::string::npos) return text;
+  std::string quoted = "\"";
+  for (const char c : text) quoted += c == '"' ? std::string("\"\"") : std::string(1, c);
+  return quoted + "\"";
+}
+
 std::string with_thousands(std::string number) {
   const size_t first = number.starts_with('-') ? 1 : 0;
   const size_t point = std::min(number.find('.'), number.size());

@@ -42,6 +42,8 @@ struct Reply {
   uint64_t text_size = 0;
   double seconds = 0;  // kBandwidth: bytes/s
   uint64_t weight_bytes = 0, cache_bytes = 0, cached_bytes = 0, rss_bytes = 0, peak_rss_bytes = 0;
+  double decode_products = 0, rebuild_products = 0;  // AttendCosts
+  int64_t rebuilds_from = 0;
   int64_t threads = 0;
   char device[64] = {};
 };
@@ -127,6 +129,7 @@ class Worker {
         if (command.tokens > 0) read_prompt(std::min(command.tokens, kFillTokens));
         decode(1, 1);
         truncate(command.depth);
+        add_costs(reply);
         return reply;
       case Command::kPrompt:
         reply.seconds = read_prompt(command.tokens);
@@ -177,14 +180,41 @@ class Worker {
     }
   }
 
+  void add_costs(Reply& reply) const {
+    const int64_t layers = model_->config().num_hidden_layers;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const DecodeAttention& attention = decoder_->attention(layer);
+      reply.decode_products += attention.decode_cost() / static_cast<double>(layers);
+      reply.rebuild_products += attention.rebuild_cost() / static_cast<double>(layers);
+    }
+    constexpr int64_t kMost = 1024;
+    for (int64_t count = 1; count <= kMost && reply.rebuilds_from == 0; ++count) {
+      int64_t rebuild = 0;
+      for (int64_t layer = 0; layer < layers; ++layer) {
+        rebuild += decoder_->decodes(layer, count, /*cached=*/true) ? 0 : 1;
+      }
+      if (2 * rebuild > layers) reply.rebuilds_from = count;
+    }
+  }
+
+  // Room in the first sequences' caches, so that none need be made while a test is timed.
+  void reserve(int64_t tokens, int64_t batch) {
+    for (int64_t i = 0; i < batch; ++i) {
+      SequenceCache& cache = caches_[static_cast<size_t>(i)];
+      cache.reserve(cache.length() + tokens);
+    }
+  }
+
   double read_prompt(int64_t tokens) {
     const std::vector<int32_t> prompt = ids(tokens);
+    reserve(tokens, 1);
     const auto start = Clock::now();
     decoder_->next_logits({{&caches_[0], prompt}}).sum().item<float>();
     return std::chrono::duration<double>(Clock::now() - start).count();
   }
 
   double decode(int64_t steps, int64_t batch) {
+    reserve(steps, batch);
     const auto start = Clock::now();
     for (int64_t step = 0; step < steps; ++step) {
       std::vector<Decoder::Chunk> chunks;
@@ -393,7 +423,18 @@ std::string BenchReport::to_markdown() const {
       *std::min_element(bandwidths.begin(), bandwidths.end()) * 1e-9,
       *std::max_element(bandwidths.begin(), bandwidths.end()) * 1e-9, bandwidths.size(), version(),
       version_commit());
-  return text + line;
+  text += line;
+  for (const AttendCosts& cost : costs) {
+    text += "\n" + cost.model + ": decoding takes " +
+            with_thousands(fixed(cost.decode_products, 0)) +
+            " products per cached token and layer, rebuilding keys and values " +
+            with_thousands(fixed(cost.rebuild_products, 0)) + ", once for all new tokens: " +
+            (cost.rebuilds_from > 0
+                 ? "done from " + std::to_string(cost.rebuilds_from) + " new tokens on"
+                 : "never done") +
+            "\n";
+  }
+  return text;
 }
 
 std::string BenchReport::to_csv() const {
@@ -402,13 +443,7 @@ std::string BenchReport::to_csv() const {
       "cache_bytes,rss_bytes,peak_rss_bytes\n";
   for (const BenchRow& row : rows) {
     for (size_t i = 0; i < row.seconds.size(); ++i) {
-      std::string name = row.model;
-      if (name.find_first_of(",\"\n") != std::string::npos) {
-        std::string quoted = "\"";
-        for (const char c : name) quoted += c == '"' ? std::string("\"\"") : std::string(1, c);
-        name = quoted + "\"";
-      }
-      text += name + "," + test_name(row) + "," + std::to_string(row.depth) + "," +
+      text += csv_field(row.model) + "," + test_name(row) + "," + std::to_string(row.depth) + "," +
               std::to_string(row.batch) + "," + std::to_string(i + 1) + "," +
               fixed(row.seconds[i], 6) + "," + fixed(row.tokens_per_second(i), 3) + "," +
               std::to_string(row.weight_bytes) + "," + std::to_string(row.cached_bytes) + "," +
@@ -437,9 +472,17 @@ nlohmann::json BenchReport::to_json() const {
                     {"rss_bytes", row.rss_bytes},
                     {"peak_rss_bytes", row.peak_rss_bytes}});
   }
-  return {{"hla_version", version()},  {"hla_commit", version_commit()}, {"device", device},
-          {"threads", threads},        {"bandwidth", bandwidth()},       {"bandwidths", bandwidths},
-          {"results", std::move(list)}};
+  nlohmann::json attending = nlohmann::json::array();
+  for (const AttendCosts& cost : costs) {
+    attending.push_back({{"model", cost.model},
+                         {"decode_products", cost.decode_products},
+                         {"rebuild_products", cost.rebuild_products},
+                         {"rebuilds_from", cost.rebuilds_from}});
+  }
+  return {{"hla_version", version()},   {"hla_commit", version_commit()},
+          {"device", device},           {"threads", threads},
+          {"bandwidth", bandwidth()},   {"bandwidths", bandwidths},
+          {"results", std::move(list)}, {"attending", std::move(attending)}};
 }
 
 PlotSpec BenchReport::to_plot() const {
@@ -484,6 +527,10 @@ BenchReport bench(const BenchOptions& options) {
   };
   BenchReport report;
   report.models = static_cast<int64_t>(options.models.size());
+  for (const std::string& model : options.models) {
+    const std::string name = std::filesystem::path(model).filename().string();
+    report.costs.push_back({.model = name.empty() ? model : name});
+  }
   const size_t tests_a_depth = (options.prompt_tokens > 0 ? 1 : 0) +
                                (options.generated_tokens > 0 ? options.batches.size() : 0);
   Progress progress(
@@ -494,10 +541,9 @@ BenchReport bench(const BenchOptions& options) {
     std::vector<Test> tests;
     const auto add = [&](Command::Kind kind, int64_t tokens, int64_t batch) {
       tests.push_back({{kind, tokens, depth, batch}, report.rows.size()});
-      for (const std::string& model : options.models) {
+      for (const AttendCosts& cost : report.costs) {
         BenchRow row;
-        const std::string name = std::filesystem::path(model).filename().string();
-        row.model = name.empty() ? model : name;
+        row.model = cost.model;
         row.decodes = kind == Command::kDecode;
         row.tokens = tokens;
         row.depth = depth;
@@ -514,6 +560,9 @@ BenchReport bench(const BenchOptions& options) {
       const Reply reply = processes[m].run({Command::kDepth, options.prompt_tokens, depth, 1});
       report.threads = static_cast<int>(reply.threads);
       report.device = reply.device;
+      report.costs[m].decode_products = reply.decode_products;
+      report.costs[m].rebuild_products = reply.rebuild_products;
+      report.costs[m].rebuilds_from = reply.rebuilds_from;
       progress.advance(1, "filling to " + std::to_string(depth));
     }
     for (int64_t repetition = 0; repetition < options.repetitions; ++repetition) {

@@ -443,16 +443,11 @@ nlohmann::json profile_json(const TimeProfile& profile) {
           {"gemm_peak_flops_per_second", profile.gemm_peak}};
 }
 
-// A CSV field; quoted only where it must be.
-std::string csv_field(const nlohmann::json& value) {
+// Empty for what is not there or not finite.
+std::string csv_value(const nlohmann::json& value) {
   if (value.is_null() || (value.is_number_float() && !std::isfinite(value.get<double>())))
     return "";
-  if (!value.is_string()) return value.dump();
-  const auto& text = value.get_ref<const std::string&>();
-  if (text.find_first_of(",\"\r\n") == std::string::npos) return text;
-  std::string quoted = "\"";
-  for (const char c : text) quoted += c == '"' ? std::string("\"\"") : std::string(1, c);
-  return quoted + "\"";
+  return value.is_string() ? csv_field(value.get_ref<const std::string&>()) : value.dump();
 }
 
 }  // namespace
@@ -533,11 +528,11 @@ std::string Evaluation::to_csv() const {
       const nlohmann::json json = result_json(*this, model, result);
       std::string row;
       for (const char* column : kColumns) {
-        row += (column == kColumns[0] ? "" : ",") + csv_field(value_of(json, column));
+        row += (column == kColumns[0] ? "" : ",") + csv_value(value_of(json, column));
       }
       const nlohmann::json divergence = value_of(json, "divergence");
       for (const char* column : kDivergenceColumns) {
-        row += "," + csv_field(divergence.is_null() ? divergence : value_of(divergence, column));
+        row += "," + csv_value(divergence.is_null() ? divergence : value_of(divergence, column));
       }
       csv += row + "\n";
     }

@@ -137,7 +137,7 @@ void check_prompts(const Decoder& decoder, const std::vector<std::vector<int32_t
                       " (max_position_embeddings; --max-length N goes beyond)");
     }
     const int64_t room = decoder.max_length() - length;
-    bytes += sequence_cache_bytes(decoder.model().config(), decoder.model().dtype(),
+    bytes += sequence_cache_bytes(decoder.model().config(), decoder.cache_dtype(),
                                   length + std::min(options.max_new_tokens, room));
   }
   if (decoder.model().device().is_cpu()) preflight_memory(bytes, "the caches");

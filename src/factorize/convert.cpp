@@ -31,6 +31,7 @@
 #include "hla/model/attention.h"
 #include "hla/model/llama.h"
 #include "hla/model/load.h"
+#include "hla/model/save.h"
 
 namespace hla {
 namespace {
@@ -68,32 +69,6 @@ AttentionWeights attention_weights(const Checkpoint& checkpoint, const ModelConf
     }
   }
   return weights;
-}
-
-// transformers' name of a dtype, for config.json.
-std::string config_dtype_name(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kHalf:
-      return "float16";
-    case at::kBFloat16:
-      return "bfloat16";
-    case at::kDouble:
-      return "float64";
-    default:
-      return "float32";
-  }
-}
-
-void copy_side_files(const Checkpoint& base, const std::filesystem::path& folder) {
-  for (const std::filesystem::path& file : base.side_files()) {
-    // llama2.c calls its tokenizer anything; here it gets the name that readers look for.
-    std::string name = file.filename().string();
-    if (name.ends_with(".model")) name = "tokenizer.model";
-    if (name.ends_with("_goldens.json")) name = "tokenizer_goldens.json";
-    std::error_code error;
-    std::filesystem::copy_file(file, folder / name, error);
-    if (error) throw_runtime(file.string() + ": cannot copy: " + error.message());
-  }
 }
 
 uint64_t folder_bytes(const std::filesystem::path& folder) {
@@ -437,11 +412,7 @@ class Conversion {
     const std::filesystem::path& folder = work_.output();
     report_.base_parameters = parameter_count(report_.base);
     report_.hla_parameters = parameter_count(report_.hla);
-    if (options_.dtype) {
-      for (const char* key : {"dtype", "torch_dtype"}) {
-        if (report_.hla.raw.contains(key)) report_.hla.raw[key] = config_dtype_name(dtype_);
-      }
-    }
+    if (options_.dtype) set_config_dtype(report_.hla.raw, dtype_);
     copy_side_files(base_, folder);
     const nlohmann::json json = report_.to_json(options_, /*measured=*/false);
     write_json_file(folder / "hla_report.json", json, /*force=*/false);

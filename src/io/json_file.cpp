@@ -215,7 +215,8 @@ json parse_json(std::string_view text, const std::string& subject, const JsonLim
   const char* last = text.data();
   StrictHandler handler(limits.max_depth);
   const bool ok = json::sax_parse(TracingIterator(text.data(), &last),
-                                  TracingIterator(text.data() + text.size(), &last), &handler);
+                                  TracingIterator(text.data() + text.size(), &last), &handler,
+                                  json::input_format_t::json, /*strict=*/true, limits.comments);
   if (!ok || handler.failure()) {
     const auto& failure = handler.failure();
     const auto here = static_cast<size_t>(last - text.data());

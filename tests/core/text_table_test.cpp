@@ -19,6 +19,13 @@ TEST(TextTableTest, AlignsAndLeavesEmptyColumnsOut) {
             "short\n");
 }
 
+TEST(TextTableTest, CsvFields) {
+  EXPECT_EQ(csv_field("plain text; more"), "plain text; more");
+  EXPECT_EQ(csv_field("a,b"), "\"a,b\"");
+  EXPECT_EQ(csv_field("a \"b\""), "\"a \"\"b\"\"\"");
+  EXPECT_EQ(csv_field("two\nlines"), "\"two\nlines\"");
+}
+
 TEST(TextTableTest, Numbers) {
   EXPECT_EQ(with_thousands(0), "0");
   EXPECT_EQ(with_thousands(999), "999");

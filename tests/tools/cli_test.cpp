@@ -629,6 +629,10 @@ TEST(CliTest, GenerateContinuesPrompts) {
   EXPECT_EQ(json["decoded_tokens"], 38);
   // One block of 256 tokens for each sequence: 5 layers of 2 x 32 floats.
   EXPECT_EQ(json["cache_bytes"], 2 * 256 * 5 * 64 * 4);
+  const CommandResult half =
+      run_hla(command + "--prompt 'Once upon a time' --cache-dtype fp16 --json -");
+  ASSERT_EQ(half.code, 0) << half.err;
+  EXPECT_EQ(nlohmann::json::parse(half.out)["cache_bytes"], 256 * 5 * 64 * 2);
 }
 
 TEST(CliTest, GenerateRefuses) {
@@ -637,6 +641,7 @@ TEST(CliTest, GenerateRefuses) {
   EXPECT_EQ(run_hla(command + "--prompt a --prompts b").code, 2);
   EXPECT_EQ(run_hla(command + "--prompt a --system b").code, 2);
   EXPECT_EQ(run_hla(command + "--prompt a --chat").code, 3);  // no template
+  EXPECT_EQ(run_hla(command + "--prompt a --cache-dtype fp7").code, 2);
   const TempDir folder;
   write_file(folder / "two.txt", "a\nb\n");
   EXPECT_EQ(run_hla(command + "--stream --prompts " + (folder / "two.txt").string()).code, 2);
@@ -663,6 +668,7 @@ TEST(CliTest, BenchComparesModels) {
   EXPECT_NE(table.out.find("| stories260K.bin | pp16 | 0 | 1 |"), std::string::npos) << table.out;
   EXPECT_NE(table.out.find("| half | tg3 | 20 | 2 |"), std::string::npos) << table.out;
   EXPECT_NE(table.out.find("memory is read at"), std::string::npos);
+  EXPECT_NE(table.out.find("half: decoding takes "), std::string::npos) << table.out;
   const std::string csv = read_file(folder / "a.csv");
   EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'), 1 + 2 * 3 * 2 * 2);
   EXPECT_NE(read_file(folder / "a.svg").find("half, batch 2"), std::string::npos);
@@ -687,6 +693,12 @@ TEST(CliTest, BenchComparesModels) {
   const double bytes = row["weight_bytes"].get<double>() + row["cached_bytes"].get<double>();
   EXPECT_DOUBLE_EQ(row["bound"], base_bytes / bytes);
   EXPECT_GE(row["peak_rss_bytes"], row["rss_bytes"]);
+  // A Llama has nothing to rebuild; what the conversion would rebuild costs more than one reading.
+  ASSERT_EQ(json["attending"].size(), 2u);
+  EXPECT_EQ(json["attending"][0]["rebuild_products"], 0);
+  EXPECT_EQ(json["attending"][1]["model"], "half");
+  EXPECT_GT(json["attending"][1]["rebuild_products"], json["attending"][1]["decode_products"]);
+  EXPECT_GT(json["attending"][1]["rebuilds_from"], 1);
 }
 
 TEST(CliTest, BenchRefuses) {

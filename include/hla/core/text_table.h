@@ -20,6 +20,9 @@ class TextTable {
   std::vector<std::vector<std::string>> rows_;
 };
 
+// A field of a CSV file: quoted where it has a comma, a quote or a line break.
+std::string csv_field(const std::string& text);
+
 // 304978 -> "304,978"; "-1234.50" -> "-1,234.50".
 std::string with_thousands(long long number);
 std::string with_thousands(std::string number);

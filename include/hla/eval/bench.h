@@ -49,8 +49,18 @@ struct BenchRow {
   double deviation() const;  // tokens/s, of the repetitions
 };
 
+// What the choice between reading records as they are and rebuilding keys and values of them goes
+// by (Decoder::decodes), of a model with something in the cache.
+struct AttendCosts {
+  std::string model;
+  double decode_products = 0;   // per new token, cached token and layer (mean)
+  double rebuild_products = 0;  // per cached token and layer (mean), once for all new tokens
+  int64_t rebuilds_from = 0;    // new tokens at which most layers rebuild; 0: they never do
+};
+
 struct BenchReport {
   std::vector<BenchRow> rows;      // by depth, test and model
+  std::vector<AttendCosts> costs;  // by model
   std::vector<double> bandwidths;  // bytes/s that all threads read, by repetition
   std::string device;
   int threads = 0;

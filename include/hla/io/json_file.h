@@ -16,6 +16,8 @@ struct JsonLimits {
   uint64_t max_bytes = 256'000'000;
   // Arrays and objects inside each other.
   int max_depth = 100;
+  // Takes // and /* */ comments, which JSON has not, for white space.
+  bool comments = false;
 };
 
 // Where a text that is part of a file begins in it, for the positions in messages.

@@ -1,0 +1,33 @@
+// A model in memory as a folder that load_model(), and transformers, read again.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+
+#include "hla/io/checkpoint.h"
+#include "hla/model/llama.h"
+
+namespace hla {
+
+// Hugging Face's own limit.
+constexpr uint64_t kMaxShardBytes = 5'000'000'000;
+
+// transformers' name of a dtype, for config.json ("float32").
+std::string hf_dtype_name(at::ScalarType dtype);
+
+// Sets "dtype" or "torch_dtype" of a config.json, whichever it has; else "torch_dtype".
+void set_config_dtype(nlohmann::json& config, at::ScalarType dtype);
+
+// Copies a checkpoint's side_files() into a folder derived from it, under the names that readers
+// look for. Throws kRuntime.
+void copy_side_files(const Checkpoint& base, const std::filesystem::path& folder);
+
+// Writes every parameter under its HF name, in the model's order and dtype, into safetensors files
+// in `folder`, which are plain ones: write inside a WorkDir. Throws kNonFinite naming a tensor with
+// NaN or Inf.
+void save_weights(const LlamaForCausalLM& model, const std::filesystem::path& folder,
+                  uint64_t max_shard_bytes = kMaxShardBytes);
+
+}  // namespace hla

@@ -1,0 +1,282 @@
+#include "hla/train/finetune_config.h"
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "hla/core/error.h"
+#include "hla/core/nearest.h"
+#include "hla/io/json_file.h"
+
+namespace hla {
+namespace {
+
+using nlohmann::json;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+// {"a": {"b": 1}, "c.d": 2} -> {"a.b": 1, "c.d": 2}, in order of the keys.
+void flatten(const json& object, const std::string& prefix, std::map<std::string, json>& to,
+             Problems& problems) {
+  for (const auto& [name, value] : object.items()) {
+    const std::string key = prefix + name;
+    if (value.is_object()) {
+      flatten(value, key + ".", to, problems);
+    } else if (!to.emplace(key, value).second) {
+      problems.add(key + ": given twice, nested and with a dot");
+    }
+  }
+}
+
+std::string quoted_list(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+void set_text(const ConfigField& field, std::string& target, const json& value,
+              Problems& problems) {
+  if (!value.is_string()) {
+    problems.add(field.key + ": expected a text, got " + json_excerpt(value));
+    return;
+  }
+  const auto text = value.get<std::string>();
+  const auto& choices = field.choices;
+  if (!choices.empty() && std::find(choices.begin(), choices.end(), text) == choices.end()) {
+    problems.add(field.key + ": expected one of " + quoted_list(choices) + ", got " + text);
+    return;
+  }
+  target = text;
+}
+
+void set_list(const ConfigField& field, std::vector<std::string>& target, const json& value,
+              Problems& problems) {
+  const json list = value.is_string() ? json::array({value}) : value;
+  const bool texts = list.is_array() && std::all_of(list.begin(), list.end(),
+                                                    [](const json& x) { return x.is_string(); });
+  if (!texts) {
+    problems.add(field.key + ": expected a list of texts, got " + json_excerpt(value));
+    return;
+  }
+  target = list.get<std::vector<std::string>>();
+}
+
+void set(const ConfigField& field, const json& value, Problems& problems) {
+  if (const auto* text = std::get_if<std::string*>(&field.target)) {
+    set_text(field, **text, value, problems);
+  } else if (const auto* list = std::get_if<std::vector<std::string>*>(&field.target)) {
+    set_list(field, **list, value, problems);
+  } else if (const auto* number = std::get_if<double*>(&field.target)) {
+    const json object = {{field.key, value}};
+    **number = get_double(object, field.key, **number, problems, field.min, field.max);
+  } else {
+    int64_t& integer = *std::get<int64_t*>(field.target);
+    const json object = {{field.key, value}};
+    // Limits of integers are small numbers, or none.
+    constexpr auto kMost = std::numeric_limits<int64_t>::max();
+    integer = get_int(object, field.key, integer, problems, static_cast<int64_t>(field.min),
+                      field.max == kInf ? kMost : static_cast<int64_t>(field.max));
+  }
+}
+
+json value_of(const ConfigField& field) {
+  return std::visit([](const auto* target) { return json(*target); }, field.target);
+}
+
+// What stands behind "key=": JSON where it is that, else text.
+json assigned_value(const ConfigField& field, const std::string& text) {
+  const bool is_list = std::holds_alternative<std::vector<std::string>*>(field.target);
+  const json parsed = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (std::holds_alternative<std::string*>(field.target) || is_list) {
+    if (parsed.is_string() || (is_list && parsed.is_array())) return parsed;
+    if (!is_list) return text;
+    json list = json::array();
+    std::istringstream parts(text);
+    for (std::string part; std::getline(parts, part, ',');) list.push_back(part);
+    return list;
+  }
+  return parsed.is_discarded() ? json(text) : parsed;
+}
+
+}  // namespace
+
+std::vector<ConfigField> config_fields(FinetuneConfig& c) {
+  return {
+      {"model",
+       "the model to tune: a folder (Llama or HLA), an HF id in the local cache, or a "
+       "llama2.c file",
+       &c.model},
+      {"output", "the folder to make", &c.output},
+      {"data.train", "texts to tune on: files or folders as of `hla ppl --text`, or DATASET:SPLIT",
+       &c.data.train},
+      {"data.valid", "the text that evaluations measure, of the same form", &c.data.valid},
+      {"data.text_field", "the field of JSONL objects, the column of Parquet files",
+       &c.data.text_field},
+      {"data.rows",
+       "packed: one stream of tokens, cut; padded: a line or document a row, padding not learnt; "
+       "padded-unmasked: padding learnt, as sodabreak/MHA2HLA has it",
+       &c.data.rows,
+       {"packed", "padded", "padded-unmasked"}},
+      {"data.context", "tokens of a row", &c.data.context, {}, 2},
+      {"data.max_tokens",
+       "tokens to take of the texts, padding not counted; 0: all",
+       &c.data.max_tokens,
+       {},
+       0},
+      {"data.seed",
+       "of the order of the rows, which is another one in every epoch",
+       &c.data.seed,
+       {},
+       0},
+      {"train.epochs", "how often every row is read", &c.train.epochs, {}, 0, 1e6},
+      {"train.max_steps",
+       "steps of the optimizer, whatever train.epochs says; 0: no such limit",
+       &c.train.max_steps,
+       {},
+       0},
+      {"train.batch_rows", "rows that are read at once", &c.train.batch_rows, {}, 1},
+      {"train.accumulate", "batches whose gradients make a step", &c.train.accumulate, {}, 1},
+      {"train.parameters",
+       "what is tuned: all; attention (self_attn of every layer); factors (latents' down and up "
+       "matrices)",
+       &c.train.parameters,
+       {"all", "attention", "factors"}},
+      {"optimizer.learning_rate", "of AdamW, at its highest", &c.optimizer.learning_rate, {}, 0, 1},
+      {"optimizer.beta1", "decay of the mean gradient", &c.optimizer.beta1, {}, 0, 0.9999999},
+      {"optimizer.beta2", "decay of the mean square", &c.optimizer.beta2, {}, 0, 0.9999999},
+      {"optimizer.epsilon", "added to the root of the mean square", &c.optimizer.epsilon, {}, 0},
+      {"optimizer.weight_decay",
+       "of matrices, decoupled; norms and biases have none",
+       &c.optimizer.weight_decay,
+       {},
+       0},
+      {"optimizer.max_gradient_norm",
+       "longer gradients are shortened to it; 0: no limit",
+       &c.optimizer.max_gradient_norm,
+       {},
+       0},
+      {"schedule.kind",
+       "of the learning rate behind the warm-up",
+       &c.schedule.kind,
+       {"cosine", "linear", "constant"}},
+      {"schedule.warmup_steps", "steps of linear rise", &c.schedule.warmup_steps, {}, 0},
+      {"schedule.final_ratio",
+       "of the last learning rate to the highest",
+       &c.schedule.final_ratio,
+       {},
+       0,
+       1},
+      {"eval.every_steps",
+       "steps from evaluation to evaluation; 0: after every epoch",
+       &c.eval.every_steps,
+       {},
+       0},
+      {"eval.context",
+       "tokens of a window (protocol gptq); 0: data.context",
+       &c.eval.context,
+       {},
+       0},
+      {"eval.windows", "the first so many windows; 0: all", &c.eval.windows, {}, 0},
+      {"eval.patience",
+       "evaluations without a better one after which it ends; 0: no such end",
+       &c.eval.patience,
+       {},
+       0},
+  };
+}
+
+ResolvedConfig resolve_config(const std::optional<std::filesystem::path>& file,
+                              const std::vector<std::string>& assignments) {
+  ResolvedConfig resolved;
+  const std::vector<ConfigField> fields = config_fields(resolved.config);
+  std::vector<std::string> names;
+  for (const ConfigField& field : fields) {
+    names.push_back(field.key);
+    resolved.origin[field.key] = "default";
+  }
+  const auto find = [&](const std::string& key, Problems& problems) -> const ConfigField* {
+    for (const ConfigField& field : fields) {
+      if (field.key == key) return &field;
+    }
+    const std::string nearest = nearest_name(key, names);
+    problems.add(key + ": unknown key" +
+                 (nearest.empty() ? "" : "; did you mean " + nearest + "?"));
+    return nullptr;
+  };
+
+  const char* hint = "`hla finetune --print-config` shows all keys";
+  if (file) {
+    Problems problems(file->string());
+    const json content = read_json_file(*file, {.comments = true});
+    if (!content.is_object()) {
+      throw_bad_input(file->string() + ": expected a JSON object, got " + json_excerpt(content));
+    }
+    std::map<std::string, json> values;
+    flatten(content, "", values, problems);
+    for (const auto& [key, value] : values) {
+      const ConfigField* field = find(key, problems);
+      if (field == nullptr) continue;
+      set(*field, value, problems);
+      resolved.origin[key] = file->string();
+    }
+    problems.throw_if_any(hint);
+  }
+  Problems problems("--set");
+  for (const std::string& assignment : assignments) {
+    const size_t equals = assignment.find('=');
+    if (equals == std::string::npos) {
+      problems.add("expected KEY=VALUE, got " + assignment);
+      continue;
+    }
+    const ConfigField* field = find(assignment.substr(0, equals), problems);
+    if (field == nullptr) continue;
+    set(*field, assigned_value(*field, assignment.substr(equals + 1)), problems);
+    resolved.origin[field->key] = "--set";
+  }
+  try {
+    problems.throw_if_any(hint);
+  } catch (const Error& error) {
+    throw_usage(error.what());
+  }
+  return resolved;
+}
+
+std::string to_commented_json(const ResolvedConfig& resolved) {
+  FinetuneConfig config = resolved.config;
+  const std::vector<ConfigField> fields = config_fields(config);
+  std::string text = "{\n";
+  std::string section;
+  for (size_t i = 0; i < fields.size(); ++i) {
+    const ConfigField& field = fields[i];
+    const size_t dot = field.key.find('.');
+    const std::string name = dot == std::string::npos ? field.key : field.key.substr(dot + 1);
+    const std::string of = dot == std::string::npos ? "" : field.key.substr(0, dot);
+    if (of != section) {
+      if (!section.empty()) text += "  },\n";
+      text += "  \"" + of + "\": {\n";
+      section = of;
+    }
+    const std::string indent = section.empty() ? "  " : "    ";
+    const bool last = i + 1 == fields.size() ||
+                      (!section.empty() && !fields[i + 1].key.starts_with(section + "."));
+    text += indent + "// " + field.doc + "\n";
+    const std::string& origin = resolved.origin.at(field.key);
+    text += indent + "\"" + name + "\": " + value_of(field).dump() + (last ? "" : ",") +
+            (origin == "default" ? "" : "  // " + origin) + "\n";
+  }
+  return text + (section.empty() ? "}\n" : "  }\n}\n");
+}
+
+json to_json(const ResolvedConfig& resolved) {
+  FinetuneConfig config = resolved.config;
+  json nested = json::object();
+  for (const ConfigField& field : config_fields(config)) {
+    const size_t dot = field.key.find('.');
+    json& at = dot == std::string::npos ? nested : nested[field.key.substr(0, dot)];
+    at[dot == std::string::npos ? field.key : field.key.substr(dot + 1)] = value_of(field);
+  }
+  return {{"config", std::move(nested)}, {"origin", resolved.origin}};
+}
+
+}  // namespace hla

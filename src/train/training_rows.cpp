@@ -1,0 +1,131 @@
+#include "hla/train/training_rows.h"
+
+#include <ATen/ops/full.h>
+
+#include <algorithm>
+#include <numeric>
+#include <string_view>
+
+#include "hla/core/error.h"
+
+namespace hla {
+namespace {
+
+// Lines with anything but white space, with their line ends, as the HF wikitext dataset has rows.
+std::vector<std::string_view> lines_of(std::string_view text) {
+  std::vector<std::string_view> lines;
+  while (!text.empty()) {
+    const size_t end = std::min(text.find('\n'), text.size() - 1) + 1;
+    const std::string_view line = text.substr(0, end);
+    if (line.find_first_not_of(" \t\r\n") != std::string_view::npos) lines.push_back(line);
+    text.remove_prefix(end);
+  }
+  return lines;
+}
+
+// A generator whose numbers are the same everywhere (splitmix64, Steele, Lea and Flood 2014).
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t next() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+  }
+  // Below `bound`, all equally likely.
+  uint64_t below(uint64_t bound) {
+    const uint64_t usable = ~uint64_t{0} - ~uint64_t{0} % bound;
+    for (;;) {
+      const uint64_t number = next();
+      if (number < usable) return number % bound;
+    }
+  }
+
+ private:
+  uint64_t state_;
+};
+
+}  // namespace
+
+RowsOptions::Kind rows_kind_from_string(const std::string& text) {
+  if (text == "packed") return RowsOptions::Kind::kPacked;
+  if (text == "padded") return RowsOptions::Kind::kPadded;
+  if (text == "padded-unmasked") return RowsOptions::Kind::kPaddedUnmasked;
+  throw_usage("[data.rows] expected packed, padded or padded-unmasked, got " + text);
+}
+
+TrainingRows::TrainingRows(const std::vector<Corpus>& texts, const Tokenizer& tokenizer,
+                           int64_t vocab_size, const RowsOptions& options)
+    : options_(options), pad_(tokenizer.eos_id().value_or(0)) {
+  const int64_t most = options.max_tokens;
+  const auto full = [&] { return most > 0 && tokens() >= most; };
+  const auto append = [&](std::vector<int32_t> ids, int64_t longest) {
+    if (longest > 0 && static_cast<int64_t>(ids.size()) > longest) ids.resize(longest);
+    if (most > 0) ids.resize(std::min<size_t>(ids.size(), static_cast<size_t>(most - tokens())));
+    stream_.insert(stream_.end(), ids.begin(), ids.end());
+    return static_cast<int64_t>(ids.size());
+  };
+  const bool packed = options.kind == RowsOptions::Kind::kPacked;
+  for (const Corpus& text : texts) {
+    std::vector<std::string_view> parts(text.documents.begin(), text.documents.end());
+    const std::string joined = text.kind == Corpus::Kind::kText ? text.joined() : "";
+    if (text.kind == Corpus::Kind::kText) {
+      parts = packed ? std::vector<std::string_view>{joined} : lines_of(text.text);
+    }
+    for (const std::string_view part : parts) {
+      if (full()) break;
+      if (packed) {
+        if (!stream_.empty() && tokenizer.eos_id()) append({*tokenizer.eos_id()}, 0);
+        append(tokenizer.encode(part), 0);
+        continue;
+      }
+      const int64_t begin = tokens();
+      const int64_t count = append(tokenizer.encode(part), options.context);
+      if (count > 1) rows_.push_back({begin, count, count - 1});
+    }
+  }
+  if (packed) {
+    for (int64_t begin = 0; begin + 1 < tokens(); begin += options.context) {
+      const int64_t labels = std::min(options.context, tokens() - 1 - begin);
+      rows_.push_back({begin, std::min(options.context, tokens() - begin), labels});
+    }
+  }
+  if (rows_.empty()) throw_bad_input("[data.train] expected a text of two tokens at least");
+  const int32_t largest = *std::max_element(stream_.begin(), stream_.end());
+  if (largest >= vocab_size || pad_ >= vocab_size) {
+    throw_bad_input("[data.train] expected ids below the model's vocab_size " +
+                    std::to_string(vocab_size) + ", got " +
+                    std::to_string(std::max(largest, pad_)) + ": a tokenizer of another model?");
+  }
+}
+
+TrainingRows::Batch TrainingRows::batch(const std::vector<int64_t>& rows) const {
+  const auto count = static_cast<int64_t>(rows.size());
+  Batch batch = {at::full({count, options_.context}, pad_, at::kLong),
+                 at::full({count, options_.context}, kNoLabel, at::kLong)};
+  auto* ids = batch.ids.mutable_data_ptr<int64_t>();
+  auto* labels = batch.labels.mutable_data_ptr<int64_t>();
+  for (const int64_t number : rows) {
+    const Row& row = rows_[static_cast<size_t>(number)];
+    const auto from = stream_.begin() + row.begin;
+    std::copy_n(from, row.ids, ids);
+    std::copy_n(from + 1, row.labels, labels);
+    if (options_.kind == RowsOptions::Kind::kPaddedUnmasked) {
+      std::fill(labels + row.labels, labels + options_.context - 1, pad_);
+    }
+    ids += options_.context;
+    labels += options_.context;
+  }
+  return batch;
+}
+
+std::vector<int64_t> shuffled(int64_t count, uint64_t seed, int64_t epoch) {
+  std::vector<int64_t> order(static_cast<size_t>(count));
+  std::iota(order.begin(), order.end(), 0);
+  Random random(seed * 0x2545f4914f6cdd1d + static_cast<uint64_t>(epoch));
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random.below(i)]);
+  return order;
+}
+
+}  // namespace hla

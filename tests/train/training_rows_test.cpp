@@ -1,0 +1,120 @@
+#include "hla/train/training_rows.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "../test_util.h"
+
+namespace hla {
+namespace {
+
+using testing::error_of;
+
+constexpr int64_t kNone = TrainingRows::kNoLabel;
+constexpr int32_t kEos = 1;
+
+// 'a' is 10, 'b' is 11, …; everything else is 9.
+class Letters : public Tokenizer {
+ public:
+  std::vector<int32_t> encode(std::string_view text, bool) const override {
+    std::vector<int32_t> ids;
+    for (const char c : text) ids.push_back(c >= 'a' && c <= 'z' ? c - 'a' + 10 : 9);
+    return ids;
+  }
+  std::string decode(const std::vector<int32_t>&, bool) const override { return ""; }
+  int64_t vocab_size() const override { return 40; }
+  std::optional<int32_t> token_to_id(const std::string&) const override { return {}; }
+  std::string id_to_token(int32_t) const override { return ""; }
+  std::string token_bytes(int32_t) const override { return ""; }
+  std::optional<int32_t> bos_id() const override { return {}; }
+  std::optional<int32_t> eos_id() const override { return kEos; }
+  std::string kind() const override { return "letters"; }
+};
+
+Corpus documents(std::vector<std::string> texts) {
+  Corpus corpus;
+  corpus.kind = Corpus::Kind::kDocuments;
+  corpus.documents = std::move(texts);
+  return corpus;
+}
+
+std::vector<int64_t> row_of(const at::Tensor& tensor, int64_t row) {
+  const at::Tensor values = tensor[row].contiguous();
+  return {values.const_data_ptr<int64_t>(), values.const_data_ptr<int64_t>() + values.numel()};
+}
+
+using Numbers = std::vector<int64_t>;
+
+TEST(TrainingRowsTest, PacksDocumentsIntoOneStream) {
+  const Letters letters;
+  const TrainingRows rows({documents({"abc", "de"}), documents({"f"})}, letters, 40,
+                          {.context = 3});
+  // a b c EOS d e EOS f
+  EXPECT_EQ(rows.tokens(), 8);
+  ASSERT_EQ(rows.size(), 3);
+  const TrainingRows::Batch batch = rows.batch({0, 2, 1});
+  EXPECT_EQ(row_of(batch.ids, 0), (Numbers{10, 11, 12}));
+  EXPECT_EQ(row_of(batch.labels, 0), (Numbers{11, 12, kEos}));
+  EXPECT_EQ(row_of(batch.ids, 2), (Numbers{kEos, 13, 14}));
+  EXPECT_EQ(row_of(batch.labels, 2), (Numbers{13, 14, kEos}));
+  // The last one is not full: EOS f, and f has no successor.
+  EXPECT_EQ(row_of(batch.ids, 1), (Numbers{kEos, 15, kEos}));
+  EXPECT_EQ(row_of(batch.labels, 1), (Numbers{15, kNone, kNone}));
+}
+
+TEST(TrainingRowsTest, PadsRows) {
+  const Letters letters;
+  Corpus text;
+  text.text = "abc\n \n\nabcdefgh\nz";
+  const std::vector<Corpus> texts = {text, documents({"q", "rs"})};
+  const TrainingRows masked(texts, letters, 40, {.kind = RowsOptions::Kind::kPadded, .context = 6});
+  // Blank lines are none; one token alone predicts nothing.
+  ASSERT_EQ(masked.size(), 3);
+  TrainingRows::Batch batch = masked.batch({0, 1, 2});
+  EXPECT_EQ(row_of(batch.ids, 0), (Numbers{10, 11, 12, 9, kEos, kEos}));
+  EXPECT_EQ(row_of(batch.labels, 0), (Numbers{11, 12, 9, kNone, kNone, kNone}));
+  EXPECT_EQ(row_of(batch.ids, 1), (Numbers{10, 11, 12, 13, 14, 15}));
+  EXPECT_EQ(row_of(batch.labels, 1), (Numbers{11, 12, 13, 14, 15, kNone}));
+  EXPECT_EQ(row_of(batch.labels, 2), (Numbers{28, kNone, kNone, kNone, kNone, kNone}));
+
+  const TrainingRows unmasked(texts, letters, 40,
+                              {.kind = RowsOptions::Kind::kPaddedUnmasked, .context = 6});
+  batch = unmasked.batch({0});
+  EXPECT_EQ(row_of(batch.labels, 0), (Numbers{11, 12, 9, kEos, kEos, kNone}));
+}
+
+TEST(TrainingRowsTest, TakesSoManyTokens) {
+  const Letters letters;
+  const std::vector<Corpus> texts = {documents({"abcdef", "ghi"})};
+  EXPECT_EQ(TrainingRows(texts, letters, 40, {.context = 4, .max_tokens = 5}).tokens(), 5);
+  EXPECT_EQ(TrainingRows(texts, letters, 40, {.context = 4, .max_tokens = 99}).tokens(), 10);
+  const TrainingRows padded(texts, letters, 40,
+                            {.kind = RowsOptions::Kind::kPadded, .context = 4, .max_tokens = 6});
+  EXPECT_EQ(padded.tokens(), 6);
+  EXPECT_EQ(row_of(padded.batch({1}).labels, 0), (Numbers{17, kNone, kNone, kNone}));
+}
+
+TEST(TrainingRowsTest, RefusesWhatCannotBeLearnt) {
+  const Letters letters;
+  EXPECT_EQ(error_of([&] { TrainingRows({documents({"a"})}, letters, 40, {}); }).code(),
+            ExitCode::kBadInput);
+  const Error error = error_of([&] { TrainingRows({documents({"az"})}, letters, 20, {}); });
+  EXPECT_EQ(error.code(), ExitCode::kBadInput);
+  EXPECT_NE(std::string(error.what()).find("got 35"), std::string::npos) << error.what();
+}
+
+TEST(TrainingRowsTest, ShufflesBySeedAndEpoch) {
+  const std::vector<int64_t> order = shuffled(100, 1, 0);
+  EXPECT_EQ(shuffled(100, 1, 0), order);
+  EXPECT_NE(shuffled(100, 1, 1), order);
+  EXPECT_NE(shuffled(100, 2, 0), order);
+  std::vector<int64_t> sorted = order;
+  std::sort(sorted.begin(), sorted.end());
+  for (int64_t i = 0; i < 100; ++i) EXPECT_EQ(sorted[static_cast<size_t>(i)], i);
+  EXPECT_NE(sorted, order);
+  EXPECT_TRUE(shuffled(0, 1, 0).empty());
+}
+
+}  // namespace
+}  // namespace hla

@@ -1,0 +1,70 @@
+#include "hla/train/finetune.h"
+
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "commands.h"
+#include "hla/core/error.h"
+#include "options.h"
+
+namespace hla::tools {
+namespace {
+
+struct FinetuneArguments {
+  std::string config;
+  std::vector<std::string> assignments;
+  bool print_config = false;
+  std::string json;
+  bool force = false;
+  DeviceOptions device;
+};
+
+void run_finetune(const FinetuneArguments& arguments) {
+  check_output_target("--json", arguments.json, arguments.force);
+  const std::optional<std::filesystem::path> file =
+      arguments.config.empty() ? std::nullopt
+                               : std::optional<std::filesystem::path>(arguments.config);
+  const ResolvedConfig config = resolve_config(file, arguments.assignments);
+  if (arguments.print_config) {
+    std::cout << to_commented_json(config);
+    return;
+  }
+  const FinetuneReport report =
+      finetune(config, {.load = resolve(arguments.device), .force = arguments.force});
+  if (arguments.json != "-") std::cout << report.to_text();
+  if (!arguments.json.empty()) {
+    write_json_result(arguments.json, report.to_json(config), arguments.force);
+  }
+}
+
+}  // namespace
+
+void add_finetune(CLI::App& app) {
+  auto arguments = std::make_shared<FinetuneArguments>();
+  CLI::App* command = app.add_subcommand("finetune", "Tunes a model, Llama or HLA, on text");
+  command->add_option("--config", arguments->config,
+                      "JSON file, comments allowed; what it leaves out has its default");
+  command
+      ->add_option_function<std::string>(
+          "--set", [arguments](const std::string& text) { arguments->assignments.push_back(text); },
+          "KEY=VALUE over the config, e.g. optimizer.learning_rate=1e-4; may be given several "
+          "times")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->trigger_on_parse();
+  command->add_flag("--print-config", arguments->print_config,
+                    "Show every key with its documentation and value, and stop");
+  add_device_options(*command, arguments->device);
+  command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
+  command->add_flag("--force", arguments->force, "Replace existing outputs");
+  command->footer(
+      "Examples:\n"
+      "  hla finetune --print-config\n"
+      "  hla finetune --config configs/stories260K-smoke.json\n"
+      "  hla finetune --set model=models/latent-50 --set output=models/latent-50-tuned \\\n"
+      "      --set data.train=wikitext-2-raw:validation --set data.valid=wikitext-2-raw:test");
+  command->callback([arguments] { run_finetune(*arguments); });
+}
+
+}  // namespace hla::tools
