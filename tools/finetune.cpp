@@ -18,6 +18,7 @@ struct FinetuneArguments {
   bool print_config = false;
   std::string json;
   bool force = false;
+  bool restart = false;
   DeviceOptions device;
 };
 
@@ -31,8 +32,9 @@ void run_finetune(const FinetuneArguments& arguments) {
     std::cout << to_commented_json(config);
     return;
   }
-  const FinetuneReport report =
-      finetune(config, {.load = resolve(arguments.device), .force = arguments.force});
+  const FinetuneReport report = finetune(
+      config,
+      {.load = resolve(arguments.device), .force = arguments.force, .restart = arguments.restart});
   if (arguments.json != "-") std::cout << report.to_text();
   if (!arguments.json.empty()) {
     write_json_result(arguments.json, report.to_json(config), arguments.force);
@@ -58,7 +60,11 @@ void add_finetune(CLI::App& app) {
   add_device_options(*command, arguments->device);
   command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
   command->add_flag("--force", arguments->force, "Replace existing outputs");
+  command->add_flag("--restart", arguments->restart,
+                    "Begin anew instead of going on with an unfinished run");
   command->footer(
+      "A run that was killed or interrupted goes on when the same command is given again, and ends "
+      "with the same\nweights; until then it lies in .OUTPUT.hla-partial.\n\n"
       "Examples:\n"
       "  hla finetune --print-config\n"
       "  hla finetune --config configs/stories260K-smoke.json\n"

@@ -23,7 +23,14 @@ json file_state(const std::filesystem::path& path) {
           {"changed", std::filesystem::last_write_time(path).time_since_epoch().count()}};
 }
 
-json base_state(const Checkpoint& base) {
+template <typename T>
+json or_null(const std::optional<T>& value) {
+  return value ? json(*value) : json();
+}
+
+}  // namespace
+
+json checkpoint_fingerprint(const Checkpoint& base) {
   std::set<std::filesystem::path> files;
   std::string headers;
   for (const TensorInfo& info : base.tensors()) {
@@ -39,12 +46,11 @@ json base_state(const Checkpoint& base) {
           {"config_sha256", sha256_hex(base.config().dump())}};
 }
 
-template <typename T>
-json or_null(const std::optional<T>& value) {
-  return value ? json(*value) : json();
-}
+json program_fingerprint() { return {{"version", version()}, {"commit", version_commit()}}; }
 
-}  // namespace
+json machine_fingerprint() {
+  return {{"threads", at::get_num_threads()}, {"cpu", at::get_cpu_capability()}};
+}
 
 json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& options,
                             const ConversionPlan& plan, const std::vector<CalibrationText>& texts) {
@@ -72,12 +78,9 @@ json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& option
                    {"tokens", options.calib_tokens}, {"length", options.calib_length},
                    {"device", options.device.str()}, {"perplexity", options.report_perplexity}};
   }
-  return {{"base", base_state(base)},
-          {"plan", to_json(plan)},
-          {"options", std::move(chosen)},
-          {"calibration", std::move(calibration)},
-          {"program", {{"version", version()}, {"commit", version_commit()}}},
-          {"machine", {{"threads", at::get_num_threads()}, {"cpu", at::get_cpu_capability()}}}};
+  return {{"base", checkpoint_fingerprint(base)}, {"plan", to_json(plan)},
+          {"options", std::move(chosen)},         {"calibration", std::move(calibration)},
+          {"program", program_fingerprint()},     {"machine", machine_fingerprint()}};
 }
 
 }  // namespace hla

@@ -103,7 +103,7 @@ void WorkDir::make_folders() const {
 }
 
 // Reads the steps of an earlier run. False, and a message, where they are of no use.
-bool WorkDir::take_up() {
+bool WorkDir::take_up(Others others) {
   std::error_code error;
   if (fs::is_empty(root_, error)) return false;
   const auto start_over = [&](const std::string& reason) {
@@ -122,8 +122,14 @@ bool WorkDir::take_up() {
     return start_over("is of another version of this program");
   }
   if (state["fingerprint"] != fingerprint_) {
-    return start_over("was begun with other settings (" +
-                      differences(state["fingerprint"], fingerprint_) + ")");
+    const std::string reason =
+        "was begun with other settings (" + differences(state["fingerprint"], fingerprint_) + ")";
+    if (others == Others::kRefuse) {
+      steps_ = state["steps"];  // so that the destructor keeps them
+      throw_usage(root_.string() + ": " + reason +
+                  "; give those to go on, or --restart to throw it away");
+    }
+    return start_over(reason);
   }
   steps_ = state["steps"];
   log_info(root_.string() + ": going on after " + std::to_string(steps_.size()) +
@@ -131,9 +137,9 @@ bool WorkDir::take_up() {
   return true;
 }
 
-void WorkDir::begin(json fingerprint, bool restart) {
+void WorkDir::begin(json fingerprint, bool restart, Others others) {
   fingerprint_ = std::move(fingerprint);
-  if (restart || !take_up()) {
+  if (restart || !take_up(others)) {
     std::error_code error;
     for (const fs::path& old : {root_ / kStepsName, output_, scratch_}) fs::remove_all(old, error);
   }

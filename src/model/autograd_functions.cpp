@@ -30,9 +30,17 @@ class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     refuse_second_derivatives();
     const variable_list saved = context->get_saved_variables();
-    return {cpu::rms_norm_backward(gradients[0].contiguous(), saved[0], saved[1],
-                                   context->saved_data["eps"].toDouble()),
-            at::Tensor(), at::Tensor()};
+    const at::Tensor gradient = gradients[0].contiguous();
+    const double eps = context->saved_data["eps"].toDouble();
+    at::Tensor by_x;
+    at::Tensor by_weight;
+    if (context->needs_input_grad(0)) {
+      by_x = cpu::rms_norm_backward(gradient, saved[0], saved[1], eps);
+    }
+    if (context->needs_input_grad(1)) {
+      by_weight = cpu::rms_norm_weight_gradient(gradient, saved[0], eps);
+    }
+    return {by_x, by_weight, at::Tensor()};
   }
 };
 
@@ -71,13 +79,21 @@ class RopeFunction : public torch::autograd::Function<RopeFunction> {
 
 }  // namespace
 
+namespace {
+
+bool is_dense_fp32(const at::Tensor& x) {
+  return x.device().is_cpu() && x.scalar_type() == at::kFloat && x.is_contiguous();
+}
+
+}  // namespace
+
 bool differentiates(const at::Tensor& x) {
-  return at::GradMode::is_enabled() && x.requires_grad() && x.device().is_cpu() &&
-         x.scalar_type() == at::kFloat && x.is_contiguous();
+  return at::GradMode::is_enabled() && x.requires_grad() && is_dense_fp32(x);
 }
 
 bool differentiates(const at::Tensor& x, const at::Tensor& weight) {
-  return differentiates(x) && cpu::applies(weight);
+  return at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad()) &&
+         is_dense_fp32(x) && is_dense_fp32(weight);
 }
 
 at::Tensor differentiable_rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {

@@ -6,6 +6,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/record_function.h>
 
 #include <algorithm>
@@ -84,6 +85,21 @@ void rms_norm_backward_rows(const float* gradient, const float* x, const float* 
     for (int64_t i = 0; i < size; ++i) {
       out[i] = across * (gradient[i] * weight[i]) - along * x[i];
     }
+  }
+}
+
+// sum (size) += Σ_rows gradient · x / √(mean(x²) + eps).
+HLA_MULTIVERSION
+void rms_norm_weight_rows(const float* gradient, const float* x, float* sum, int64_t rows,
+                          int64_t size, double eps) {
+  for (int64_t row = 0; row < rows; ++row, x += size, gradient += size) {
+    double square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < size; ++i) square += static_cast<double>(x[i]) * x[i];
+    const auto scale =
+        static_cast<float>(1.0 / std::sqrt(square / static_cast<double>(size) + eps));
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) sum[i] += scale * (gradient[i] * x[i]);
   }
 }
 
@@ -355,6 +371,27 @@ at::Tensor rms_norm_backward(const at::Tensor& gradient, const at::Tensor& x,
                                             out + begin * size, end - begin, size, eps);
                    });
   return result;
+}
+
+at::Tensor rms_norm_weight_gradient(const at::Tensor& gradient, const at::Tensor& x, double eps) {
+  RECORD_FUNCTION("hla::rms_norm_weight_gradient", {});
+  const int64_t size = x.size(-1);
+  const int64_t rows = size == 0 ? 0 : x.numel() / size;
+  // The same stretches, and so the same sums, whatever the number of threads.
+  constexpr int64_t kStretches = 16;
+  const at::Tensor sums = at::zeros({kStretches, size}, x.options());
+  const float* g = gradient.const_data_ptr<float>();
+  const float* in = x.const_data_ptr<float>();
+  float* out = sums.mutable_data_ptr<float>();
+  at::parallel_for(0, kStretches, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = rows * i / kStretches;
+      const int64_t end = rows * (i + 1) / kStretches;
+      rms_norm_weight_rows(g + begin * size, in + begin * size, out + i * size, end - begin, size,
+                           eps);
+    }
+  });
+  return sums.sum(0);
 }
 
 std::pair<at::Tensor, at::Tensor> silu_mul_backward(const at::Tensor& gradient,

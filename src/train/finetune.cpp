@@ -15,9 +15,11 @@
 #include "hla/core/text_table.h"
 #include "hla/core/version.h"
 #include "hla/eval/perplexity.h"
+#include "hla/factorize/fingerprint.h"
 #include "hla/factorize/transformers_files.h"
 #include "hla/io/json_file.h"
 #include "hla/io/work_dir.h"
+#include "hla/model/device.h"
 #include "hla/model/save.h"
 #include "hla/train/trainer.h"
 
@@ -25,6 +27,9 @@ namespace hla {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+constexpr const char* kCheckpoint = "checkpoint";
+constexpr const char* kMetrics = "metrics.jsonl";
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
@@ -72,7 +77,7 @@ class Run {
 
   FinetuneReport run() {
     WorkDir work(config_.output, options_.force);
-    work.begin({{"finetune", to_json(resolved_)}}, /*restart=*/true);
+    work.begin(fingerprint(), options_.restart, WorkDir::Others::kRefuse);
     Trainer trainer(*model_, config_, report_.planned_steps);
     report_.tuned_parameters = trainer.tuned_parameters();
     if (model_->device().is_cpu()) {
@@ -82,39 +87,40 @@ class Run {
           4 * static_cast<uint64_t>(report_.tuned_parameters) * c10::elementSize(model_->dtype()),
           "weights, gradients and moments of " + config_.model);
     }
-    std::ofstream metrics(work.scratch() / "metrics.jsonl");
+    if (const nlohmann::json* saved = work.result(kCheckpoint)) take_up(work, *saved, trainer);
+    metrics_.open(work.scratch() / kMetrics, std::ios::app);
     Progress progress("tuning", report_.planned_steps, options_.progress);
-    evaluate(metrics, work);
+    progress.advance(report_.steps);
     report_.stopped_by = "steps";
-    while (report_.steps < report_.planned_steps) {
-      throw_if_interrupted();
+    for (;;) {
+      if (evaluation_is_due()) evaluate(work);
+      if (is_out_of_patience()) report_.stopped_by = "patience";
+      if (report_.steps == report_.planned_steps || report_.stopped_by == "patience") break;
       const auto start = Clock::now();
       const Trainer::Step step = trainer.step(next_batches());
       ++report_.steps;
-      metrics << nlohmann::json({{"step", report_.steps},
-                                 {"loss", step.loss},
-                                 {"gradient_norm", step.gradient_norm},
-                                 {"learning_rate", step.learning_rate},
-                                 {"labels", step.labels},
-                                 {"seconds", seconds_since(start)}})
-                     .dump()
-              << "\n"
-              << std::flush;
+      log({{"step", report_.steps},
+           {"loss", step.loss},
+           {"gradient_norm", step.gradient_norm},
+           {"learning_rate", step.learning_rate},
+           {"labels", step.labels},
+           {"seconds", seconds_since(start)}});
       progress.advance(1, "loss " + fixed(step.loss, 4));
-      if (!evaluation_is_due()) continue;
-      evaluate(metrics, work);
-      const auto since_best = static_cast<int64_t>(report_.evaluations.size()) - 1 - report_.best;
-      if (config_.eval.patience > 0 && since_best >= config_.eval.patience) {
-        report_.stopped_by = "patience";
-        break;
+      const int64_t every = config_.checkpoint.every_steps;
+      if (evaluation_is_due() || interrupt_signal() != 0 ||
+          (every > 0 && report_.steps % every == 0)) {
+        save(work, trainer);
       }
+      throw_if_interrupted();
     }
     progress.finish();
-    report_.seconds = seconds_since(start_);
-    if (!metrics) throw_runtime("metrics.jsonl: write failed");
-    metrics.close();
-    std::filesystem::rename(work.scratch() / "metrics.jsonl", work.output() / "metrics.jsonl");
-    write_json_file(work.output() / "finetune.json", report_.to_json(resolved_), /*force=*/false);
+    report_.seconds += seconds_since(start_);
+    metrics_.close();
+    if (!metrics_) throw_runtime(std::string(kMetrics) + ": write failed");
+    // A copy: killed before the end, it goes on with the other.
+    std::filesystem::copy_file(work.scratch() / kMetrics, work.output() / kMetrics,
+                               std::filesystem::copy_options::overwrite_existing);
+    write_json_file(work.output() / "finetune.json", report_.to_json(resolved_), /*force=*/true);
     work.commit();
     return report_;
   }
@@ -139,6 +145,7 @@ class Run {
     std::vector<Corpus> texts;
     for (const std::string& text : config_.data.train) {
       texts.push_back(open_text(text, config_.data.text_field));
+      train_sha256_.push_back(texts.back().sha256);
     }
     rows_.emplace(texts, *tokenizer_, model_->config().vocab_size,
                   RowsOptions{.kind = rows_kind_from_string(config_.data.rows),
@@ -174,13 +181,75 @@ class Run {
     return batches;
   }
 
+  // What decides the bytes of the weights.
+  nlohmann::json fingerprint() const {
+    nlohmann::json texts = nlohmann::json::array({valid_.sha256});
+    for (const std::string& sha256 : train_sha256_) texts.push_back(sha256);
+    nlohmann::json settings;  // by dotted key, so that differences are named by it
+    FinetuneConfig config = config_;
+    for (const ConfigField& field : config_fields(config)) settings[field.key] = field.value();
+    return {{"config", std::move(settings)},
+            {"model", checkpoint_fingerprint(checkpoint_)},
+            {"texts", std::move(texts)},
+            {"program", program_fingerprint()},
+            {"machine", machine_fingerprint()},
+            {"device", model_->device().str() + ", " + dtype_label(model_->dtype())}};
+  }
+
+  std::filesystem::path checkpoint_file(const WorkDir& work, int64_t step) const {
+    return work.scratch() / ("checkpoint-" + std::to_string(step) + ".safetensors");
+  }
+
+  // From here a killed run goes on: steps, and evaluations but for one that is due.
+  void save(WorkDir& work, const Trainer& trainer) {
+    const nlohmann::json* last = work.result(kCheckpoint);
+    const int64_t before = last != nullptr ? last->at("step").get<int64_t>() : -1;
+    if (before == report_.steps) return;
+    trainer.save(checkpoint_file(work, report_.steps));
+    metrics_.flush();
+    nlohmann::json state = {{"step", report_.steps},
+                            {"evaluations", report_.evaluations_json()},
+                            {"best", report_.best},
+                            {"metrics_bytes", static_cast<int64_t>(metrics_.tellp())},
+                            {"seconds", report_.seconds + seconds_since(start_)}};
+    work.complete(kCheckpoint, std::move(state));
+    if (before >= 0) std::filesystem::remove(checkpoint_file(work, before));
+  }
+
+  void take_up(const WorkDir& work, const nlohmann::json& state, Trainer& trainer) {
+    report_.steps = state.at("step");
+    report_.best = state.at("best");
+    report_.seconds = state.at("seconds");
+    for (const nlohmann::json& evaluation : state.at("evaluations")) {
+      report_.evaluations.push_back(
+          {evaluation.at("step"), evaluation.at("nll"), evaluation.at("perplexity")});
+    }
+    trainer.load(checkpoint_file(work, report_.steps), report_.steps);
+    // Lines of steps that are now done again.
+    std::filesystem::resize_file(work.scratch() / kMetrics,
+                                 state.at("metrics_bytes").get<uint64_t>());
+    log_info("going on after step " + std::to_string(report_.steps) + " of " +
+             std::to_string(report_.planned_steps));
+  }
+
+  void log(const nlohmann::json& line) { metrics_ << line.dump() << "\n" << std::flush; }
+
+  // Before the first step, every so many, and after the last.
   bool evaluation_is_due() const {
+    if (!report_.evaluations.empty() && report_.evaluations.back().step == report_.steps) {
+      return false;
+    }
     const int64_t every = config_.eval.every_steps > 0 ? config_.eval.every_steps : steps_an_epoch_;
     return report_.steps % every == 0 || report_.steps == report_.planned_steps;
   }
 
+  bool is_out_of_patience() const {
+    const auto since_best = static_cast<int64_t>(report_.evaluations.size()) - 1 - report_.best;
+    return config_.eval.patience > 0 && report_.best > 0 && since_best >= config_.eval.patience;
+  }
+
   // Writes the model where it is the best so far.
-  void evaluate(std::ofstream& metrics, const WorkDir& work) {
+  void evaluate(const WorkDir& work) {
     const PerplexityResult result = score(*model_, {plan_}, {.progress = false})[0];
     throw_if_interrupted();
     report_.evaluations.push_back({report_.steps, result.nll, result.perplexity.value});
@@ -188,12 +257,9 @@ class Run {
     const bool is_best =
         last == 1 ||
         (last > 1 && result.nll < report_.evaluations[static_cast<size_t>(report_.best)].nll);
-    metrics << nlohmann::json({{"step", report_.steps},
-                               {"eval_loss", result.nll},
-                               {"eval_perplexity", result.perplexity.value}})
-                   .dump()
-            << "\n"
-            << std::flush;
+    log({{"step", report_.steps},
+         {"eval_loss", result.nll},
+         {"eval_perplexity", result.perplexity.value}});
     log_info("step " + std::to_string(report_.steps) + " of " +
              std::to_string(report_.planned_steps) + ": perplexity " +
              fixed(result.perplexity.value, 4) + (is_best ? ", the best" : ""));
@@ -225,20 +291,26 @@ class Run {
   std::shared_ptr<LlamaForCausalLM> model_;
   WindowPlan plan_;
   std::optional<TrainingRows> rows_;
+  std::vector<std::string> train_sha256_;
   std::vector<int64_t> order_;  // of the rows, in this epoch
   int64_t steps_an_epoch_ = 0;
+  std::ofstream metrics_;
   FinetuneReport report_;
 };
 
 }  // namespace
 
-nlohmann::json FinetuneReport::to_json(const ResolvedConfig& config) const {
+nlohmann::json FinetuneReport::evaluations_json() const {
   nlohmann::json list = nlohmann::json::array();
   for (const FinetuneEvaluation& evaluation : evaluations) {
     list.push_back({{"step", evaluation.step},
                     {"nll", evaluation.nll},
                     {"perplexity", evaluation.perplexity}});
   }
+  return list;
+}
+
+nlohmann::json FinetuneReport::to_json(const ResolvedConfig& config) const {
   nlohmann::json json = hla::to_json(config);
   json.update({{"rows", rows},
                {"tokens", tokens},
@@ -246,7 +318,7 @@ nlohmann::json FinetuneReport::to_json(const ResolvedConfig& config) const {
                {"steps", steps},
                {"planned_steps", planned_steps},
                {"stopped_by", stopped_by},
-               {"evaluations", std::move(list)},
+               {"evaluations", evaluations_json()},
                {"best_step", evaluations[static_cast<size_t>(best)].step},
                {"seconds", seconds},
                {"hla_version", version()},

@@ -80,10 +80,6 @@ void set(const ConfigField& field, const json& value, Problems& problems) {
   }
 }
 
-json value_of(const ConfigField& field) {
-  return std::visit([](const auto* target) { return json(*target); }, field.target);
-}
-
 // What stands behind "key=": JSON where it is that, else text.
 json assigned_value(const ConfigField& field, const std::string& text) {
   const bool is_list = std::holds_alternative<std::vector<std::string>*>(field.target);
@@ -100,6 +96,10 @@ json assigned_value(const ConfigField& field, const std::string& text) {
 }
 
 }  // namespace
+
+json ConfigField::value() const {
+  return std::visit([](const auto* of) { return json(*of); }, target);
+}
 
 std::vector<ConfigField> config_fields(FinetuneConfig& c) {
   return {
@@ -183,6 +183,12 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        &c.eval.patience,
        {},
        0},
+      {"checkpoint.every_steps",
+       "steps after which all that a killed run needs to go on is saved, beside before every "
+       "evaluation; 0: only then",
+       &c.checkpoint.every_steps,
+       {},
+       0},
   };
 }
 
@@ -262,7 +268,7 @@ std::string to_commented_json(const ResolvedConfig& resolved) {
                       (!section.empty() && !fields[i + 1].key.starts_with(section + "."));
     text += indent + "// " + field.doc + "\n";
     const std::string& origin = resolved.origin.at(field.key);
-    text += indent + "\"" + name + "\": " + value_of(field).dump() + (last ? "" : ",") +
+    text += indent + "\"" + name + "\": " + field.value().dump() + (last ? "" : ",") +
             (origin == "default" ? "" : "  // " + origin) + "\n";
   }
   return text + (section.empty() ? "}\n" : "  }\n}\n");
@@ -274,7 +280,7 @@ json to_json(const ResolvedConfig& resolved) {
   for (const ConfigField& field : config_fields(config)) {
     const size_t dot = field.key.find('.');
     json& at = dot == std::string::npos ? nested : nested[field.key.substr(0, dot)];
-    at[dot == std::string::npos ? field.key : field.key.substr(dot + 1)] = value_of(field);
+    at[dot == std::string::npos ? field.key : field.key.substr(dot + 1)] = field.value();
   }
   return {{"config", std::move(nested)}, {"origin", resolved.origin}};
 }

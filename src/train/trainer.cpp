@@ -7,6 +7,8 @@
 #include <numbers>
 
 #include "hla/core/error.h"
+#include "hla/factorize/scratch_tensors.h"
+#include "hla/io/safetensors.h"
 #include "hla/train/token_loss.h"
 
 namespace hla {
@@ -78,6 +80,41 @@ double Trainer::gradient_norm() const {
     square += norm * norm;
   }
   return std::sqrt(square);
+}
+
+void Trainer::save(const std::filesystem::path& file) const {
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  for (const auto& [name, tensor] : tuned_) {
+    tensors.emplace_back("weight/" + name, tensor.detach());
+    const auto found = optimizer_->state().find(tensor.unsafeGetTensorImpl());
+    if (found == optimizer_->state().end()) continue;  // no gradient so far
+    const auto& state = static_cast<const torch::optim::AdamWParamState&>(*found->second);
+    tensors.emplace_back("mean/" + name, state.exp_avg());
+    tensors.emplace_back("square/" + name, state.exp_avg_sq());
+  }
+  save_tensors(file, tensors);
+}
+
+void Trainer::load(const std::filesystem::path& file, int64_t steps) {
+  const at::NoGradGuard no_gradients;
+  const auto reader = SafetensorsReader::open(file);
+  Problems problems(file.string());
+  for (auto& [name, tensor] : tuned_) {
+    if (!reader.has("weight/" + name) ||
+        reader.view("weight/" + name).shape != tensor.sizes().vec()) {
+      problems.add(name + ": is not there, or of another shape");
+      continue;
+    }
+    tensor.copy_(load_tensor(reader, "weight/" + name));
+    if (!reader.has("mean/" + name)) continue;
+    auto state = std::make_unique<torch::optim::AdamWParamState>();
+    state->step(steps);
+    state->exp_avg(load_tensor(reader, "mean/" + name).to(tensor.device()));
+    state->exp_avg_sq(load_tensor(reader, "square/" + name).to(tensor.device()));
+    optimizer_->state()[tensor.unsafeGetTensorImpl()] = std::move(state);
+  }
+  problems.throw_if_any();
+  done_ = steps;
 }
 
 Trainer::Step Trainer::step(const std::vector<TrainingRows::Batch>& batches) {

@@ -85,10 +85,36 @@ TEST(AutogradFunctionsTest, RefusesSecondDerivatives) {
                Error);
 }
 
-TEST(AutogradFunctionsTest, OnlyForFp32WithAGradientByXAlone) {
+TEST(AutogradFunctionsTest, NormHasTheGradientByItsWeight) {
+  at::manual_seed(13);
+  for (const int64_t rows : {1, 7, 100}) {
+    const at::Tensor weight = at::randn({37}).requires_grad_(true);
+    const at::Tensor direction = at::randn({rows, 37});
+    for (const bool by_x : {true, false}) {
+      const at::Tensor x = (at::randn({rows, 37}) * 3).requires_grad_(by_x);
+      ASSERT_TRUE(differentiates(x, weight));
+      const at::Tensor got = differentiable_rms_norm(x, weight, 1e-3);
+      const at::Tensor wide = x.to(at::kDouble);
+      const at::Tensor wide_weight = weight.to(at::kDouble);
+      const at::Tensor expected =
+          wide_weight * wide * at::rsqrt(wide.square().mean(-1, true) + 1e-3);
+      std::vector<at::Tensor> inputs = {weight};
+      if (by_x) inputs.push_back(x);
+      const auto got_by = torch::autograd::grad({got}, inputs, {direction});
+      const auto expected_by =
+          torch::autograd::grad({expected}, inputs, {direction.to(at::kDouble)});
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        EXPECT_LE(difference(got_by[i], expected_by[i]), 1e-5) << rows << " " << i;
+      }
+    }
+  }
+}
+
+TEST(AutogradFunctionsTest, OnlyForFp32WithAGradient) {
   const at::Tensor x = at::randn({2, 3}).requires_grad_(true);
   EXPECT_TRUE(differentiates(x, at::ones({3})));
-  EXPECT_FALSE(differentiates(x, at::ones({3}).requires_grad_(true)));
+  EXPECT_TRUE(differentiates(x.detach(), at::ones({3}).requires_grad_(true)));
+  EXPECT_FALSE(differentiates(x, at::ones({3}, at::kDouble)));
   EXPECT_FALSE(differentiates(x.detach(), at::ones({3})));
   EXPECT_FALSE(differentiates(x.t()));
   EXPECT_FALSE(differentiates(at::randn({2}, at::kDouble).requires_grad_(true)));

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -94,6 +95,77 @@ TEST(FinetuneTest, ImprovesConversions) {
               read_json_file(folder / rope / "config.json")["auto_map"]);
     EXPECT_EQ(run_hla("info " + (folder / (rope + "-tuned")).string()).code, 0);
   }
+}
+
+// Killed over and over, at moments that differ, it ends with the bytes of a run left alone.
+TEST(FinetuneTest, GoesOnAfterKills) {
+  const TempDir folder;
+  std::string settings;
+  for (const std::string& setting : quick(stories(), folder / "out")) {
+    if (!setting.starts_with("output=")) settings += " --set " + setting;
+  }
+  settings += " --set train.epochs=3 --set checkpoint.every_steps=1 --set eval.every_steps=6";
+  const auto command = [&](const std::string& name) {
+    return std::string(HLA_BINARY) + " finetune" + settings +
+           " --set output=" + (folder / name).string();
+  };
+  ASSERT_EQ(run_hla("finetune" + settings + " --set output=" + (folder / "whole").string()).code,
+            0);
+  const std::string state = (folder / ".killed.hla-partial" / "steps.json").string();
+  int kills = 0;
+  std::string err;
+  for (; kills < 10 && !std::filesystem::exists(folder / "killed"); ++kills) {
+    // Once another step is saved, and a little later.
+    const testing::CommandResult result = testing::run_command(
+        "before=$(cat " + state + " 2>/dev/null); " + command("killed") +
+        " & pid=$!; for i in $(seq 3000); do [ \"$(cat " + state +
+        " 2>/dev/null)\" = \"$before\" ] || break; kill -0 $pid 2>/dev/null || break; "
+        "sleep 0.01; done; sleep 0.0" +
+        std::to_string(kills * 7 % 10) + "; kill -9 $pid 2>/dev/null; wait $pid");
+    err += result.err;
+  }
+  EXPECT_GE(kills, 3);
+  EXPECT_NE(err.find("going on after step"), std::string::npos) << err;
+  if (!std::filesystem::exists(folder / "killed")) {
+    const testing::CommandResult last = testing::run_command(command("killed"));
+    ASSERT_EQ(last.code, 0) << last.err;
+  }
+  EXPECT_EQ(read_file(folder / "killed" / "model.safetensors"),
+            read_file(folder / "whole" / "model.safetensors"));
+  const auto report = [&](const std::string& name) {
+    nlohmann::json json = read_json_file(folder / name / "finetune.json");
+    return nlohmann::json({json["evaluations"], json["best_step"], json["steps"]});
+  };
+  EXPECT_EQ(report("killed"), report("whole"));
+  // A line for every step and evaluation, none twice.
+  const std::string metrics = read_file(folder / "killed" / "metrics.jsonl");
+  EXPECT_EQ(std::count(metrics.begin(), metrics.end(), '\n'), 24 + 5);
+}
+
+TEST(FinetuneTest, SavesOnSignalsAndRefusesOtherSettings) {
+  const TempDir folder;
+  std::string settings;
+  for (const std::string& setting : quick(stories(), folder / "out"))
+    settings += " --set " + setting;
+  settings += " --set train.epochs=50";
+  const std::string metrics = (folder / ".out.hla-partial" / "scratch" / "metrics.jsonl").string();
+  const testing::CommandResult stopped =
+      testing::run_command(std::string(HLA_BINARY) + " finetune" + settings +
+                           " & pid=$!; for i in $(seq 3000); do grep -q '\"step\":3' " + metrics +
+                           " 2>/dev/null && break; sleep 0.01; done; kill -TERM $pid; wait $pid");
+  EXPECT_EQ(stopped.code, 143) << stopped.err;
+  EXPECT_FALSE(std::filesystem::exists(folder / "out"));
+  EXPECT_NE(read_file(folder / ".out.hla-partial" / "steps.json").find("checkpoint"),
+            std::string::npos);
+  const testing::CommandResult other =
+      run_hla("finetune" + settings + " --set optimizer.learning_rate=1");
+  EXPECT_EQ(other.code, 2);
+  EXPECT_NE(other.err.find("learning_rate"), std::string::npos) << other.err;
+  EXPECT_NE(other.err.find("--restart"), std::string::npos) << other.err;
+  EXPECT_TRUE(std::filesystem::exists(folder / ".out.hla-partial"));
+  const testing::CommandResult anew =
+      run_hla("finetune" + settings + " --set train.max_steps=2 --restart");
+  EXPECT_EQ(anew.code, 0) << anew.err;
 }
 
 TEST(FinetuneTest, EndsWhenItGetsNoBetter) {

@@ -11,6 +11,13 @@
 
 namespace hla {
 
+// A checkpoint's files (name, size, time of the last change, tensors) and config.
+nlohmann::json checkpoint_fingerprint(const Checkpoint& checkpoint);
+// The program, and the number of threads and the processor's instructions, which decide how sums
+// are rounded.
+nlohmann::json program_fingerprint();
+nlohmann::json machine_fingerprint();
+
 // Equal only for conversions that give the same folder: the base's files (name, size, time of the
 // last change, tensors) and config, the plan, the options, the calibration texts, the program, and
 // the number of threads and the processor's instructions, which decide how sums are rounded. An

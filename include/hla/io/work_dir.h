@@ -34,9 +34,14 @@ class WorkDir {
   WorkDir(const WorkDir&) = delete;
   WorkDir& operator=(const WorkDir&) = delete;
 
+  // What becomes of the steps that a run of another fingerprint left.
+  enum class Others {
+    kRemove,
+    kRefuse,  // kUsage, saying what differs: they took too long to be lost by a slip
+  };
   // To be called once, before anything is written. Takes up the steps that an unfinished run of the
   // same fingerprint left, unless `restart`; else empties the folder. Says on stderr which.
-  void begin(nlohmann::json fingerprint, bool restart);
+  void begin(nlohmann::json fingerprint, bool restart, Others others = Others::kRemove);
 
   const std::filesystem::path& output() const { return output_; }
   const std::filesystem::path& scratch() const { return scratch_; }
@@ -66,7 +71,7 @@ class WorkDir {
  private:
   void lock();
   void make_folders() const;
-  bool take_up();
+  bool take_up(Others others);
   void write_steps() const;
 
   std::filesystem::path shown_;

@@ -8,7 +8,7 @@
 namespace hla {
 
 // Whether the functions below may take the place of composed operations: contiguous fp32 on the
-// CPU, a gradient by x is wanted and none by `weight`.
+// CPU, and a gradient by x, or by `weight`, is wanted.
 bool differentiates(const at::Tensor& x);
 bool differentiates(const at::Tensor& x, const at::Tensor& weight);
 

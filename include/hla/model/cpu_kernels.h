@@ -28,6 +28,9 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 at::Tensor rms_norm_backward(const at::Tensor& gradient, const at::Tensor& x,
                              const at::Tensor& weight, double eps);
 
+// And that by the weight, (D).
+at::Tensor rms_norm_weight_gradient(const at::Tensor& gradient, const at::Tensor& x, double eps);
+
 // silu(gate) · up of the same shape, contiguous; with an underscore written into gate.
 at::Tensor silu_mul(const at::Tensor& gate, const at::Tensor& up);
 void silu_mul_(const at::Tensor& gate, const at::Tensor& up);

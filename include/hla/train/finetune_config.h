@@ -52,6 +52,9 @@ struct FinetuneConfig {
     int64_t windows = 0;
     int64_t patience = 0;
   } eval;
+  struct Checkpoint {
+    int64_t every_steps = 0;
+  } checkpoint;
 };
 
 struct ConfigField {
@@ -62,6 +65,8 @@ struct ConfigField {
   std::vector<std::string> choices = {};  // of a text; empty: any
   double min = -std::numeric_limits<double>::infinity();  // of a number
   double max = std::numeric_limits<double>::infinity();
+
+  nlohmann::json value() const;
 };
 
 // In the order in which they are shown.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
@@ -38,6 +39,12 @@ class Trainer {
   // One step on the mean loss over all labels of the batches. Throws kNonFinite naming the step and
   // the first tensor with NaN or Inf in its gradient.
   Step step(const std::vector<TrainingRows::Batch>& batches);
+
+  // What a later Trainer of the same model and config needs to go on after as many steps: weights
+  // and moments, in a safetensors file that appears complete.
+  void save(const std::filesystem::path& file) const;
+  // Throws kBadInput for a file of other parameters.
+  void load(const std::filesystem::path& file, int64_t steps);
 
   int64_t steps_done() const { return done_; }
   int64_t tuned_parameters() const;  // elements
