@@ -69,7 +69,7 @@ void add_finetune(CLI::App& app) {
       "  hla finetune --print-config\n"
       "  hla finetune --config configs/stories260K-smoke.json\n"
       "  hla finetune --set model=models/latent-50 --set output=models/latent-50-tuned \\\n"
-      "      --set data.train=wikitext-2-raw:validation --set data.valid=wikitext-2-raw:test");
+      "      --set data.train=text.jsonl --set data.valid=held-out.jsonl");
   command->callback([arguments] { run_finetune(*arguments); });
 }
 
