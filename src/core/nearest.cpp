@@ -4,24 +4,17 @@
 #include <cctype>
 
 namespace hla {
-namespace {
-
-std::string lower(std::string text) {
-  std::transform(text.begin(), text.end(), text.begin(),
-                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-  return text;
-}
-
-}  // namespace
-
 size_t edit_distance(const std::string& a, const std::string& b) {
+  const auto same = [](unsigned char x, unsigned char y) {
+    return std::tolower(x) == std::tolower(y);
+  };
   std::vector<size_t> row(b.size() + 1);
   for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
   for (size_t i = 1; i <= a.size(); ++i) {
     size_t diagonal = row[0];
     row[0] = i;
     for (size_t j = 1; j <= b.size(); ++j) {
-      const size_t substituted = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      const size_t substituted = diagonal + (same(a[i - 1], b[j - 1]) ? 0 : 1);
       diagonal = row[j];
       row[j] = std::min({substituted, row[j] + 1, row[j - 1] + 1});
     }
@@ -33,7 +26,7 @@ std::string nearest_name(const std::string& wanted, const std::vector<std::strin
   std::string nearest;
   size_t least = std::max<size_t>(2, wanted.size() / 3) + 1;
   for (const std::string& name : names) {
-    const size_t distance = edit_distance(lower(wanted), lower(name));
+    const size_t distance = edit_distance(wanted, name);
     if (distance < least) {
       least = distance;
       nearest = name;

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstring>
@@ -20,14 +19,13 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"
 #include "hla/core/progress.h"
+#include "hla/core/stopwatch.h"
 #include "hla/core/text_table.h"
 #include "hla/core/version.h"
 #include "hla/model/device.h"
 
 namespace hla {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 // Caches are filled by prompts of so many tokens, which bounds the activations.
 constexpr int64_t kFillTokens = 512;
@@ -80,7 +78,7 @@ double read_bandwidth() {
   static const at::Tensor ones = at::ones({1, 8192});
   const auto start = Clock::now();
   const at::Tensor sums = few_rows_linear(ones, data, {});
-  const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  const double seconds = seconds_since(start);
   // They are looked at, so that they are made.
   if (sums.sum().item<double>() != static_cast<double>(data.numel())) {
     throw_runtime("[bench] memory gave back other numbers than were written");
@@ -210,7 +208,7 @@ class Worker {
     reserve(tokens, 1);
     const auto start = Clock::now();
     decoder_->next_logits({{&caches_[0], prompt}}).sum().item<float>();
-    return std::chrono::duration<double>(Clock::now() - start).count();
+    return seconds_since(start);
   }
 
   double decode(int64_t steps, int64_t batch) {
@@ -224,7 +222,7 @@ class Worker {
       decoder_->next_logits(chunks).sum().item<float>();  // waits for a GPU, too
       throw_if_interrupted();
     }
-    return std::chrono::duration<double>(Clock::now() - start).count();
+    return seconds_since(start);
   }
 
   void truncate(int64_t depth) {

@@ -4,24 +4,18 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <chrono>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"
+#include "hla/core/stopwatch.h"
 #include "hla/io/json_file.h"
 #include "hla/text/text_stream.h"
 
 namespace hla {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 // Holds back what may be the beginning of a stop text.
 class StopFilter {

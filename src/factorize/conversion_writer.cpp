@@ -11,6 +11,7 @@
 #include "hla/model/device.h"
 #include "hla/model/llama.h"
 #include "hla/model/load.h"
+#include "hla/model/save.h"
 
 namespace hla {
 namespace {
@@ -70,10 +71,6 @@ OutputSections output_sections(const Checkpoint& base, const ModelConfig& hla,
     section.push_back({spec.name, dtype, spec.shape});
   }
   return sections;
-}
-
-std::map<std::string, std::string> output_metadata() {
-  return {{"format", "pt"}, {"hla_version", version()}};
 }
 
 ConversionWriter::ConversionWriter(const Checkpoint& base,

@@ -4,7 +4,6 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <map>
 #include <memory>
@@ -14,6 +13,7 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"
 #include "hla/core/progress.h"
+#include "hla/core/stopwatch.h"
 #include "hla/factorize/budget.h"
 #include "hla/factorize/calibration.h"
 #include "hla/factorize/conversion_writer.h"
@@ -35,12 +35,6 @@
 
 namespace hla {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 AttentionWeights attention_weights(const Checkpoint& checkpoint, const ModelConfig& config,
                                    int64_t layer) {

@@ -18,6 +18,7 @@
 #include "hla/model/llama.h"
 #include "hla/model/load.h"
 #include "hla/model/op_profile.h"
+#include "hla/model/save.h"
 
 namespace hla {
 namespace {

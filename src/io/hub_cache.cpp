@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "hla/core/error.h"
+#include "hla/core/join.h"
 #include "hla/core/nearest.h"
 
 namespace hla {
@@ -58,18 +59,6 @@ bool all_safe(const std::vector<std::string>& parts) {
   return std::all_of(parts.begin(), parts.end(), is_safe_part);
 }
 
-std::string join(const std::vector<std::string>& parts, const std::string& separator) {
-  std::string result;
-  for (const std::string& part : parts) result += (result.empty() ? "" : separator) + part;
-  return result;
-}
-
-std::string lower(std::string text) {
-  std::transform(text.begin(), text.end(), text.begin(),
-                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-  return text;
-}
-
 std::vector<std::string> list_names(const fs::path& folder) {
   std::vector<std::string> names;
   std::error_code error;
@@ -88,11 +77,9 @@ std::string describe_cache(const fs::path& cache, const std::string& wanted) {
   std::vector<std::string> ids = cached_hub_ids(HubRepo::kModel);
   if (ids.empty()) return "no models are there";
   const auto distance = [&](const std::string& id) {
-    const std::string a = lower(id);
-    const std::string b = lower(wanted);
     // A missing or wrong organisation is the commonest slip.
-    return std::min(edit_distance(a, b), edit_distance(a.substr(a.find('/') + 1),  //
-                                                       b.substr(b.find('/') + 1)));
+    return std::min(edit_distance(id, wanted), edit_distance(id.substr(id.find('/') + 1),  //
+                                                             wanted.substr(wanted.find('/') + 1)));
   };
   std::vector<std::string> similar;
   for (const std::string& id : ids) {

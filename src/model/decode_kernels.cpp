@@ -290,14 +290,12 @@ struct Chunk {
   int64_t position;  // of its first token
   int64_t tokens;    // that count; those behind them in the last tile do not
   int64_t tiles;
-  const float* cos;  // (tiles, frequencies, 16)
-  const float* sin;
 };
 
 Tile tile_of(const Plan& plan, const TiledRope& rope, const Chunk& chunk, int64_t t) {
-  const int64_t tables = t * rope.frequencies * kTile;
+  const int64_t tables = (chunk.position / kTile + t) * rope.frequencies * kTile;
   return {chunk.records + t * plan.maps.floats * kTile, chunk.plain + t * chunk.plain_stride,
-          chunk.position + t * kTile, chunk.cos + tables, chunk.sin + tables};
+          chunk.position + t * kTile, rope.cos + tables, rope.sin + tables};
 }
 
 // Neighbouring coordinates in all tiles of a chunk.
@@ -737,9 +735,6 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
     chunk.position = position;
     chunk.tokens = end - position;
     chunk.tiles = (chunk.tokens + kTile - 1) / kTile;
-    const int64_t tables = position / kTile * rope.frequencies * kTile;
-    chunk.cos = rope.cos + tables;
-    chunk.sin = rope.sin + tables;
     if (narrow) {
       float* wide = sized(scratch.records, chunk_size * maps.floats);
       const auto* bits = static_cast<const uint16_t*>(records_at(position));

@@ -5,18 +5,12 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <chrono>
 
 #include "hla/core/error.h"
+#include "hla/core/stopwatch.h"
 
 namespace hla {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 std::string kind_of(const std::string& name) {
   static const std::map<std::string, std::string> kinds = {

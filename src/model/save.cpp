@@ -7,7 +7,6 @@
 
 #include "hla/core/error.h"
 #include "hla/core/version.h"
-#include "hla/io/sharded_writer.h"
 #include "hla/model/device.h"
 
 namespace hla {
@@ -47,6 +46,10 @@ void copy_side_files(const Checkpoint& base, const std::filesystem::path& folder
   }
 }
 
+std::map<std::string, std::string> output_metadata() {
+  return {{"format", "pt"}, {"hla_version", version()}};
+}
+
 void save_weights(const LlamaForCausalLM& model, const std::filesystem::path& folder,
                   uint64_t max_shard_bytes) {
   const c10::InferenceMode no_gradients;
@@ -56,8 +59,7 @@ void save_weights(const LlamaForCausalLM& model, const std::filesystem::path& fo
     entries.push_back({parameter.key(), to_dtype(parameter.value().scalar_type()),
                        parameter.value().sizes().vec()});
   }
-  ShardedWriter writer(folder, plan_shards(entries, max_shard_bytes),
-                       {{"format", "pt"}, {"hla_version", version()}});
+  ShardedWriter writer(folder, plan_shards(entries, max_shard_bytes), output_metadata());
   for (const auto& parameter : parameters) {
     const at::Tensor tensor = parameter.value().cpu().contiguous();
     if (!tensor.isfinite().all().item<bool>()) {

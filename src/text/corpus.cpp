@@ -14,6 +14,7 @@
 #include "hla/core/data_dir.h"
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
+#include "hla/core/join.h"
 #include "hla/core/sha256.h"
 #include "hla/io/hub_cache.h"
 #include "hla/io/json_file.h"
@@ -35,18 +36,6 @@ std::string list(const std::vector<std::string>& names) {
     result += (result.empty() ? "" : ", ") + names[i];
   }
   return names.size() > kShown ? result + ", …" : result;
-}
-
-std::string join(const std::vector<std::string>& parts, const std::string& separator) {
-  size_t size = 0;
-  for (const std::string& part : parts) size += part.size() + separator.size();
-  std::string result;
-  result.reserve(size);
-  for (size_t i = 0; i < parts.size(); ++i) {
-    if (i > 0) result += separator;
-    result += parts[i];
-  }
-  return result;
 }
 
 enum class Format { kText, kJsonl, kParquet };

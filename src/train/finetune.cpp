@@ -1,7 +1,6 @@
 #include "hla/train/finetune.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -12,6 +11,7 @@
 #include "hla/core/log.h"
 #include "hla/core/memory.h"
 #include "hla/core/progress.h"
+#include "hla/core/stopwatch.h"
 #include "hla/core/text_table.h"
 #include "hla/core/version.h"
 #include "hla/eval/perplexity.h"
@@ -26,14 +26,8 @@
 namespace hla {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 constexpr const char* kCheckpoint = "checkpoint";
 constexpr const char* kMetrics = "metrics.jsonl";
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 // "wikitext-2-raw:train", else a path.
 Corpus open_text(const std::string& text, const std::string& field) {

@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "hla/core/error.h"
+#include "hla/core/join.h"
 #include "hla/core/nearest.h"
 #include "hla/io/json_file.h"
 
@@ -29,12 +30,6 @@ void flatten(const json& object, const std::string& prefix, std::map<std::string
   }
 }
 
-std::string quoted_list(const std::vector<std::string>& names) {
-  std::string text;
-  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
-  return text;
-}
-
 void set_text(const ConfigField& field, std::string& target, const json& value,
               Problems& problems) {
   if (!value.is_string()) {
@@ -44,7 +39,7 @@ void set_text(const ConfigField& field, std::string& target, const json& value,
   const auto text = value.get<std::string>();
   const auto& choices = field.choices;
   if (!choices.empty() && std::find(choices.begin(), choices.end(), text) == choices.end()) {
-    problems.add(field.key + ": expected one of " + quoted_list(choices) + ", got " + text);
+    problems.add(field.key + ": expected one of " + join(choices, ", ") + ", got " + text);
     return;
   }
   target = text;

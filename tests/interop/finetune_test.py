@@ -10,26 +10,17 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import unittest
-from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look at the network
-SCRATCH = Path(tempfile.mkdtemp(prefix="hla_finetune_"))
-os.environ["HF_MODULES_CACHE"] = str(SCRATCH / "modules")  # where trust_remote_code copies the Python files
+from common import ROOT, SCRATCH, run, skip
 
 try:
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 except ImportError as error:
-    SCRATCH.rmdir()
-    print(f"skipped: {error} (scripts/setup.sh installs it)")
-    sys.exit(77)
+    skip(error)
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, ROWS, CONTEXT, WARMUP = 50, 8, 32, 5
 OPTIMIZER = dict(lr=2e-3, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1)
 CONVERSIONS = {
@@ -37,13 +28,6 @@ CONVERSIONS = {
     "latent": "--rope latent --kv-ratio 0.6 --fast-frequencies 2",
     "paper": "--rope paper",
 }
-
-
-def run(*command):
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if result.returncode != 0:
-        raise AssertionError(f"{' '.join(map(str, command))}: exit {result.returncode}\n{result.stderr}")
-    return result.stdout
 
 
 def setUpModule():

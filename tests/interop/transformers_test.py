@@ -11,15 +11,11 @@ import inspect
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import unittest
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look at the network
-SCRATCH = Path(tempfile.mkdtemp(prefix="hla_transformers_"))
-os.environ["HF_MODULES_CACHE"] = str(SCRATCH / "modules")  # where trust_remote_code copies the Python files
+from common import ROOT, SCRATCH, run, skip
 
 try:
     import torch
@@ -27,11 +23,8 @@ try:
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 except ImportError as error:
-    SCRATCH.rmdir()
-    print(f"skipped: {error} (scripts/setup.sh installs it)")
-    sys.exit(77)
+    skip(error)
 
-ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "tests" / "data" / "models"  # small random Llamas, saved by transformers
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 
@@ -70,13 +63,6 @@ PAIRS = [
     ("v4_rope_llama3", "joint"),
     ("v4_rope_yarn", "joint"),
 ]
-
-
-def run(*command):
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if result.returncode != 0:
-        raise AssertionError(f"{' '.join(map(str, command))}: exit {result.returncode}\n{result.stderr}")
-    return result.stdout
 
 
 def convert(base, options, name):

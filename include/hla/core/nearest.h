@@ -7,10 +7,10 @@
 
 namespace hla {
 
-// Single-character edits between two texts (Levenshtein).
+// Single-character edits between two texts (Levenshtein), upper and lower case alike.
 size_t edit_distance(const std::string& a, const std::string& b);
 
-// The name most like `wanted`, in lower case, or "" where none is near: more than two edits and
+// The name most like `wanted`, or "" where none is near: more than two edits and
 // more than a third of its length away.
 std::string nearest_name(const std::string& wanted, const std::vector<std::string>& names);
 

@@ -33,9 +33,6 @@ struct OutputSections {
 OutputSections output_sections(const Checkpoint& base, const ModelConfig& hla,
                                std::optional<at::ScalarType> asked, at::ScalarType factor_dtype);
 
-// Metadata of every file of weights.
-std::map<std::string, std::string> output_metadata();
-
 class ConversionWriter {
  public:
   // `written` tensors are there from an earlier writer of the same arguments (ShardedWriter). The

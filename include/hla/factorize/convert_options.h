@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "hla/factorize/factors.h"
+#include "hla/io/sharded_writer.h"
 #include "hla/model/config.h"
 
 namespace hla {
@@ -56,9 +57,9 @@ struct ConvertOptions {
   int64_t calib_tokens = 65536;  // of all texts together
   int64_t calib_length = 1024;   // tokens per sequence
 
-  at::Device device = at::Device(at::kCPU);  // of the calibration forward
-  std::optional<at::ScalarType> dtype;       // of all weights written; absent: the base's own
-  uint64_t max_shard_bytes = 5'000'000'000;  // tensor data of one file of weights
+  at::Device device = at::Device(at::kCPU);   // of the calibration forward
+  std::optional<at::ScalarType> dtype;        // of all weights written; absent: the base's own
+  uint64_t max_shard_bytes = kMaxShardBytes;  // tensor data of one file of weights
   // Also report the perplexity of some calibration sequences after each layer. Every layer costs a
   // forward of those that follow it.
   bool report_perplexity = false;

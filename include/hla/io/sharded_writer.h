@@ -12,6 +12,9 @@
 
 namespace hla {
 
+// Of tensor data in a file, where nobody says otherwise: Hugging Face's own limit.
+constexpr uint64_t kMaxShardBytes = 5'000'000'000;
+
 struct Shard {
   std::string name;  // "model-00001-of-00003.safetensors"; a single one "model.safetensors"
   std::vector<SafetensorsWriter::Entry> entries;

@@ -3,16 +3,15 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
 #include "hla/io/checkpoint.h"
+#include "hla/io/sharded_writer.h"
 #include "hla/model/llama.h"
 
 namespace hla {
-
-// Hugging Face's own limit.
-constexpr uint64_t kMaxShardBytes = 5'000'000'000;
 
 // transformers' name of a dtype, for config.json ("float32").
 std::string hf_dtype_name(at::ScalarType dtype);
@@ -23,6 +22,9 @@ void set_config_dtype(nlohmann::json& config, at::ScalarType dtype);
 // Copies a checkpoint's side_files() into a folder derived from it, under the names that readers
 // look for. Throws kRuntime.
 void copy_side_files(const Checkpoint& base, const std::filesystem::path& folder);
+
+// Metadata of every file of weights.
+std::map<std::string, std::string> output_metadata();
 
 // Writes every parameter under its HF name, in the model's order and dtype, into safetensors files
 // in `folder`, which are plain ones: write inside a WorkDir. Throws kNonFinite naming a tensor with

@@ -46,7 +46,6 @@ class Trainer {
   // Throws kBadInput for a file of other parameters.
   void load(const std::filesystem::path& file, int64_t steps);
 
-  int64_t steps_done() const { return done_; }
   int64_t tuned_parameters() const;  // elements
 
  private:

@@ -1,0 +1,12 @@
+// Texts in a row.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace hla {
+
+// "a, b, c" of {"a", "b", "c"} and ", ".
+std::string join(const std::vector<std::string>& parts, const std::string& separator);
+
+}  // namespace hla
