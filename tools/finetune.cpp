@@ -35,7 +35,7 @@ void run_finetune(const FinetuneArguments& arguments) {
   const FinetuneReport report = finetune(
       config,
       {.load = resolve(arguments.device), .force = arguments.force, .restart = arguments.restart});
-  if (arguments.json != "-") std::cout << report.to_text();
+  if (arguments.json != "-") std::cout << report.to_text(config.config);
   if (!arguments.json.empty()) {
     write_json_result(arguments.json, report.to_json(config), arguments.force);
   }

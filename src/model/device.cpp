@@ -1,6 +1,7 @@
 #include "hla/model/device.h"
 
 #include <ATen/Parallel.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <dlfcn.h>
 #include <torch/cuda.h>
 
@@ -9,6 +10,7 @@
 
 #include "hla/core/error.h"
 #include "hla/core/log.h"
+#include "hla/core/memory.h"
 
 namespace hla {
 namespace {
@@ -135,6 +137,13 @@ DType to_dtype(at::ScalarType dtype) {
     if (to_scalar_type(candidate) == dtype) return candidate;
   }
   throw_runtime(std::string("cannot store tensors of type ") + c10::toString(dtype));
+}
+
+uint64_t peak_memory_bytes(const at::Device& device) {
+  if (device.is_cpu()) return peak_rss_bytes();
+  using Stat = c10::CachingAllocator::StatType;
+  const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
+  return static_cast<uint64_t>(stats.allocated_bytes[static_cast<size_t>(Stat::AGGREGATE)].peak);
 }
 
 }  // namespace hla

@@ -60,9 +60,10 @@ at::Tensor ComplexUp::real_matrix() const {
   const int64_t c = fast_frequencies_;
   const int64_t rank = weight.size(2);
   // mask[f, r] = 1 where latent r belongs to frequency f.
-  const at::Tensor mask = at::arange(c, frequency_index_.options())
+  const at::Tensor index = frequency_index();
+  const at::Tensor mask = at::arange(c, index.options())
                               .unsqueeze(1)
-                              .eq(frequency_index_.unsqueeze(0))
+                              .eq(index.unsqueeze(0))
                               .to(weight.scalar_type());          // (c, R)
   const at::Tensor re = weight.select(0, 0).unsqueeze(1) * mask;  // (K, c, R)
   const at::Tensor im = weight.select(0, 1).unsqueeze(1) * mask;
@@ -228,7 +229,7 @@ HlaAttention::Maps HlaAttention::maps() const {
     at::Tensor bias;
     if (k_up_complex_) {
       // From [re; im] to pairs.
-      const at::Tensor& frequency = k_up_complex_->frequency_index();
+      const at::Tensor frequency = k_up_complex_->frequency_index();
       const int64_t rank = frequency.numel();
       const auto paired = [&](const at::Tensor& x, int64_t dim) {
         return x.unflatten(dim, {2, rank}).transpose(dim, dim + 1).flatten(dim, dim + 1);

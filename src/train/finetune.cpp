@@ -14,13 +14,16 @@
 #include "hla/core/stopwatch.h"
 #include "hla/core/text_table.h"
 #include "hla/core/version.h"
+#include "hla/eval/generate.h"
 #include "hla/eval/perplexity.h"
 #include "hla/factorize/fingerprint.h"
 #include "hla/factorize/transformers_files.h"
+#include "hla/io/atomic_file.h"
 #include "hla/io/json_file.h"
 #include "hla/io/work_dir.h"
 #include "hla/model/device.h"
 #include "hla/model/save.h"
+#include "hla/train/metrics.h"
 #include "hla/train/trainer.h"
 
 namespace hla {
@@ -28,6 +31,8 @@ namespace {
 
 constexpr const char* kCheckpoint = "checkpoint";
 constexpr const char* kMetrics = "metrics.jsonl";
+constexpr const char* kMetricsTable = "metrics.csv";
+constexpr const char* kLossPlot = "loss.svg";
 
 // "wikitext-2-raw:train", else a path.
 Corpus open_text(const std::string& text, const std::string& field) {
@@ -55,6 +60,7 @@ class Run {
     LoadOptions load = options.load;
     if (!load.dtype) load.dtype = at::kFloat;
     model_ = load_model(checkpoint_, load);
+    load_teacher(load);
     const int64_t longest = std::max(config_.data.context, config_.eval.context);
     if (longest > model_->config().max_position_embeddings) {
       throw_bad_input("[data.context] expected at most " +
@@ -72,17 +78,14 @@ class Run {
   FinetuneReport run() {
     WorkDir work(config_.output, options_.force);
     work.begin(fingerprint(), options_.restart, WorkDir::Others::kRefuse);
-    Trainer trainer(*model_, config_, report_.planned_steps);
+    Trainer trainer(*model_, config_, steps_, teacher_.get());
     report_.tuned_parameters = trainer.tuned_parameters();
     if (model_->device().is_cpu()) {
-      // Beside the weights, which are written to and so are no longer the file's: gradients and
-      // two moments of each.
-      preflight_memory(
-          4 * static_cast<uint64_t>(report_.tuned_parameters) * c10::elementSize(model_->dtype()),
-          "weights, gradients and moments of " + config_.model);
+      preflight_memory(trainer.bytes(), "weights, gradients and moments of " + config_.model);
     }
-    if (const nlohmann::json* saved = work.result(kCheckpoint)) take_up(work, *saved, trainer);
-    metrics_.open(work.scratch() / kMetrics, std::ios::app);
+    const nlohmann::json* saved = work.result(kCheckpoint);
+    const uint64_t metrics_bytes = saved != nullptr ? take_up(work, *saved, trainer) : 0;
+    metrics_.emplace(work.scratch() / kMetrics, metrics_bytes);
     Progress progress("tuning", report_.planned_steps, options_.progress);
     progress.advance(report_.steps);
     report_.stopped_by = "steps";
@@ -90,16 +93,7 @@ class Run {
       if (evaluation_is_due()) evaluate(work);
       if (is_out_of_patience()) report_.stopped_by = "patience";
       if (report_.steps == report_.planned_steps || report_.stopped_by == "patience") break;
-      const auto start = Clock::now();
-      const Trainer::Step step = trainer.step(next_batches());
-      ++report_.steps;
-      log({{"step", report_.steps},
-           {"loss", step.loss},
-           {"gradient_norm", step.gradient_norm},
-           {"learning_rate", step.learning_rate},
-           {"labels", step.labels},
-           {"seconds", seconds_since(start)}});
-      progress.advance(1, "loss " + fixed(step.loss, 4));
+      progress.advance(1, step(work, trainer));
       const int64_t every = config_.checkpoint.every_steps;
       if (evaluation_is_due() || interrupt_signal() != 0 ||
           (every > 0 && report_.steps % every == 0)) {
@@ -108,13 +102,10 @@ class Run {
       throw_if_interrupted();
     }
     progress.finish();
+    report_.skipped_steps = trainer.skipped_steps();
     report_.seconds += seconds_since(start_);
-    metrics_.close();
-    if (!metrics_) throw_runtime(std::string(kMetrics) + ": write failed");
-    // A copy: killed before the end, it goes on with the other.
-    std::filesystem::copy_file(work.scratch() / kMetrics, work.output() / kMetrics,
-                               std::filesystem::copy_options::overwrite_existing);
-    write_json_file(work.output() / "finetune.json", report_.to_json(resolved_), /*force=*/true);
+    report_.peak_bytes = peak_memory_bytes(model_->device());
+    gather_output(work);
     work.commit();
     return report_;
   }
@@ -128,6 +119,12 @@ class Run {
     if (config.data.train.empty()) throw_usage("[data.train] expected a text at least");
     WorkDir::check_target(config.output, options.force);
     return config;
+  }
+
+  void load_teacher(const LoadOptions& load) {
+    if (config_.distill.teacher.empty()) return;
+    teacher_checkpoint_.emplace(Checkpoint::open(config_.distill.teacher));
+    teacher_ = load_model(*teacher_checkpoint_, load);
   }
 
   std::unique_ptr<Tokenizer> open_tokenizer() const {
@@ -155,6 +152,47 @@ class Run {
       report_.planned_steps = std::min(report_.planned_steps, config_.train.max_steps);
     }
     if (report_.planned_steps == 0) throw_usage("[train.epochs] expected a step at least");
+    steps_.loss = report_.planned_steps;
+    if (teacher_) steps_.attention = config_.distill.attention_steps;
+    report_.planned_steps = steps_.total();
+  }
+
+  // What the progress line says of it.
+  std::string step(const WorkDir& work, Trainer& trainer) {
+    const auto start = Clock::now();
+    Trainer::Step step;
+    try {
+      step = trainer.step(next_batches());
+    } catch (const Error& error) {
+      if (error.code() != ExitCode::kNonFinite) throw;
+      const nlohmann::json* saved = work.result(kCheckpoint);
+      throw Error(ExitCode::kNonFinite,
+                  std::string(error.what()) + "; the last checkpoint is " +
+                      (saved == nullptr
+                           ? "none"
+                           : "of step " + std::to_string(saved->back().at("step").get<int64_t>()) +
+                                 ", in " + work.scratch().string()));
+    }
+    ++report_.steps;
+    const double seconds = seconds_since(start);
+    nlohmann::json line = {{"step", report_.steps},
+                           {"gradient_norm", step.gradient_norm},
+                           {"learning_rate", step.learning_rate},
+                           {"labels", step.labels},
+                           {"seconds", seconds}};
+    if (!step.on_attention) line["loss"] = step.loss;
+    if (step.on_attention) line["attention_error"] = step.hidden;
+    if (teacher_ && !step.on_attention) line["kl"] = step.kl;
+    if (teacher_ && !step.on_attention && config_.distill.hidden > 0) line["hidden"] = step.hidden;
+    if (model_->dtype() == at::kHalf) {
+      line["loss_scale"] = step.loss_scale;
+      line["skipped"] = step.skipped;
+    }
+    metrics_->add(line);
+    return (step.on_attention ? "attention error " + fixed(step.hidden, 4)
+                              : "loss " + fixed(step.loss, 4)) +
+           ", " + fixed(static_cast<double>(step.labels) / seconds, 0) + " tokens/s, " +
+           format_bytes(rss_bytes());
   }
 
   // The rows of the next step. An epoch's last step may have fewer.
@@ -182,8 +220,11 @@ class Run {
     nlohmann::json settings;  // by dotted key, so that differences are named by it
     FinetuneConfig config = config_;
     for (const ConfigField& field : config_fields(config)) settings[field.key] = field.value();
+    nlohmann::json teacher;
+    if (teacher_checkpoint_) teacher = checkpoint_fingerprint(*teacher_checkpoint_);
     return {{"config", std::move(settings)},
             {"model", checkpoint_fingerprint(checkpoint_)},
+            {"teacher", std::move(teacher)},
             {"texts", std::move(texts)},
             {"program", program_fingerprint()},
             {"machine", machine_fingerprint()},
@@ -196,37 +237,50 @@ class Run {
 
   // From here a killed run goes on: steps, and evaluations but for one that is due.
   void save(WorkDir& work, const Trainer& trainer) {
-    const nlohmann::json* last = work.result(kCheckpoint);
-    const int64_t before = last != nullptr ? last->at("step").get<int64_t>() : -1;
-    if (before == report_.steps) return;
+    const nlohmann::json* saved = work.result(kCheckpoint);
+    nlohmann::json states = saved != nullptr ? *saved : nlohmann::json::array();
+    if (!states.empty() && states.back().at("step") == report_.steps) return;
     trainer.save(checkpoint_file(work, report_.steps));
-    metrics_.flush();
-    nlohmann::json state = {{"step", report_.steps},
-                            {"evaluations", report_.evaluations_json()},
-                            {"best", report_.best},
-                            {"metrics_bytes", static_cast<int64_t>(metrics_.tellp())},
-                            {"seconds", report_.seconds + seconds_since(start_)}};
-    work.complete(kCheckpoint, std::move(state));
-    if (before >= 0) std::filesystem::remove(checkpoint_file(work, before));
+    states.push_back({{"step", report_.steps},
+                      {"evaluations", report_.evaluations_json()},
+                      {"best", best_},
+                      {"metrics_bytes", metrics_->bytes()},
+                      {"seconds", report_.seconds + seconds_since(start_)}});
+    std::vector<int64_t> old;
+    while (static_cast<int64_t>(states.size()) > config_.checkpoint.keep_last) {
+      old.push_back(states.front().at("step"));
+      states.erase(states.begin());
+    }
+    work.complete(kCheckpoint, std::move(states));
+    for (const int64_t step : old) std::filesystem::remove(checkpoint_file(work, step));
   }
 
-  void take_up(const WorkDir& work, const nlohmann::json& state, Trainer& trainer) {
+  // Goes on from the last checkpoint that can be read; how much of the metrics is from before it.
+  uint64_t take_up(WorkDir& work, nlohmann::json states, Trainer& trainer) {
+    for (;; states.erase(states.size() - 1)) {
+      const int64_t step = states.back().at("step");
+      try {
+        trainer.load(checkpoint_file(work, step), step);
+        break;
+      } catch (const Error& error) {
+        if (states.size() == 1) throw;
+        log_warning("the checkpoint of step " + std::to_string(step) +
+                    " is passed over: " + error.what());
+      }
+    }
+    const nlohmann::json& state = states.back();
     report_.steps = state.at("step");
-    report_.best = state.at("best");
+    best_ = state.at("best").get<std::vector<int64_t>>();
     report_.seconds = state.at("seconds");
     for (const nlohmann::json& evaluation : state.at("evaluations")) {
-      report_.evaluations.push_back(
-          {evaluation.at("step"), evaluation.at("nll"), evaluation.at("perplexity")});
+      report_.evaluations.push_back(FinetuneEvaluation::from_json(evaluation));
     }
-    trainer.load(checkpoint_file(work, report_.steps), report_.steps);
-    // Lines of steps that are now done again.
-    std::filesystem::resize_file(work.scratch() / kMetrics,
-                                 state.at("metrics_bytes").get<uint64_t>());
+    const auto metrics_bytes = state.at("metrics_bytes").get<uint64_t>();
     log_info("going on after step " + std::to_string(report_.steps) + " of " +
              std::to_string(report_.planned_steps));
+    work.complete(kCheckpoint, std::move(states));
+    return metrics_bytes;
   }
-
-  void log(const nlohmann::json& line) { metrics_ << line.dump() << "\n" << std::flush; }
 
   // Before the first step, every so many, and after the last.
   bool evaluation_is_due() const {
@@ -237,41 +291,111 @@ class Run {
     return report_.steps % every == 0 || report_.steps == report_.planned_steps;
   }
 
+  // The best of the evaluations after a step, 0 before there is one.
+  int64_t best() const { return best_.empty() ? 0 : best_.front(); }
+
   bool is_out_of_patience() const {
-    const auto since_best = static_cast<int64_t>(report_.evaluations.size()) - 1 - report_.best;
-    return config_.eval.patience > 0 && report_.best > 0 && since_best >= config_.eval.patience;
+    const auto since_best = static_cast<int64_t>(report_.evaluations.size()) - 1 - best();
+    return config_.eval.patience > 0 && best() > 0 && since_best >= config_.eval.patience;
   }
 
-  // Writes the model where it is the best so far.
+  const FinetuneEvaluation& evaluation(int64_t number) const {
+    return report_.evaluations[static_cast<size_t>(number)];
+  }
+
+  // Writes the model where it is among the best so far.
   void evaluate(const WorkDir& work) {
-    const PerplexityResult result = score(*model_, {plan_}, {.progress = false})[0];
+    const PerplexityResult result = score(*model_, {plan_}, {.progress = false}, teacher_.get())[0];
     throw_if_interrupted();
-    report_.evaluations.push_back({report_.steps, result.nll, result.perplexity.value});
+    FinetuneEvaluation now = {report_.steps, result.nll, result.perplexity.value};
+    if (result.divergence) now.kl = result.divergence->kl.value;
+    now.samples = continuations();
+    nlohmann::json line = {
+        {"step", now.step}, {"eval_loss", now.nll}, {"eval_perplexity", now.perplexity}};
+    if (now.kl) line["eval_kl"] = *now.kl;
+    metrics_->add(line);
+    report_.evaluations.push_back(std::move(now));
     const auto last = static_cast<int64_t>(report_.evaluations.size()) - 1;
-    const bool is_best =
-        last == 1 ||
-        (last > 1 && result.nll < report_.evaluations[static_cast<size_t>(report_.best)].nll);
-    log({{"step", report_.steps},
-         {"eval_loss", result.nll},
-         {"eval_perplexity", result.perplexity.value}});
-    log_info("step " + std::to_string(report_.steps) + " of " +
-             std::to_string(report_.planned_steps) + ": perplexity " +
-             fixed(result.perplexity.value, 4) + (is_best ? ", the best" : ""));
-    if (!is_best) return;
-    report_.best = last;
-    write_model(work.output());
+    if (last > 0) keep_if_good(work, last);
+    log_info(
+        "step " + std::to_string(report_.steps) + " of " + std::to_string(report_.planned_steps) +
+        ": perplexity " + fixed(result.perplexity.value, 4) +
+        (result.divergence ? ", KL to the teacher " + fixed(result.divergence->kl.value, 5) : "") +
+        (last > 0 && best() == last ? ", the best" : ""));
+    write_svg_file(work.scratch() / kLossPlot, loss_plot(metrics_->lines(), config_.output),
+                   /*force=*/true);
+  }
+
+  std::vector<std::string> continuations() const {
+    if (config_.eval.prompts.empty()) return {};
+    std::vector<std::vector<int32_t>> prompts;
+    for (const std::string& prompt : config_.eval.prompts) {
+      prompts.push_back(tokenizer_->encode(prompt));
+    }
+    GenerateOptions options;
+    options.max_new_tokens = config_.eval.prompt_tokens;
+    options.sampling.temperature = 0;
+    options.end_of_text = end_of_text_ids(checkpoint_, *tokenizer_);
+    const at::NoGradGuard no_gradients;
+    const Decoder decoder(*model_);
+    std::vector<std::string> texts;
+    for (Continuation& one : generate(decoder, *tokenizer_, prompts, options).continuations) {
+      texts.push_back(std::move(one.text));
+    }
+    return texts;
+  }
+
+  static std::filesystem::path model_folder(const WorkDir& work, int64_t step) {
+    return work.scratch() / ("model-" + std::to_string(step));
+  }
+
+  void keep_if_good(const WorkDir& work, int64_t number) {
+    const auto worse = [&](int64_t a, int64_t b) { return evaluation(a).nll < evaluation(b).nll; };
+    best_.insert(std::upper_bound(best_.begin(), best_.end(), number, worse), number);
+    int64_t out = -1;
+    if (static_cast<int64_t>(best_.size()) > config_.checkpoint.keep_best) {
+      out = best_.back();
+      best_.pop_back();
+    }
+    report_.best = best();
+    if (out == number) return;
+    const std::filesystem::path folder = model_folder(work, report_.steps);
+    std::filesystem::remove_all(folder);
+    std::filesystem::create_directory(folder);
+    write_model(folder);
+    if (out >= 0) std::filesystem::remove_all(model_folder(work, evaluation(out).step));
   }
 
   void write_model(const std::filesystem::path& folder) const {
-    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-      std::filesystem::remove_all(entry.path());
-    }
     save_weights(*model_, folder);
     copy_side_files(checkpoint_, folder);
     nlohmann::json config = checkpoint_.config();
     set_config_dtype(config, model_->dtype());
     if (model_->config().hla) write_transformers_files(folder, config);
     write_json_file(folder / "config.json", config, /*force=*/false);
+  }
+
+  // By links: killed before the end, it goes on with the originals.
+  void gather_output(const WorkDir& work) {
+    for (const auto& entry : std::filesystem::directory_iterator(work.output())) {
+      std::filesystem::remove_all(entry.path());
+    }
+    const auto copy = [](const std::filesystem::path& from, const std::filesystem::path& to) {
+      using Options = std::filesystem::copy_options;
+      std::filesystem::copy(from, to, Options::recursive | Options::create_hard_links);
+    };
+    for (size_t i = 0; i < best_.size(); ++i) {
+      const int64_t step = evaluation(best_[i]).step;
+      copy(model_folder(work, step),
+           i == 0 ? work.output() : work.output() / ("step-" + std::to_string(step)));
+    }
+    report_.best = best();
+    copy(work.scratch() / kMetrics, work.output() / kMetrics);
+    copy(work.scratch() / kLossPlot, work.output() / kLossPlot);
+    AtomicFile table(work.output() / kMetricsTable, /*force=*/true);
+    table.write(metrics_csv(metrics_->lines()));
+    table.commit();
+    write_json_file(work.output() / "finetune.json", report_.to_json(resolved_), /*force=*/true);
   }
 
   const Clock::time_point start_ = Clock::now();
@@ -283,23 +407,36 @@ class Run {
   Corpus valid_;
   TokenizedCorpus valid_tokens_;
   std::shared_ptr<LlamaForCausalLM> model_;
+  std::optional<Checkpoint> teacher_checkpoint_;
+  std::shared_ptr<LlamaForCausalLM> teacher_;
   WindowPlan plan_;
   std::optional<TrainingRows> rows_;
   std::vector<std::string> train_sha256_;
   std::vector<int64_t> order_;  // of the rows, in this epoch
   int64_t steps_an_epoch_ = 0;
-  std::ofstream metrics_;
+  TrainerSteps steps_;
+  std::vector<int64_t> best_;  // evaluations whose models are kept, the best first
+  std::optional<Metrics> metrics_;
   FinetuneReport report_;
 };
 
 }  // namespace
 
+FinetuneEvaluation FinetuneEvaluation::from_json(const nlohmann::json& json) {
+  FinetuneEvaluation result = {json.at("step"), json.at("nll"), json.at("perplexity")};
+  if (json.contains("kl")) result.kl = json.at("kl").get<double>();
+  if (json.contains("samples")) json.at("samples").get_to(result.samples);
+  return result;
+}
+
 nlohmann::json FinetuneReport::evaluations_json() const {
   nlohmann::json list = nlohmann::json::array();
   for (const FinetuneEvaluation& evaluation : evaluations) {
-    list.push_back({{"step", evaluation.step},
-                    {"nll", evaluation.nll},
-                    {"perplexity", evaluation.perplexity}});
+    nlohmann::json json = {
+        {"step", evaluation.step}, {"nll", evaluation.nll}, {"perplexity", evaluation.perplexity}};
+    if (evaluation.kl) json["kl"] = *evaluation.kl;
+    if (!evaluation.samples.empty()) json["samples"] = evaluation.samples;
+    list.push_back(std::move(json));
   }
   return list;
 }
@@ -311,26 +448,46 @@ nlohmann::json FinetuneReport::to_json(const ResolvedConfig& config) const {
                {"tuned_parameters", tuned_parameters},
                {"steps", steps},
                {"planned_steps", planned_steps},
+               {"skipped_steps", skipped_steps},
                {"stopped_by", stopped_by},
                {"evaluations", evaluations_json()},
                {"best_step", evaluations[static_cast<size_t>(best)].step},
                {"seconds", seconds},
+               {"peak_memory_bytes", peak_bytes},
                {"hla_version", version()},
                {"hla_commit", version_commit()}});
   return json;
 }
 
-std::string FinetuneReport::to_text() const {
-  TextTable table({"step", "perplexity", "nats per token", ""});
+std::string FinetuneReport::to_text(const FinetuneConfig& config) const {
+  const bool with_kl = evaluations.front().kl.has_value();
+  std::vector<std::string> columns = {"step", "perplexity", "nats per token"};
+  if (with_kl) columns.push_back("KL to the teacher");
+  columns.push_back("");
+  TextTable table(columns);
   for (size_t i = 0; i < evaluations.size(); ++i) {
     const FinetuneEvaluation& evaluation = evaluations[i];
-    table.add({std::to_string(evaluation.step), fixed(evaluation.perplexity, 4),
-               fixed(evaluation.nll, 5), static_cast<int64_t>(i) == best ? "written" : ""});
+    std::vector<std::string> row = {std::to_string(evaluation.step),
+                                    fixed(evaluation.perplexity, 4), fixed(evaluation.nll, 5)};
+    if (with_kl) row.push_back(fixed(*evaluation.kl, 5));
+    row.push_back(static_cast<int64_t>(i) == best ? "written" : "");
+    table.add(row);
   }
-  return table.render() + with_thousands(rows) + " rows of " + with_thousands(tokens) +
-         " tokens, " + with_thousands(tuned_parameters) + " parameters tuned, " +
-         std::to_string(steps) + " steps in " + fixed(seconds, 1) + " s" +
-         (stopped_by == "patience" ? ", ended by eval.patience" : "") + "\n";
+  std::string text = table.render() + with_thousands(rows) + " rows of " + with_thousands(tokens) +
+                     " tokens, " + with_thousands(tuned_parameters) + " parameters tuned, " +
+                     std::to_string(steps) + " steps in " + fixed(seconds, 1) + " s" +
+                     (stopped_by == "patience" ? ", ended by eval.patience" : "") + "\n";
+  if (skipped_steps > 0) {
+    text += std::to_string(skipped_steps) +
+            " steps skipped: the scale of the gradients was too "
+            "large for fp16\n";
+  }
+  const FinetuneEvaluation& written = evaluations[static_cast<size_t>(best)];
+  for (size_t i = 0; i < written.samples.size(); ++i) {
+    text += "\n" + config.eval.prompts[i] + " …\n  before: " + evaluations.front().samples[i] +
+            "\n  after:  " + written.samples[i] + "\n";
+  }
+  return text;
 }
 
 FinetuneReport finetune(const ResolvedConfig& config, const FinetuneOptions& options) {

@@ -1,6 +1,7 @@
 #include "hla/train/trainer.h"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/optim/adamw.h>
 
 #include <cmath>
@@ -9,6 +10,7 @@
 #include "hla/core/error.h"
 #include "hla/factorize/scratch_tensors.h"
 #include "hla/io/safetensors.h"
+#include "hla/train/distillation.h"
 #include "hla/train/token_loss.h"
 
 namespace hla {
@@ -31,22 +33,64 @@ bool is_tuned(const std::string& which, const std::string& name) {
   return name.find("_down.") != std::string::npos || name.find("_up.") != std::string::npos;
 }
 
-Trainer::Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, int64_t steps)
-    : model_(model), config_(config), steps_(steps) {
-  std::vector<at::Tensor> matrices;
-  std::vector<at::Tensor> vectors;
-  for (auto& parameter : model.named_parameters()) {
-    const bool tuned = is_tuned(config.train.parameters, parameter.key());
-    parameter.value().set_requires_grad(tuned);
-    if (!tuned) continue;
-    tuned_.emplace_back(parameter.key(), parameter.value());
-    (parameter.value().dim() >= 2 ? matrices : vectors).push_back(parameter.value());
+bool is_lora_target(const std::string& name, int64_t dimensions) {
+  return dimensions == 2 && name.find(".layers.") != std::string::npos;
+}
+
+Trainer::Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, TrainerSteps steps,
+                 const LlamaForCausalLM* teacher)
+    : model_(model), config_(config), steps_(steps), teacher_(teacher) {
+  if (teacher_ != nullptr) {
+    check_teacher(model_, *teacher_, steps_.attention > 0 || config_.distill.hidden > 0);
   }
-  if (tuned_.empty()) {
-    throw_bad_input("[train.parameters] the model has no " + config.train.parameters +
+  add_parameters();
+  make_optimizer();
+  if (model_.dtype() != at::kHalf) scale_.value = 1;
+}
+
+Trainer::~Trainer() = default;
+
+void Trainer::add_parameters() {
+  const bool is_half = model_.dtype() == at::kHalf || model_.dtype() == at::kBFloat16;
+  const int64_t rank = config_.train.lora_rank;
+  uint64_t number = 0;
+  for (auto& parameter : model_.named_parameters()) {
+    const std::string& name = parameter.key();
+    at::Tensor& weight = parameter.value();
+    const bool tuned = is_tuned(config_.train.parameters, name);
+    const bool low_rank = !tuned && rank > 0 && is_lora_target(name, weight.dim());
+    weight.set_requires_grad(tuned || low_rank);
+    if (tuned) {
+      tuned_.push_back({name, weight, is_half ? weight.detach().to(at::kFloat) : weight});
+    } else if (low_rank) {
+      const double scale = config_.train.lora_alpha / static_cast<double>(rank);
+      const auto seed = static_cast<uint64_t>(config_.data.seed) + (++number << 32);
+      low_rank_.push_back({name, weight, LowRankUpdate(weight, rank, scale, seed)});
+    }
+  }
+  if (tuned_.empty() && low_rank_.empty()) {
+    throw_bad_input("[train.parameters] the model has no " + config_.train.parameters +
                     ": a Llama has keys and values, no factors");
   }
-  const FinetuneConfig::Optimizer& optimizer = config.optimizer;
+}
+
+std::vector<std::pair<std::string, at::Tensor>> Trainer::masters() const {
+  std::vector<std::pair<std::string, at::Tensor>> result;
+  for (const Tuned& tuned : tuned_) result.emplace_back(tuned.name, tuned.master);
+  for (const LowRank& low_rank : low_rank_) {
+    result.emplace_back(low_rank.name + ".lora_A", low_rank.update.a());
+    result.emplace_back(low_rank.name + ".lora_B", low_rank.update.b());
+  }
+  return result;
+}
+
+void Trainer::make_optimizer() {
+  std::vector<at::Tensor> matrices;
+  std::vector<at::Tensor> vectors;
+  for (const auto& [name, master] : masters()) {
+    (master.dim() >= 2 ? matrices : vectors).push_back(master);
+  }
+  const FinetuneConfig::Optimizer& optimizer = config_.optimizer;
   const auto options = [&](double decay) {
     return std::make_unique<torch::optim::AdamWOptions>(
         torch::optim::AdamWOptions(optimizer.learning_rate)
@@ -60,38 +104,49 @@ Trainer::Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, int64_t 
   optimizer_ = std::make_unique<torch::optim::AdamW>(groups);
 }
 
-Trainer::~Trainer() = default;
-
 int64_t Trainer::tuned_parameters() const {
   int64_t count = 0;
-  for (const auto& [name, tensor] : tuned_) count += tensor.numel();
+  for (const auto& [name, master] : masters()) count += master.numel();
   return count;
 }
 
-double Trainer::gradient_norm() const {
+uint64_t Trainer::bytes() const {
+  uint64_t bytes = 0;
+  for (const auto& [name, master] : masters()) bytes += 4 * master.nbytes();
+  // The model's own gradients; and its weights and the original ones.
+  for (const Tuned& tuned : tuned_) {
+    if (!tuned.master.is_same(tuned.weight)) bytes += 2 * tuned.weight.nbytes();
+  }
+  for (const LowRank& low_rank : low_rank_) bytes += 3 * low_rank.weight.nbytes();
+  return bytes;
+}
+
+std::pair<std::string, double> Trainer::gradient_norm() const {
   double square = 0;
-  for (const auto& [name, tensor] : tuned_) {
-    if (!tensor.grad().defined()) continue;
-    const double norm = tensor.grad().norm(2, at::kFloat).item<double>();
-    if (!std::isfinite(norm)) {
-      throw Error(ExitCode::kNonFinite,
-                  "step " + std::to_string(done_ + 1) + ": NaN or Inf in the gradient of " + name);
-    }
+  for (const auto& [name, master] : masters()) {
+    if (!master.grad().defined()) continue;
+    const double norm = master.grad().norm(2, at::kFloat).item<double>();
+    if (!std::isfinite(norm)) return {name, norm};
     square += norm * norm;
   }
-  return std::sqrt(square);
+  return {"", std::sqrt(square)};
 }
 
 void Trainer::save(const std::filesystem::path& file) const {
   std::vector<std::pair<std::string, at::Tensor>> tensors;
-  for (const auto& [name, tensor] : tuned_) {
-    tensors.emplace_back("weight/" + name, tensor.detach());
-    const auto found = optimizer_->state().find(tensor.unsafeGetTensorImpl());
+  for (const auto& [name, master] : masters()) {
+    tensors.emplace_back("weight/" + name, master.detach());
+    const auto found = optimizer_->state().find(master.unsafeGetTensorImpl());
     if (found == optimizer_->state().end()) continue;  // no gradient so far
     const auto& state = static_cast<const torch::optim::AdamWParamState&>(*found->second);
     tensors.emplace_back("mean/" + name, state.exp_avg());
     tensors.emplace_back("square/" + name, state.exp_avg_sq());
+    tensors.emplace_back("steps/" + name, at::scalar_tensor(state.step(), at::kLong));
   }
+  const auto number = [](double x) { return at::scalar_tensor(x, at::kDouble); };
+  tensors.emplace_back("loss_scale", number(scale_.value));
+  tensors.emplace_back("good_steps", number(static_cast<double>(scale_.good_steps)));
+  tensors.emplace_back("skipped_steps", number(static_cast<double>(skipped_)));
   save_tensors(file, tensors);
 }
 
@@ -99,54 +154,161 @@ void Trainer::load(const std::filesystem::path& file, int64_t steps) {
   const at::NoGradGuard no_gradients;
   const auto reader = SafetensorsReader::open(file);
   Problems problems(file.string());
-  for (auto& [name, tensor] : tuned_) {
+  optimizer_->state().clear();
+  for (auto& [name, master] : masters()) {
     if (!reader.has("weight/" + name) ||
-        reader.view("weight/" + name).shape != tensor.sizes().vec()) {
+        reader.view("weight/" + name).shape != master.sizes().vec()) {
       problems.add(name + ": is not there, or of another shape");
       continue;
     }
-    tensor.copy_(load_tensor(reader, "weight/" + name));
+    master.copy_(load_tensor(reader, "weight/" + name));
     if (!reader.has("mean/" + name)) continue;
     auto state = std::make_unique<torch::optim::AdamWParamState>();
-    state->step(steps);
-    state->exp_avg(load_tensor(reader, "mean/" + name).to(tensor.device()));
-    state->exp_avg_sq(load_tensor(reader, "square/" + name).to(tensor.device()));
-    optimizer_->state()[tensor.unsafeGetTensorImpl()] = std::move(state);
+    state->step(load_tensor(reader, "steps/" + name).item<int64_t>());
+    state->exp_avg(load_tensor(reader, "mean/" + name).to(master.device()));
+    state->exp_avg_sq(load_tensor(reader, "square/" + name).to(master.device()));
+    optimizer_->state()[master.unsafeGetTensorImpl()] = std::move(state);
   }
   problems.throw_if_any();
+  const auto number = [&](const char* name) { return load_tensor(reader, name).item<double>(); };
+  scale_.value = number("loss_scale");
+  scale_.good_steps = static_cast<int64_t>(number("good_steps"));
+  skipped_ = static_cast<int64_t>(number("skipped_steps"));
+  write_weights();
   done_ = steps;
+}
+
+void Trainer::add_loss(const TrainingRows::Batch& batch, double labels, Step& losses) {
+  const FinetuneConfig::Distill& distill = config_.distill;
+  const bool by_layer = teacher_ != nullptr && distill.hidden > 0;
+  Activations teacher;
+  if (teacher_ != nullptr) {
+    const at::NoGradGuard no_gradients;
+    teacher = run_layers(*teacher_, batch.ids, {.layers = by_layer});
+  }
+  const Activations student =
+      run_layers(model_, batch.ids,
+                 {.layers = by_layer, .recompute = config_.train.activations == "recomputed"});
+  TokenLossOptions options = {.scale = scale_.value / labels};
+  if (teacher_ != nullptr) {
+    options.text_weight = distill.text;
+    options.teacher = teacher_;
+    options.teacher_hidden = teacher.hidden;
+    options.kl_weight = distill.kl;
+    options.temperature = distill.temperature;
+  }
+  const TokenLoss loss = token_loss(model_, student.hidden, batch.labels, options);
+  losses.loss += loss.nll / labels;
+  losses.kl += loss.kl / labels;
+  if (loss.labels == 0) return;
+
+  std::vector<at::Tensor> ends;
+  std::vector<at::Tensor> gradients;
+  const auto go_back_from = [&](const at::Tensor& end, const at::Tensor& gradient) {
+    if (!end.requires_grad()) return;
+    ends.push_back(end);
+    gradients.push_back(gradient);
+  };
+  if (loss.by_hidden.defined()) go_back_from(student.hidden, loss.by_hidden);
+  if (by_layer) {
+    const double share = static_cast<double>(loss.labels) / labels;
+    const at::Tensor error =
+        hidden_loss(student.layers, teacher.layers, learnt_tokens(batch.labels, model_.device()));
+    losses.hidden += share * error.item<double>();
+    go_back_from(error, at::full_like(error, scale_.value * distill.hidden * share));
+  }
+  if (!ends.empty()) torch::autograd::backward(ends, gradients);
+}
+
+void Trainer::add_attention(const TrainingRows::Batch& batch, double labels, Step& losses) {
+  const at::Tensor tokens = learnt_tokens(batch.labels, model_.device());
+  if (tokens.numel() == 0) return;
+  const double share = static_cast<double>(tokens.numel()) / labels;
+  losses.hidden +=
+      share * match_attention(model_, *teacher_, batch.ids, tokens, scale_.value * share);
+}
+
+// Gradients of weights that are not masters go to those that are, so that those of several batches
+// are added in fp32.
+void Trainer::collect_gradients() {
+  const at::NoGradGuard no_gradients;
+  for (Tuned& tuned : tuned_) {
+    if (tuned.master.is_same(tuned.weight) || !tuned.weight.grad().defined()) continue;
+    at::Tensor& sum = tuned.master.mutable_grad();
+    if (sum.defined()) {
+      sum.add_(tuned.weight.grad());
+    } else {
+      sum = tuned.weight.grad().to(at::kFloat);
+    }
+    tuned.weight.mutable_grad().reset();
+  }
+  for (LowRank& low_rank : low_rank_) {
+    if (!low_rank.weight.grad().defined()) continue;
+    low_rank.update.add_gradient(low_rank.weight.grad());
+    low_rank.weight.mutable_grad().reset();
+  }
+}
+
+void Trainer::write_weights() {
+  const at::NoGradGuard no_gradients;
+  for (Tuned& tuned : tuned_) {
+    if (!tuned.master.is_same(tuned.weight)) tuned.weight.copy_(tuned.master);
+  }
+  for (LowRank& low_rank : low_rank_) low_rank.update.apply();
 }
 
 Trainer::Step Trainer::step(const std::vector<TrainingRows::Batch>& batches) {
   Step result;
+  result.on_attention = done_ < steps_.attention;
+  result.loss_scale = scale_.value;
   for (const TrainingRows::Batch& batch : batches) {
     result.labels += batch.labels.ge(0).sum().item<int64_t>();
   }
   optimizer_->zero_grad(/*set_to_none=*/true);
-  const double scale = 1 / static_cast<double>(std::max<int64_t>(1, result.labels));
-  double nll = 0;
+  const auto labels = static_cast<double>(std::max<int64_t>(1, result.labels));
   for (const TrainingRows::Batch& batch : batches) {
-    nll += token_loss(model_, model_.forward(batch.ids), batch.labels, scale).nll;
+    if (result.on_attention) {
+      add_attention(batch, labels, result);
+    } else {
+      add_loss(batch, labels, result);
+    }
+    collect_gradients();
   }
-  result.loss = nll * scale;
-  if (!std::isfinite(result.loss)) {
-    throw Error(ExitCode::kNonFinite,
-                "step " + std::to_string(done_ + 1) + ": the loss is NaN or Inf");
+  const std::string where = "step " + std::to_string(done_ + 1) + ": ";
+  if (!std::isfinite(result.loss + result.kl + result.hidden)) {
+    throw Error(ExitCode::kNonFinite, where + "the loss is NaN or Inf");
   }
   const at::NoGradGuard no_gradients;
-  result.gradient_norm = gradient_norm();
-  const double most = config_.optimizer.max_gradient_norm;
-  if (most > 0 && result.gradient_norm > most) {
-    const double shorter = most / (result.gradient_norm + 1e-6);  // as torch's clip_grad_norm_
-    for (auto& [name, tensor] : tuned_) {
-      if (tensor.grad().defined()) tensor.mutable_grad().mul_(shorter);
-    }
+  const auto [broken, scaled_norm] = gradient_norm();
+  result.gradient_norm = scaled_norm / scale_.value;
+  result.skipped = !broken.empty();
+  if (model_.dtype() == at::kHalf) scale_.update(!result.skipped);
+  if (result.skipped && (model_.dtype() != at::kHalf || scale_.value < LossScale::kLeast)) {
+    throw Error(ExitCode::kNonFinite, where + "NaN or Inf in the gradient of " + broken);
   }
+  const FinetuneConfig::Optimizer& optimizer = config_.optimizer;
   result.learning_rate =
-      config_.optimizer.learning_rate * learning_rate_ratio(config_.schedule, done_, steps_);
-  for (auto& group : optimizer_->param_groups()) group.options().set_lr(result.learning_rate);
-  optimizer_->step();
+      optimizer.learning_rate *
+      (result.on_attention
+           ? learning_rate_ratio(config_.schedule, done_, steps_.attention)
+           : learning_rate_ratio(config_.schedule, done_ - steps_.attention, steps_.loss));
   ++done_;
+  if (result.skipped) {
+    ++skipped_;
+  } else {
+    double factor = 1 / result.loss_scale;
+    const double most = optimizer.max_gradient_norm;
+    if (most > 0 && result.gradient_norm > most) {
+      factor *= most / (result.gradient_norm + 1e-6);  // as torch's clip_grad_norm_
+    }
+    for (auto& [name, master] : masters()) {
+      if (factor != 1 && master.grad().defined()) master.mutable_grad().mul_(factor);
+    }
+    for (auto& group : optimizer_->param_groups()) group.options().set_lr(result.learning_rate);
+    optimizer_->step();
+    write_weights();
+  }
+  if (done_ == steps_.attention) optimizer_->state().clear();  // moments of another loss
   return result;
 }
 

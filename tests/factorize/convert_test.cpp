@@ -13,6 +13,7 @@
 #include "hla/factorize/plan.h"
 #include "hla/factorize/statistics.h"
 #include "hla/io/json_file.h"
+#include "hla/model/device.h"
 #include "hla/model/load.h"
 #include "hla/text/tokenizer.h"
 #include "test_util.h"
@@ -683,6 +684,29 @@ TEST(StatisticsTest, EqualTheDefinitions) {
   const at::Tensor q0 = qkv.q.squeeze(0).select(1, 3);  // head 3, (T, d)
   EXPECT_NEAR(statistics.query_energy[3][1].item<double>(),
               (q0.select(1, 1).square() + q0.select(1, 5).square()).mean().item<double>(), 1e-10);
+}
+
+// The same function as a conversion on the CPU, whatever signs and order its factors have.
+TEST(ConvertTest, ConvertsOnCuda) {
+  if (cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  const TempDir folder;
+  const at::Tensor ids = ids_of(512, 64);
+  const at::Tensor base = logits_of(stories(), ids);
+  for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent}) {
+    std::vector<at::Tensor> logits;
+    for (const char* device : {"cpu", "cuda"}) {
+      ConvertOptions options = calibrated();
+      options.rope = rope;
+      options.kv_ratio = 0.5;
+      options.device = parse_device(device);
+      const auto out = folder / (to_string(rope) + device);
+      convert(stories(), out, options);
+      logits.push_back(logits_of(Checkpoint::open(out.string()), ids));
+    }
+    const double cost = (logits[0] - base).norm().item<double>();
+    EXPECT_GT(cost, 0);
+    EXPECT_LE((logits[1] - logits[0]).norm().item<double>(), 0.1 * cost) << to_string(rope);
+  }
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <c10/core/InferenceMode.h>
 
+#include "hla/model/device.h"
 #include "hla/model/load.h"
 #include "test_util.h"
 
@@ -214,6 +215,41 @@ TEST(DecoderTest, ReadsOnCuda) {
   std::vector<at::Tensor> got;
   for (const int32_t id : ids) got.push_back(decoder.read({{&cache, {id}}}));
   EXPECT_LE(max_abs_difference(at::cat(got).cpu(), whole(*model, ids).cpu()), 1e-4);
+}
+
+// Reading token by token loses about as much to half precision as reading at once does.
+TEST(DecoderTest, ReadsConversionsInHalfPrecisionOnCuda) {
+  if (cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  const testing::TempDir folder;
+  const std::string stories = source_path("data/stories260K/stories260K.bin").string();
+  const std::vector<int32_t> ids = {1, 403, 407, 261, 378, 301, 304, 419, 426, 285, 269, 262};
+  for (const std::string rope : {"original", "latent", "paper"}) {
+    const std::string path = (folder / rope).string();
+    ASSERT_EQ(testing::run_hla("convert " + stories + " " + path + " --no-calib --rope " + rope +
+                               (rope == "paper" ? "" : " --kv-ratio 0.75"))
+                  .code,
+              0);
+    const c10::InferenceMode guard;
+    const Checkpoint checkpoint = Checkpoint::open(path);
+    const auto exact = load_model(checkpoint, {.dtype = at::kFloat});
+    const at::Tensor expected = whole(*exact, ids);
+    for (const at::ScalarType dtype : {at::kFloat, at::kHalf, at::kBFloat16}) {
+      SCOPED_TRACE(rope + " " + c10::toString(dtype));
+      const auto model =
+          load_model(checkpoint, {.device = at::Device(at::kCUDA, 0), .dtype = dtype});
+      const auto error = [&](const at::Tensor& hidden) {
+        return ((hidden.cpu().to(at::kFloat) - expected).norm() / expected.norm()).item<double>();
+      };
+      const Decoder decoder(*model);
+      SequenceCache cache = decoder.new_sequence();
+      std::vector<at::Tensor> steps;
+      for (const int32_t id : ids) steps.push_back(decoder.read({{&cache, {id}}}));
+      const double at_once = error(whole(*model, ids));
+      const double by_token = error(at::cat(steps));
+      EXPECT_LE(at_once, dtype == at::kFloat ? 1e-4 : dtype == at::kHalf ? 1e-2 : 8e-2);
+      EXPECT_LE(by_token, 3 * at_once + 1e-5);
+    }
+  }
 }
 
 }  // namespace

@@ -19,7 +19,16 @@ using testing::source_path;
 using testing::TempDir;
 
 std::string stories() { return source_path("data/stories260K/stories260K.bin").string(); }
-std::string wikitext() { return source_path("data/wikitext-2/wiki.valid.txt").string(); }
+// The first pages of the validation split: all of it takes a second to encode.
+std::string wikitext() {
+  static const TempDir folder;
+  const std::filesystem::path file = folder / "pages.txt";
+  if (!std::filesystem::exists(file)) {
+    testing::write_file(file,
+                        read_file(source_path("data/wikitext-2/wiki.valid.txt")).substr(0, 60000));
+  }
+  return file.string();
+}
 
 std::vector<std::string> quick(const std::string& model, const std::filesystem::path& output) {
   return {"model=" + model,
@@ -168,6 +177,80 @@ TEST(FinetuneTest, SavesOnSignalsAndRefusesOtherSettings) {
   EXPECT_EQ(anew.code, 0) << anew.err;
 }
 
+// A conversion that learns from the model it was made of.
+TEST(FinetuneTest, HealsFromATeacher) {
+  const TempDir folder;
+  const std::string base = (folder / "latent").string();
+  ASSERT_EQ(run_hla("convert " + stories() + " " + base + " --no-calib --kv-ratio 0.25").code, 0);
+  const std::vector<std::string> settings = {
+      "distill.teacher=" + stories(),   "distill.text=0",       "distill.hidden=0.5",
+      "distill.attention_steps=6",      "train.epochs=3",       "train.activations=recomputed",
+      "eval.prompts=[\"Once, a cat\"]", "eval.prompt_tokens=5", "checkpoint.keep_best=2"};
+  const FinetuneReport report = tune(quick(base, folder / "out"), settings);
+  EXPECT_EQ(report.planned_steps, 6 + 3 * 8);
+  ASSERT_EQ(report.evaluations.size(), 5u);  // at 0, 8, 16, 24, 30
+  EXPECT_LT(*report.evaluations.back().kl, 0.5 * *report.evaluations.front().kl);
+  ASSERT_EQ(report.evaluations.front().samples.size(), 1u);
+  EXPECT_FALSE(report.evaluations.front().samples[0].empty());
+  const FinetuneConfig config = resolve_config({}, settings).config;
+  EXPECT_NE(report.to_text(config).find("after:"), std::string::npos);
+  EXPECT_NE(report.to_text(config).find("KL to the teacher"), std::string::npos);
+
+  // The second best is beside the best.
+  const nlohmann::json saved = read_json_file(folder / "out" / "finetune.json");
+  int64_t second = 0;
+  double least = INFINITY;
+  for (const nlohmann::json& one : saved["evaluations"]) {
+    if (one["step"] == 0 || one["step"] == saved["best_step"] || one["nll"] >= least) continue;
+    least = one["nll"];
+    second = one["step"];
+  }
+  const std::filesystem::path beside = folder / "out" / ("step-" + std::to_string(second));
+  const auto ppl = nlohmann::json::parse(
+      run_hla("ppl " + beside.string() + " --text " + wikitext() + " --ctx 64 --limit 4 --json -")
+          .out);
+  EXPECT_NEAR(ppl["results"][0]["nll"], least, 1e-6);
+
+  const std::string csv = read_file(folder / "out" / "metrics.csv");
+  EXPECT_EQ(csv.substr(0, csv.find('\n')),
+            "step,attention_error,eval_kl,eval_loss,eval_perplexity,gradient_norm,hidden,kl,labels,"
+            "learning_rate,loss,seconds");
+  EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'), 1 + 30 + 5);
+  EXPECT_NE(read_file(folder / "out" / "loss.svg").find("evaluation"), std::string::npos);
+}
+
+// A checkpoint that was damaged is passed over for the one before it.
+TEST(FinetuneTest, GoesOnFromAnOlderCheckpoint) {
+  const TempDir folder;
+  std::string settings;
+  for (const std::string& setting : quick(stories(), folder / "out")) {
+    settings += " --set " + setting;
+  }
+  settings += " --set train.max_steps=8 --set checkpoint.every_steps=2";
+  ASSERT_EQ(run_hla("finetune" + settings).code, 0);
+  const std::string whole = read_file(folder / "out" / "model.safetensors");
+  std::filesystem::rename(folder / "out", folder / "whole");
+  const std::filesystem::path scratch = folder / ".out.hla-partial" / "scratch";
+  const testing::CommandResult stopped =
+      testing::run_command(std::string(HLA_BINARY) + " finetune" + settings +
+                           " & pid=$!; for i in $(seq 3000); do grep -q '\"step\":5' " +
+                           (scratch / "metrics.jsonl").string() +
+                           " 2>/dev/null && break; sleep 0.002; done; kill -TERM $pid; wait $pid");
+  ASSERT_EQ(stopped.code, 143) << stopped.err;
+  std::vector<int64_t> steps;
+  for (const auto& entry : std::filesystem::directory_iterator(scratch)) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with("checkpoint-")) steps.push_back(std::stoll(name.substr(11)));
+  }
+  ASSERT_EQ(steps.size(), 2u);
+  const int64_t newest = std::max(steps[0], steps[1]);
+  testing::write_file(scratch / ("checkpoint-" + std::to_string(newest) + ".safetensors"), "no");
+  const testing::CommandResult again = run_hla("finetune" + settings);
+  EXPECT_EQ(again.code, 0) << again.err;
+  EXPECT_NE(again.err.find("passed over"), std::string::npos) << again.err;
+  EXPECT_EQ(read_file(folder / "out" / "model.safetensors"), whole);
+}
+
 TEST(FinetuneTest, EndsWhenItGetsNoBetter) {
   const TempDir folder;
   // Steps that are far too long.
@@ -191,6 +274,8 @@ TEST(FinetuneTest, Refuses) {
   EXPECT_EQ(code_of("data.train=/nowhere.txt"), ExitCode::kBadInput);
   EXPECT_EQ(code_of("data.context=4096"), ExitCode::kBadInput);
   EXPECT_EQ(code_of("train.epochs=0"), ExitCode::kUsage);
+  EXPECT_EQ(code_of("distill.teacher=" + source_path("tests/data/models/gqa").string()),
+            ExitCode::kBadInput);
   EXPECT_EQ(code_of("train.parameters=factors"), ExitCode::kBadInput);
   EXPECT_FALSE(std::filesystem::exists(folder / "out"));
 }

@@ -2,9 +2,14 @@
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include "../test_util.h"
+#include "hla/factorize/scratch_tensors.h"
+#include "hla/model/device.h"
 #include "hla/model/load.h"
+#include "hla/train/loss_scale.h"
+#include "hla/train/low_rank.h"
 #include "hla/train/token_loss.h"
 
 namespace hla {
@@ -13,11 +18,13 @@ namespace {
 using testing::error_of;
 using testing::max_abs_difference;
 using testing::source_path;
+using testing::TempDir;
 using testing::to_tensor;
 
-std::shared_ptr<LlamaForCausalLM> load(const std::string& name) {
+std::shared_ptr<LlamaForCausalLM> load(const std::string& name, at::ScalarType dtype = at::kFloat,
+                                       at::Device device = at::kCPU) {
   return load_model(Checkpoint::open(source_path("tests/data/models/" + name).string()),
-                    {.dtype = at::kFloat});
+                    {.device = device, .dtype = dtype});
 }
 
 TrainingRows::Batch batch_of(const at::Tensor& ids) {
@@ -43,7 +50,9 @@ TEST(TrainerTest, LossAndGradientsEqualTransformers) {
         SafetensorsReader::open(source_path("tests/data/models/" + name + "/golden.safetensors"));
     const TrainingRows::Batch batch = batch_of(to_tensor(golden.view("input_ids")));
     const auto labels = static_cast<double>(batch.labels.ge(0).sum().item<int64_t>());
-    const TokenLoss loss = token_loss(*model, model->forward(batch.ids), batch.labels, 1 / labels);
+    const at::Tensor hidden = model->forward(batch.ids);
+    const TokenLoss loss = token_loss(*model, hidden, batch.labels, {.scale = 1 / labels});
+    torch::autograd::backward({hidden}, {loss.by_hidden});
     EXPECT_EQ(static_cast<double>(loss.labels), labels);
     const double expected = to_tensor(golden.view("loss")).item<double>();
     EXPECT_NEAR(loss.nll / labels, expected, 1e-5 * expected);
@@ -71,8 +80,44 @@ TEST(TrainerTest, LossIsTheSameWithoutGradients) {
   const at::Tensor logits = model->logits(hidden).flatten(0, 1).to(at::kDouble);
   const at::Tensor expected = at::cross_entropy_loss(logits, batch.labels.flatten(), {},
                                                      at::Reduction::Sum, TrainingRows::kNoLabel);
-  EXPECT_NEAR(token_loss(*model, hidden, batch.labels, 0).nll, expected.item<double>(), 1e-3);
-  EXPECT_EQ(token_loss(*model, hidden, at::full_like(ids, -100), 1).labels, 0);
+  EXPECT_NEAR(token_loss(*model, hidden, batch.labels).nll, expected.item<double>(), 1e-3);
+  EXPECT_EQ(token_loss(*model, hidden, at::full_like(ids, -100), {.scale = 1}).labels, 0);
+}
+
+// KL as a formula of all logits, at a temperature, with a teacher of another width.
+TEST(TrainerTest, DistillationHasTheGradientOfItsFormula) {
+  at::manual_seed(11);
+  const auto model = load("tied");
+  const auto teacher = load("gqa");
+  const at::Tensor ids = at::randint(3, 96, {2, 20}, at::kLong);
+  TrainingRows::Batch batch = batch_of(ids);
+  batch.labels[0].slice(0, 0, 5).fill_(TrainingRows::kNoLabel);
+  const at::Tensor hidden = model->forward(ids).detach().mul(3).requires_grad_();
+  const at::Tensor teacher_hidden = teacher->forward(ids).mul(3);
+  model->lm_head().requires_grad_();
+  const TokenLoss loss = token_loss(*model, hidden, batch.labels,
+                                    {.scale = 0.5,
+                                     .text_weight = 0.25,
+                                     .teacher = teacher.get(),
+                                     .teacher_hidden = teacher_hidden,
+                                     .kl_weight = 0.75,
+                                     .temperature = 2});
+  const at::Tensor known = learnt_tokens(batch.labels, at::kCPU);
+  const at::Tensor logits = model->logits(hidden).flatten(0, 1).index_select(0, known);
+  const at::Tensor theirs = teacher->logits(teacher_hidden).flatten(0, 1).index_select(0, known);
+  const at::Tensor log_p = (theirs / 2).log_softmax(-1);
+  const at::Tensor kl = (log_p.exp() * (log_p - (logits / 2).log_softmax(-1))).sum();
+  const at::Tensor nll = at::cross_entropy_loss(
+      logits, batch.labels.flatten().index_select(0, known), {}, at::Reduction::Sum);
+  EXPECT_GT(kl.item<double>(), 1);
+  EXPECT_NEAR(loss.kl, kl.item<double>(), 1e-5 * kl.item<double>());
+  EXPECT_NEAR(loss.nll, nll.item<double>(), 1e-5 * nll.item<double>());
+  const auto expected =
+      torch::autograd::grad({0.5 * (0.25 * nll + 0.75 * 4 * kl)}, {hidden, model->lm_head()});
+  EXPECT_LE(max_abs_difference(loss.by_hidden, expected[0]),
+            1e-5 * expected[0].abs().max().item<double>());
+  EXPECT_LE(max_abs_difference(model->lm_head().grad(), expected[1]),
+            1e-5 * expected[1].abs().max().item<double>());
 }
 
 // In the first step the moments are the gradient and its square, whatever the betas.
@@ -88,7 +133,7 @@ TEST(TrainerTest, FirstStepIsAdamWs) {
                       .weight_decay = 0.5,
                       .max_gradient_norm = 0};
   config.schedule.kind = "constant";
-  Trainer trainer(*model, config, 10);
+  Trainer trainer(*model, config, {.loss = 10});
   trainer.step({batch_of(at::randint(3, 96, {2, 24}, at::kLong))});
   for (const auto& parameter : model->named_parameters()) {
     const at::Tensor& old = before.at(parameter.key());
@@ -105,8 +150,8 @@ TEST(TrainerTest, AccumulatedBatchesAreOne) {
   const auto two = load("gqa");
   FinetuneConfig config;
   config.optimizer.epsilon = 1e-3;  // tiny gradients may have either sign
-  Trainer a(*one, config, 4);
-  Trainer b(*two, config, 4);
+  Trainer a(*one, config, {.loss = 4});
+  Trainer b(*two, config, {.loss = 4});
   for (int step = 0; step < 3; ++step) {
     const at::Tensor ids = at::randint(3, 96, {3, 16}, at::kLong);
     TrainingRows::Batch batch = batch_of(ids);
@@ -129,7 +174,7 @@ TEST(TrainerTest, ShortensLongGradients) {
   const auto model = load("gqa");
   FinetuneConfig config;
   config.optimizer.max_gradient_norm = 0.01;
-  Trainer trainer(*model, config, 1);
+  Trainer trainer(*model, config, {.loss = 1});
   const Trainer::Step step = trainer.step({batch_of(at::randint(3, 96, {2, 24}, at::kLong))});
   EXPECT_GT(step.gradient_norm, 0.1);
   double square = 0;
@@ -152,19 +197,19 @@ TEST(TrainerTest, TunesWhatWasAskedFor) {
   const auto before = weights_of(*model);
   FinetuneConfig config;
   config.train.parameters = "attention";
-  Trainer trainer(*model, config, 1);
+  Trainer trainer(*model, config, {.loss = 1});
   trainer.step({batch_of(at::randint(3, 96, {2, 24}, at::kLong))});
   for (const auto& [name, weight] : weights_of(*model)) {
     EXPECT_EQ(weight.equal(before.at(name)), name.find("self_attn") == std::string::npos) << name;
   }
   config.train.parameters = "factors";
-  EXPECT_EQ(error_of([&] { Trainer(*model, config, 1); }).code(), ExitCode::kBadInput);
+  EXPECT_EQ(error_of([&] { Trainer(*model, config, {.loss = 1}); }).code(), ExitCode::kBadInput);
 }
 
 TEST(TrainerTest, StopsAtNumbersThatAreNotFinite) {
   const auto model = load("gqa");
   model->layers()[1]->named_parameters()["self_attn.q_proj.weight"].fill_(NAN);
-  Trainer trainer(*model, {}, 1);
+  Trainer trainer(*model, {}, {.loss = 1});
   const Error error = error_of([&] {
     trainer.step({batch_of(at::randint(3, 96, {1, 8}, at::kLong))});
   });
@@ -185,6 +230,170 @@ TEST(TrainerTest, LearningRateFollowsItsSchedule) {
   const FinetuneConfig::Schedule constant = {.kind = "constant", .warmup_steps = 2};
   EXPECT_DOUBLE_EQ(learning_rate_ratio(constant, 0, 10), 0.5);
   EXPECT_DOUBLE_EQ(learning_rate_ratio(constant, 9, 10), 1);
+}
+
+// A matrix that learns by a product of two small ones.
+TEST(TrainerTest, LowRankUpdatesGoIntoTheMatrices) {
+  at::manual_seed(6);
+  const auto model = load("gqa");
+  const auto before = weights_of(*model);
+  FinetuneConfig config;
+  config.train.parameters = "attention";
+  config.train.lora_rank = 2;
+  config.optimizer.learning_rate = 1e-2;
+  Trainer trainer(*model, config, {.loss = 20});
+  const TrainingRows::Batch batch = batch_of(at::randint(3, 96, {4, 24}, at::kLong));
+  const double first = trainer.step({batch}).loss;
+  double last = 0;
+  for (int i = 0; i < 19; ++i) last = trainer.step({batch}).loss;
+  EXPECT_LT(last, first - 0.2);
+  for (const auto& [name, weight] : weights_of(*model)) {
+    const at::Tensor change = weight - before.at(name);
+    if (name.find("mlp") != std::string::npos) {
+      const at::Tensor values = at::linalg_svdvals(change);
+      EXPECT_GT(values[1].item<double>(), 1e-4) << name;
+      EXPECT_LT(values[2].item<double>(), 1e-5) << name;
+    } else if (name.find("self_attn") == std::string::npos) {
+      EXPECT_EQ(change.abs().max().item<double>(), 0) << name;
+    }
+  }
+}
+
+TEST(TrainerTest, LowRankGradientsAreThoseOfTheProduct) {
+  at::manual_seed(7);
+  const at::Tensor weight = at::randn({5, 4});
+  const at::Tensor x = at::randn({3, 4});
+  LowRankUpdate update(weight, 2, 0.7, 1);
+  update.b().copy_(at::randn({5, 2}));
+  const at::Tensor original = weight.clone();
+  update.apply();
+  EXPECT_LE(max_abs_difference(weight, original + 0.7 * at::mm(update.b(), update.a())), 1e-6);
+  const at::Tensor a = update.a().clone().requires_grad_();
+  const at::Tensor b = update.b().clone().requires_grad_();
+  const at::Tensor w = (original + 0.7 * at::mm(b, a));
+  const at::Tensor loss = at::linear(x, w).square().sum();
+  const auto expected = torch::autograd::grad({loss}, {a, b, w});
+  update.add_gradient(expected[2]);
+  update.add_gradient(expected[2]);
+  EXPECT_LE(max_abs_difference(update.a().grad(), 2 * expected[0]), 1e-4);
+  EXPECT_LE(max_abs_difference(update.b().grad(), 2 * expected[1]), 1e-4);
+}
+
+// Steps that are far below a half's resolution add up in the fp32 weights behind it.
+TEST(TrainerTest, HalfPrecisionLearnsInFp32) {
+  for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
+    SCOPED_TRACE(c10::toString(dtype));
+    at::manual_seed(8);
+    const auto half = load("gqa", dtype);
+    const auto full = load("gqa");
+    FinetuneConfig config;
+    config.optimizer.learning_rate = 1e-4;
+    config.schedule.kind = "constant";
+    Trainer a(*half, config, {.loss = 40});
+    Trainer b(*full, config, {.loss = 40});
+    const auto before = weights_of(*full);
+    const TrainingRows::Batch batch = batch_of(at::randint(3, 96, {4, 24}, at::kLong));
+    for (int i = 0; i < 30; ++i) {
+      Trainer::Step step = a.step({batch});
+      while (step.skipped) step = a.step({batch});
+      EXPECT_NEAR(step.loss, b.step({batch}).loss, 0.1);
+    }
+    EXPECT_LE(a.skipped_steps(), dtype == at::kHalf ? 3 : 0);
+    const std::string name = "model.layers.0.mlp.down_proj.weight";
+    const at::Tensor moved = weights_of(*full).at(name) - before.at(name);
+    const TempDir folder;
+    a.save(folder / "state.safetensors");
+    const auto reader = SafetensorsReader::open(folder / "state.safetensors");
+    const at::Tensor master = load_tensor(reader, "weight/" + name);
+    EXPECT_EQ(master.scalar_type(), at::kFloat);
+    // As far as the fp32 model's, nearly everywhere in its direction.
+    const at::Tensor half_moved = master - before.at(name).to(dtype).to(at::kFloat);
+    EXPECT_NEAR(half_moved.norm().item<double>() / moved.norm().item<double>(), 1, 0.1);
+    EXPECT_GT((half_moved * moved).sum().item<double>() /
+                  (half_moved.norm() * moved.norm()).item<double>(),
+              0.9);
+    EXPECT_TRUE(weights_of(*half).at(name).equal(master.to(dtype)));
+  }
+}
+
+TEST(TrainerTest, Fp16SkipsStepsUntilItsScaleFits) {
+  at::manual_seed(9);
+  const auto model = load("gqa", at::kHalf);
+  FinetuneConfig config;
+  const TempDir folder;
+  const TrainingRows::Batch batch = batch_of(at::randint(3, 96, {4, 24}, at::kLong));
+  {
+    Trainer trainer(*model, config, {.loss = 40});
+    trainer.step({batch});
+    trainer.save(folder / "state");
+  }
+  // The same with a scale that is far too large.
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  const auto reader = SafetensorsReader::open(folder / "state");
+  for (const TensorInfo& view : reader.tensors()) {
+    at::Tensor tensor = load_tensor(reader, view.name);
+    if (view.name == "loss_scale") tensor.fill_(std::exp2(30));
+    if (view.name == "skipped_steps") tensor.zero_();
+    tensors.emplace_back(view.name, tensor);
+  }
+  save_tensors(folder / "large", tensors);
+  Trainer trainer(*model, config, {.loss = 40});
+  trainer.load(folder / "large", 1);
+  const auto before = weights_of(*model);
+  double scale = std::exp2(30);
+  int64_t skipped = 0;
+  for (;; ++skipped, scale /= 2) {
+    const Trainer::Step step = trainer.step({batch});
+    EXPECT_EQ(step.loss_scale, scale);
+    if (!step.skipped) break;
+    for (const auto& [name, weight] : weights_of(*model)) {
+      ASSERT_TRUE(weight.equal(before.at(name))) << name;
+    }
+    ASSERT_LT(skipped, 30);
+  }
+  EXPECT_GT(skipped, 3);
+  EXPECT_EQ(trainer.skipped_steps(), skipped);
+  EXPECT_FALSE(weights_of(*model).at("lm_head.weight").equal(before.at("lm_head.weight")));
+
+  LossScale growing;
+  for (int64_t i = 0; i < LossScale::kGoodSteps; ++i) growing.update(true);
+  EXPECT_EQ(growing.value, 2 * LossScale().value);
+  growing.update(false);
+  EXPECT_EQ(growing.value, LossScale().value);
+}
+
+// As on the CPU in fp32, and near it in half precision; with all that a step can hold.
+TEST(TrainerTest, StepsOnCuda) {
+  if (cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  const auto losses = [](at::Device device, at::ScalarType dtype) {
+    at::manual_seed(10);
+    const auto model = load("gqa", dtype, device);
+    const auto teacher = load("gqa", dtype, device);
+    FinetuneConfig config;
+    config.optimizer.learning_rate = 1e-3;
+    config.train.parameters = "attention";
+    config.train.lora_rank = 2;
+    config.train.activations = "recomputed";
+    config.distill.hidden = 0.5;
+    Trainer trainer(*model, config, {.attention = 1, .loss = 20}, teacher.get());
+    const TrainingRows::Batch batch = batch_of(at::randint(3, 96, {4, 24}, at::kLong));
+    std::vector<double> result;
+    while (result.size() < 12) {
+      const Trainer::Step step = trainer.step({batch});
+      if (!step.skipped && !step.on_attention) result.push_back(step.loss);
+    }
+    return result;
+  };
+  const std::vector<double> on_cpu = losses(at::kCPU, at::kFloat);
+  EXPECT_LT(on_cpu.back(), on_cpu.front() - 0.1);
+  const at::Device cuda(at::kCUDA, 0);
+  for (const auto& [dtype, tolerance] : std::vector<std::pair<at::ScalarType, double>>{
+           {at::kFloat, 1e-4}, {at::kHalf, 2e-2}, {at::kBFloat16, 5e-2}}) {
+    const std::vector<double> on_cuda = losses(cuda, dtype);
+    for (size_t i = 0; i < on_cpu.size(); ++i) {
+      EXPECT_NEAR(on_cuda[i], on_cpu[i], tolerance) << c10::toString(dtype) << " " << i;
+    }
+  }
 }
 
 }  // namespace

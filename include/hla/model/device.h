@@ -33,4 +33,7 @@ std::string dtype_label(at::ScalarType dtype);  // "fp32"
 at::ScalarType to_scalar_type(DType dtype);
 DType to_dtype(at::ScalarType dtype);  // throws kRuntime for types that files do not hold
 
+// The most memory that this process had so far: resident (CPU), or of LibTorch's allocator there.
+uint64_t peak_memory_bytes(const at::Device& device);
+
 }  // namespace hla

@@ -32,7 +32,8 @@ class ComplexUp : public torch::nn::Module {
   // Differentiable in the weight.
   at::Tensor real_matrix() const;
   // Frequency number of each complex latent: (R) int64.
-  const at::Tensor& frequency_index() const { return frequency_index_; }
+  // Where the weight is now: Module::to() moves parameters alone.
+  at::Tensor frequency_index() const { return frequency_index_.to(weight.device()); }
 
   at::Tensor weight;  // (2, K, R)
   at::Tensor bias;    // (K·2c), or undefined

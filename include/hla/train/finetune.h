@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,10 @@ struct FinetuneEvaluation {
   int64_t step = 0;  // after so many
   double nll = 0;    // mean, nats
   double perplexity = 0;
+  std::optional<double> kl = {};          // mean of KL(teacher‖model), nats; with a teacher
+  std::vector<std::string> samples = {};  // continuations of eval.prompts
+
+  static FinetuneEvaluation from_json(const nlohmann::json& json);  // of evaluations_json()
 };
 
 struct FinetuneReport {
@@ -30,21 +35,23 @@ struct FinetuneReport {
   int64_t tuned_parameters = 0;  // elements
   int64_t planned_steps = 0;
   int64_t steps = 0;                            // done
+  int64_t skipped_steps = 0;                    // of them, for the scale of fp16 gradients
   std::vector<FinetuneEvaluation> evaluations;  // the first before any step
-  int64_t best = 0;        // the evaluation, of those after a step, whose model was written
-  std::string stopped_by;  // "steps" or "patience"
-  double seconds = 0;      // of all processes that had a part in it
+  int64_t best = 0;         // the evaluation, of those after a step, whose model was written
+  std::string stopped_by;   // "steps" or "patience"
+  double seconds = 0;       // of all processes that had a part in it
+  uint64_t peak_bytes = 0;  // see peak_memory_bytes(); of this one
 
   nlohmann::json evaluations_json() const;
   nlohmann::json to_json(const ResolvedConfig& config) const;
-  std::string to_text() const;
+  std::string to_text(const FinetuneConfig& config) const;
 };
 
 // Tunes the model and writes the best of the evaluated ones as a folder like that which it came
-// from, with finetune.json (config, origins, evaluations) and metrics.jsonl (a line a step) beside
-// the weights. Throws kBadInput for texts and models that do not fit, kNonFinite naming the step,
-// kOutOfMemory where weights, gradients and moments would not fit, kUsage for an output that is
-// there.
+// from, with finetune.json (config, origins, evaluations), metrics.jsonl and metrics.csv (a line a
+// step) and loss.svg beside the weights. Throws kBadInput for texts and models that do not fit,
+// kNonFinite naming the step and the last checkpoint, kOutOfMemory where weights, gradients and
+// moments would not fit, kUsage for an output that is there.
 //
 // A run that was killed or interrupted goes on from its last checkpoint when the same is asked for
 // again, and ends with the same bytes of weights; it lies in .OUTPUT.hla-partial until then. One of

@@ -32,7 +32,18 @@ struct FinetuneConfig {
     int64_t batch_rows = 4;
     int64_t accumulate = 1;
     std::string parameters = "all";
+    int64_t lora_rank = 0;
+    double lora_alpha = 16;
+    std::string activations = "kept";
   } train;
+  struct Distill {
+    std::string teacher;
+    double text = 1;
+    double kl = 1;
+    double temperature = 1;
+    double hidden = 0;
+    int64_t attention_steps = 0;
+  } distill;
   struct Optimizer {
     double learning_rate = 5e-5;
     double beta1 = 0.9;
@@ -51,9 +62,13 @@ struct FinetuneConfig {
     int64_t context = 0;
     int64_t windows = 0;
     int64_t patience = 0;
+    std::vector<std::string> prompts;
+    int64_t prompt_tokens = 40;
   } eval;
   struct Checkpoint {
     int64_t every_steps = 0;
+    int64_t keep_last = 2;
+    int64_t keep_best = 1;
   } checkpoint;
 };
 

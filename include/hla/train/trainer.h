@@ -5,10 +5,13 @@
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "hla/model/llama.h"
 #include "hla/train/finetune_config.h"
+#include "hla/train/loss_scale.h"
+#include "hla/train/low_rank.h"
 #include "hla/train/training_rows.h"
 
 namespace torch::optim {
@@ -23,39 +26,89 @@ double learning_rate_ratio(const FinetuneConfig::Schedule& schedule, int64_t ste
 // Whether "train.parameters" `which` tunes the parameter of that HF name.
 bool is_tuned(const std::string& which, const std::string& name);
 
+// Whether "train.lora_rank" gives the parameter of that HF name and so many dimensions an update of
+// low rank, where it is not tuned itself: the matrices of the layers.
+bool is_lora_target(const std::string& name, int64_t dimensions);
+
+// Steps of distillation to the teacher's attention come first, then those on the loss; each kind
+// has its own schedule and moments.
+struct TrainerSteps {
+  int64_t attention = 0;
+  int64_t loss = 0;
+
+  int64_t total() const { return attention + loss; }
+};
+
 class Trainer {
  public:
-  // Marks the parameters to be tuned; the others stay as they are. The model must outlive it.
-  // Throws kBadInput where there is nothing to tune.
-  Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, int64_t steps);
+  // Marks the parameters to be tuned; the others stay as they are. Model and teacher must outlive
+  // it. Where the model is in half precision, AdamW works on fp32 weights of the trainer's own, of
+  // which the model has the rounded ones; in fp16 the loss is scaled (LossScale).
+  // Throws kBadInput where there is nothing to tune, or the teacher does not fit.
+  Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, TrainerSteps steps,
+          const LlamaForCausalLM* teacher = nullptr);
   ~Trainer();
 
   struct Step {
     double loss = 0;           // mean over the labels, nats
+    double kl = 0;             // likewise, of KL(teacher‖model); with a teacher
+    double hidden = 0;         // hidden_loss(), or match_attention() in a step on attention
     double gradient_norm = 0;  // of the mean loss, before it is shortened
     double learning_rate = 0;
+    double loss_scale = 1;
+    bool on_attention = false;  // `loss` is not measured then
+    bool skipped = false;       // the scale was too large: nothing was changed
     int64_t labels = 0;
   };
   // One step on the mean loss over all labels of the batches. Throws kNonFinite naming the step and
   // the first tensor with NaN or Inf in its gradient.
   Step step(const std::vector<TrainingRows::Batch>& batches);
 
-  // What a later Trainer of the same model and config needs to go on after as many steps: weights
-  // and moments, in a safetensors file that appears complete.
+  // What a later Trainer of the same model and config needs to go on after as many steps: fp32
+  // weights, moments and loss scale, in a safetensors file that appears complete.
   void save(const std::filesystem::path& file) const;
   // Throws kBadInput for a file of other parameters.
   void load(const std::filesystem::path& file, int64_t steps);
 
-  int64_t tuned_parameters() const;  // elements
+  int64_t tuned_parameters() const;  // elements; of updates of low rank those of their factors
+  uint64_t bytes() const;  // of tuned weights, gradients and moments, when steps have been done
+  int64_t skipped_steps() const { return skipped_; }
 
  private:
-  double gradient_norm() const;
+  // A parameter of AdamW's. `weight` is the model's, `master` what is tuned: the same tensor in
+  // fp32, else its fp32 twin.
+  struct Tuned {
+    std::string name;
+    at::Tensor weight;
+    at::Tensor master;
+  };
+  struct LowRank {
+    std::string name;
+    at::Tensor weight;  // the model's
+    LowRankUpdate update;
+  };
+
+  void add_parameters();
+  void make_optimizer();
+  // All that AdamW works on, with their names.
+  std::vector<std::pair<std::string, at::Tensor>> masters() const;
+  // Adds the gradients of a batch to those of the masters, `losses` on the mean over the labels.
+  void add_loss(const TrainingRows::Batch& batch, double labels, Step& losses);
+  void add_attention(const TrainingRows::Batch& batch, double labels, Step& losses);
+  void collect_gradients();
+  void write_weights();
+  // The name of a master whose gradient is not finite, else its norm.
+  std::pair<std::string, double> gradient_norm() const;
 
   LlamaForCausalLM& model_;
   FinetuneConfig config_;
-  int64_t steps_;
+  TrainerSteps steps_;
+  const LlamaForCausalLM* teacher_;
   int64_t done_ = 0;
-  std::vector<std::pair<std::string, at::Tensor>> tuned_;
+  int64_t skipped_ = 0;
+  LossScale scale_;
+  std::vector<Tuned> tuned_;
+  std::vector<LowRank> low_rank_;
   std::unique_ptr<torch::optim::AdamW> optimizer_;
 };
 

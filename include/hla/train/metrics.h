@@ -1,0 +1,37 @@
+// What is known of a run by step: a file of JSON lines, and what is made of it.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+#include "hla/io/svg_plot.h"
+
+namespace hla {
+
+class Metrics {
+ public:
+  // Goes on behind the first `bytes` of the file, which must be there if that is above 0. Throws
+  // kRuntime for failed I/O, as the others do.
+  Metrics(std::filesystem::path file, uint64_t bytes);
+
+  void add(const nlohmann::json& line);  // an object
+  int64_t bytes();                       // so far
+  // Everything so far, in order.
+  std::vector<nlohmann::json> lines();
+
+ private:
+  std::filesystem::path path_;
+  std::ofstream file_;
+};
+
+// A column for every key that any line has, in alphabetical order behind "step".
+std::string metrics_csv(const std::vector<nlohmann::json>& lines);
+
+// Training and evaluation loss against the step. Of many steps, means of as many neighbours.
+PlotSpec loss_plot(const std::vector<nlohmann::json>& lines, const std::string& title);
+
+}  // namespace hla

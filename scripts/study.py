@@ -1,0 +1,253 @@
+#!/usr/bin/env python3
+"""The comparison that scripts/study.sh runs; see there. Standard library only.
+
+Every step is one hla command, kept in the report; what a killed run has finished is not done again.
+"""
+import argparse
+import csv
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CONVERSIONS = {  # name: options of `hla convert`
+    "original-50": ["--rope", "original", "--target-ratio", "0.5"],
+    "latent-50": ["--rope", "latent", "--target-ratio", "0.5"],
+    "latent-25": ["--rope", "latent", "--target-ratio", "0.25"],
+    "paper": ["--rope", "paper", "--no-calib"],
+}
+
+# What the authors of sodabreak/MHA2HLA published of clm-60m.
+SEED = """The seed's published figures, of clm-60m on other hardware: word perplexity (lm-eval) of the base 493.70; inference of
+the conversion at 0.13x of the base's speed with 14 % more memory; training at 0.12x with 285 % more memory."""
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="the base, any Llama folder")
+    parser.add_argument("--quick", action="store_true", help="less text, for half an hour on 2 cores")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--models", default=",".join(CONVERSIONS), help="conversions, of: " + ", ".join(CONVERSIONS))
+    parser.add_argument("--learning-rate", default=None, help="of all tuning; default: the config's")
+    parser.add_argument("--epochs", default=None, help="of all tuning; default: the config's")
+    parser.add_argument("--depths", default=None, help="of decoding; default: 0,2048 (with --quick 0,512)")
+    parser.add_argument("--work", type=Path, default=Path("build/study"), help="where models and results go")
+    parser.add_argument("--output", type=Path, default=Path("docs/study.md"))
+    parser.add_argument("--hla", default="build/hla")
+    return parser.parse_args()
+
+
+class Study:
+    def __init__(self, arguments):
+        self.arguments = arguments
+        self.work = arguments.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.conversions = arguments.models.split(",")
+        for name in self.conversions:
+            if name not in CONVERSIONS:
+                sys.exit(f"study: unknown conversion {name}; one of: {', '.join(CONVERSIONS)}")
+        self.names = ["base"] + self.conversions
+        self.commands = []
+
+    def folder(self, name, tuned=False):
+        if name == "base" and not tuned:
+            return self.arguments.model
+        return str(self.work / (name + ("-tuned" if tuned else "")))
+
+    def run(self, command, done):
+        """Runs `hla` unless the file or folder `done` is there already."""
+        self.commands.append(" ".join(str(x) for x in command))
+        if Path(done).exists():
+            print(f"study: {done}: already there", flush=True)
+            return
+        start = time.monotonic()
+        print("study: " + self.commands[-1], flush=True)
+        status = subprocess.run([self.arguments.hla, *map(str, command)]).returncode
+        if status:
+            sys.exit(f"study: exit status {status} of: hla {self.commands[-1]}")
+        print(f"study: {time.monotonic() - start:.0f} s", flush=True)
+
+    def convert(self):
+        for name in self.conversions:
+            options = list(CONVERSIONS[name])
+            if self.arguments.quick and "--no-calib" not in options:
+                options += ["--calib-tokens", "16384"]
+            out = self.folder(name)
+            self.run(["convert", self.arguments.model, out, *options, "--device", self.arguments.device], out)
+
+    def tune(self):
+        for name in self.names:
+            out = self.folder(name, tuned=True)
+            config = "configs/smollm2-tune.json" if name == "base" else "configs/smollm2-heal.json"
+            settings = [f"model={self.folder(name)}", f"output={out}"]
+            if name != "base":
+                settings.append(f"distill.teacher={self.arguments.model}")
+            if self.arguments.quick:
+                settings += ["data.max_tokens=32768", "eval.windows=4", "data.context=512"]
+            if self.arguments.learning_rate:
+                settings.append(f"optimizer.learning_rate={self.arguments.learning_rate}")
+            if self.arguments.epochs:
+                settings.append(f"train.epochs={self.arguments.epochs}")
+            command = ["finetune", "--config", config]
+            for setting in settings:
+                command += ["--set", setting]
+            self.run([*command, "--device", self.arguments.device], out)
+
+    def measure(self):
+        models = [self.folder(name, tuned) for name in self.names for tuned in (False, True)]
+        ppl = self.work / "ppl.json"
+        command = ["ppl", *models, "--reference", self.arguments.model, "--protocol", "gptq,lm-eval", "--dtype", "fp32"]
+        if self.arguments.quick:
+            command += ["--limit", "4"]
+        self.run([*command, "--device", self.arguments.device, "--json", ppl, "--plot", self.work / "perplexity.svg"], ppl)
+        bench = self.work / "bench.json"
+        depths = self.arguments.depths or ("0,512" if self.arguments.quick else "0,2048")
+        speed = ["bench", *(self.folder(name) for name in self.names), "-d", depths, "-p", "512", "-n", "32"]
+        self.run([*speed, "--device", self.arguments.device, "--json", bench, "--plot", self.work / "decoding.svg"], bench)
+        return json.loads(ppl.read_text()), json.loads(bench.read_text())
+
+
+def table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def perplexities(study, ppl):
+    results = {(r["model"], r["protocol"]): r for r in ppl["results"]}
+    base = {p: results[study.folder("base"), p] for p in ("gptq", "lm-eval")}
+    tuned_base = results[study.folder("base", True), "gptq"]["perplexity"]
+    rows = []
+    for name in study.names:
+        for tuned in (False, True):
+            token = results[study.folder(name, tuned), "gptq"]
+            word = results[study.folder(name, tuned), "lm-eval"]
+            share = token["cache_bytes_per_token"] / token["base_cache_bytes_per_token"]
+            rows.append([
+                name + (", tuned" if tuned else ""),
+                f"{100 * share:.1f} %",
+                f"{token['perplexity']:.3f}",
+                f"{token['perplexity'] / base['gptq']['perplexity']:.4f}",
+                f"{token['perplexity'] / tuned_base:.4f}" if tuned else "",
+                f"{word['word_perplexity']:.2f}",
+                f"{token['divergence']['kl_mean']:.4f}",
+                f"{100 * token['divergence']['same_top1']:.1f} %",
+            ])
+    return table(["model", "cache", "perplexity per token", "to the base", "to the tuned base", "per word (lm-eval)",
+                  "KL to the base, nats", "same top-1"], rows)
+
+
+def inference(study, bench):
+    columns = sorted({(r["test"], r["depth"]) for r in bench["results"]}, key=lambda c: (c[0][0] != "p", c[1]))
+    rows = []
+    names = {Path(study.folder(name)).name: name for name in study.names}
+    for model in dict.fromkeys(r["model"] for r in bench["results"]):
+        mine = {(r["test"], r["depth"]): r for r in bench["results"] if r["model"] == model}
+        deepest = mine[max(columns, key=lambda c: c[1])]
+        rows.append([names.get(model, model)] +
+                    [f"{mine[c]['tokens_per_second']:.1f} ({mine[c]['speedup']:.2f}x)" for c in columns] +
+                    [f"{deepest['cache_bytes'] / 1e6:.1f} MB", f"{deepest['rss_bytes'] / 1e6:.0f} MB"])
+    return table(["model"] + [f"{test}, depth {depth}" for test, depth in columns] +
+                 ["cache at the deepest", "resident"], rows)
+
+
+def training(study):
+    rows = []
+    seconds_of_base = peak_of_base = None
+    for name in study.names:
+        folder = Path(study.folder(name, True))
+        report = json.loads((folder / "finetune.json").read_text())
+        with open(folder / "metrics.csv", newline="") as file:
+            seconds = [float(row["seconds"]) for row in csv.DictReader(file) if row["seconds"]]
+        step = statistics.median(seconds)
+        peak = report["peak_memory_bytes"]
+        seconds_of_base = seconds_of_base or step
+        peak_of_base = peak_of_base or peak
+        rows.append([name, str(report["steps"]), f"{report['tokens']:,}", f"{step:.3f} s",
+                     f"{step / seconds_of_base:.2f}x", f"{peak / 1e9:.2f} GB", f"{100 * (peak / peak_of_base - 1):+.0f} %",
+                     f"{report['seconds']:.0f} s"])
+    return table(["model", "steps", "tokens", "a step, median", "to the base", "peak memory", "to the base", "whole run"], rows)
+
+
+def samples(study):
+    text = []
+    for name in study.names:
+        report = json.loads((Path(study.folder(name, True)) / "finetune.json").read_text())
+        best = next(e for e in report["evaluations"] if e["step"] == report["best_step"])
+        for i, prompt in enumerate(report["config"]["eval"]["prompts"]):
+            text += [f"**{name}**: {prompt} …", "",
+                     "- before: " + json.dumps(report["evaluations"][0]["samples"][i], ensure_ascii=False),
+                     "- after: " + json.dumps(best["samples"][i], ensure_ascii=False), ""]
+    return "\n".join(text)
+
+
+def write_report(study, ppl, bench):
+    arguments = study.arguments
+    plots = arguments.output.parent / arguments.output.stem
+    plots.mkdir(parents=True, exist_ok=True)
+    shutil.copy(study.work / "perplexity.svg", plots / "perplexity.svg")
+    shutil.copy(study.work / "decoding.svg", plots / "decoding.svg")
+    for name in study.names:
+        shutil.copy(Path(study.folder(name, True)) / "loss.svg", plots / f"loss-{name}.svg")
+    commands = "\n".join("build/hla " + command for command in study.commands)
+    learns = "\n".join(f"![{name}]({plots.name}/loss-{name}.svg)" for name in study.names)
+    text = f"""# Study: conversions before and after tuning
+
+Made by `scripts/study.sh {' '.join(sys.argv[1:])}`, of {arguments.model}, on {bench['device']}; {os.cpu_count()} CPU cores,
+hla {ppl['hla_version']} ({ppl['hla_commit']}). The commands are at the end. Times are of one run.
+
+{SEED}
+
+## Perplexity
+
+{ppl['results'][0]['text']}; {ppl['results'][0]['windows']} of {ppl['results'][0]['total_windows']} windows. All models are tuned on the same
+text, rows and steps at the same learning rate; the base on the text alone, conversions also on what the base predicts
+(`distill`). "To the tuned base" is what compression costs beyond what tuning gives to any model.
+
+{perplexities(study, ppl)}
+
+![Perplexity against cache bytes]({plots.name}/perplexity.svg)
+
+## Inference
+
+Tokens per second, and how many times the base's; `pp` is a prompt, `tg` decoding.
+
+{inference(study, bench)}
+
+![Decoding]({plots.name}/decoding.svg)
+
+## Training
+
+{"" if len(study.names) < 2 else "A conversion's step holds the teacher's forward pass, and its memory the teacher's weights, which the base's do not."}
+
+{training(study)}
+
+{learns}
+
+## Text
+
+Greedy continuations before and after tuning.
+
+{samples(study)}
+## Commands
+
+```sh
+{commands}
+```
+"""
+    arguments.output.write_text(text)
+    print(f"study: wrote {arguments.output} and {plots}/", flush=True)
+
+
+def main():
+    study = Study(parse_arguments())
+    study.convert()
+    study.tune()
+    write_report(study, *study.measure())
+
+
+if __name__ == "__main__":
+    main()

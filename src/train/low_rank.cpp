@@ -1,0 +1,42 @@
+#include "hla/train/low_rank.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <cmath>
+
+namespace hla {
+
+LowRankUpdate::LowRankUpdate(at::Tensor weight, int64_t rank, double scale, uint64_t seed)
+    : weight_(std::move(weight)), original_(weight_.detach().clone()), scale_(scale) {
+  const int64_t out = weight_.size(0);
+  const int64_t in = weight_.size(1);
+  const double most = std::sqrt(3.0 / static_cast<double>(in));
+  // Drawn on the CPU, so that every device begins alike.
+  a_ = at::empty({rank, in}, at::kFloat)
+           .uniform_(-most, most, at::detail::createCPUGenerator(seed))
+           .to(weight_.device());
+  b_ = at::zeros({out, rank}, a_.options());
+}
+
+void LowRankUpdate::add_gradient(const at::Tensor& by_weight) {
+  const at::NoGradGuard no_gradients;
+  const auto add = [](at::Tensor& parameter, const at::Tensor& gradient) {
+    at::Tensor& sum = parameter.mutable_grad();
+    if (sum.defined()) {
+      sum.add_(gradient);
+    } else {
+      sum = gradient;
+    }
+  };
+  const at::Tensor gradient = by_weight.to(at::kFloat);
+  add(a_, at::mm(b_.t(), gradient).mul_(scale_));
+  add(b_, at::mm(gradient, a_.t()).mul_(scale_));
+}
+
+void LowRankUpdate::apply() {
+  const at::NoGradGuard no_gradients;
+  weight_.copy_(at::addmm(original_.to(at::kFloat), b_, a_, 1, scale_));
+}
+
+}  // namespace hla

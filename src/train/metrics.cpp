@@ -1,0 +1,107 @@
+#include "hla/train/metrics.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <utility>
+
+#include "hla/core/error.h"
+#include "hla/core/join.h"
+
+namespace hla {
+namespace {
+
+constexpr size_t kMostPoints = 200;  // of a curve
+
+PlotSeries means(std::string label, const std::vector<double>& x, const std::vector<double>& y) {
+  PlotSeries series;
+  const size_t together = (x.size() + kMostPoints - 1) / kMostPoints;
+  series.label = std::move(label);
+  if (together > 1) series.label += ", means of " + std::to_string(together) + " steps";
+  series.markers = false;
+  for (size_t begin = 0; begin < x.size(); begin += together) {
+    const size_t end = std::min(begin + together, x.size());
+    double sum_x = 0;
+    double sum_y = 0;
+    for (size_t i = begin; i < end; ++i) {
+      sum_x += x[i];
+      sum_y += y[i];
+    }
+    const auto count = static_cast<double>(end - begin);
+    series.x.push_back(sum_x / count);
+    series.y.push_back(sum_y / count);
+  }
+  return series;
+}
+
+}  // namespace
+
+Metrics::Metrics(std::filesystem::path file, uint64_t bytes) : path_(std::move(file)) {
+  // Lines of steps that are now done again.
+  if (bytes > 0) {
+    std::filesystem::resize_file(path_, bytes);
+    file_.open(path_, std::ios::app);
+  } else {
+    file_.open(path_, std::ios::trunc);
+  }
+  if (!file_) throw_runtime(path_.string() + ": cannot be written");
+}
+
+void Metrics::add(const nlohmann::json& line) {
+  file_ << line.dump() << "\n" << std::flush;
+  if (!file_) throw_runtime(path_.string() + ": write failed");
+}
+
+int64_t Metrics::bytes() { return static_cast<int64_t>(file_.tellp()); }
+
+std::vector<nlohmann::json> Metrics::lines() {
+  std::vector<nlohmann::json> result;
+  std::ifstream file(path_);
+  for (std::string line; std::getline(file, line);) result.push_back(nlohmann::json::parse(line));
+  return result;
+}
+
+std::string metrics_csv(const std::vector<nlohmann::json>& lines) {
+  std::set<std::string> keys;
+  for (const nlohmann::json& line : lines) {
+    for (const auto& [key, value] : line.items()) keys.insert(key);
+  }
+  keys.erase("step");
+  std::vector<std::string> columns = {"step"};
+  columns.insert(columns.end(), keys.begin(), keys.end());
+  std::string csv = join(columns, ",") + "\n";
+  for (const nlohmann::json& line : lines) {
+    std::vector<std::string> cells;
+    for (const std::string& column : columns) {
+      cells.push_back(line.contains(column) ? line[column].dump() : "");
+    }
+    csv += join(cells, ",") + "\n";
+  }
+  return csv;
+}
+
+PlotSpec loss_plot(const std::vector<nlohmann::json>& lines, const std::string& title) {
+  std::vector<double> steps;
+  std::vector<double> losses;
+  PlotSeries evaluations;
+  evaluations.label = "evaluation";
+  for (const nlohmann::json& line : lines) {
+    if (line.contains("eval_loss")) {
+      evaluations.x.push_back(line["step"]);
+      evaluations.y.push_back(line["eval_loss"]);
+    } else if (line.contains("loss")) {
+      steps.push_back(line["step"]);
+      losses.push_back(line["loss"]);
+    }
+  }
+  PlotSpec plot;
+  plot.title = "Loss";
+  plot.subtitle = title;
+  plot.x_label = "step";
+  plot.y_label = "nats per token";
+  if (!steps.empty()) plot.series.push_back(means("training", steps, losses));
+  plot.series.push_back(std::move(evaluations));
+  return plot;
+}
+
+}  // namespace hla
