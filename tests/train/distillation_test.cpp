@@ -113,9 +113,15 @@ TEST(DistillationTest, AttentionComesFirst) {
   const double full = config.optimizer.learning_rate;
   const std::vector<std::pair<bool, double>> expected = {
       {true, 1}, {true, 0.5}, {false, 1}, {false, 0.75}};
+  const at::Tensor keys = model->named_parameters()["model.layers.0.self_attn.k_proj.weight"];
   for (const auto& [on_attention, rate] : expected) {
     EXPECT_EQ(mlp.equal(before), on_attention || rate == 1);
+    const at::Tensor old = keys.clone();
     const Trainer::Step step = trainer.step({batch});
+    // With moments of one gradient, a step is as long as the learning rate.
+    if (rate == 1) {
+      EXPECT_NEAR(max_abs_difference(keys, old), full, 1e-2 * full);
+    }
     EXPECT_EQ(step.on_attention, on_attention);
     EXPECT_DOUBLE_EQ(step.learning_rate, full * rate);
   }

@@ -53,6 +53,18 @@ TEST(FinetuneConfigTest, WhatIsPrintedCanBeRead) {
   }
 }
 
+TEST(FinetuneConfigTest, CommittedConfigsCanBeRead) {
+  int count = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(testing::source_path("configs"))) {
+    SCOPED_TRACE(entry.path());
+    const FinetuneConfig config = resolve_config(entry.path(), {}).config;
+    EXPECT_FALSE(config.model.empty());
+    EXPECT_FALSE(config.output.empty());
+    ++count;
+  }
+  EXPECT_GE(count, 5);
+}
+
 TEST(FinetuneConfigTest, NamesEveryProblem) {
   const TempDir folder;
   write_file(folder / "bad.json", R"({"optimiser": {"learning_rate": 1}, "train": {"epochs": "two",

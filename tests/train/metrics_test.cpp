@@ -1,0 +1,54 @@
+#include "hla/train/metrics.h"
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "../test_util.h"
+
+namespace hla {
+namespace {
+
+using testing::read_file;
+using testing::TempDir;
+
+TEST(MetricsTest, GoesOnBehindWhatIsKept) {
+  const TempDir folder;
+  const auto path = folder / "metrics.jsonl";
+  uint64_t kept = 0;
+  {
+    Metrics metrics(path, 0);
+    metrics.add({{"step", 1}, {"loss", 3.5}});
+    kept = static_cast<uint64_t>(metrics.bytes());
+    metrics.add({{"step", 2}, {"loss", 9.0}});
+  }
+  Metrics metrics(path, kept);
+  metrics.add({{"step", 2}, {"loss", 3.0}});
+  EXPECT_EQ(read_file(path), "{\"loss\":3.5,\"step\":1}\n{\"loss\":3.0,\"step\":2}\n");
+  ASSERT_EQ(metrics.lines().size(), 2u);
+  EXPECT_EQ(metrics.lines()[1]["loss"], 3.0);
+}
+
+TEST(MetricsTest, TableHasAColumnForEveryKey) {
+  EXPECT_EQ(metrics_csv({{{"step", 0}, {"eval_loss", 2.5}}, {{"step", 1}, {"loss", 2.0}}}),
+            "step,eval_loss,loss\n0,2.5,\n1,,2.0\n");
+}
+
+TEST(MetricsTest, PlotHasMeansOfManySteps) {
+  std::vector<nlohmann::json> lines = {{{"step", 0}, {"eval_loss", 5.0}}};
+  for (int step = 1; step <= 1000; ++step) {
+    lines.push_back({{"step", step}, {"loss", step % 2 == 0 ? 1.0 : 3.0}});
+  }
+  lines.push_back({{"step", 1000}, {"eval_loss", 2.0}});
+  const PlotSpec plot = loss_plot(lines, "run");
+  ASSERT_EQ(plot.series.size(), 2u);
+  EXPECT_EQ(plot.series[0].label, "training, means of 5 steps");
+  ASSERT_EQ(plot.series[0].x.size(), 200u);
+  EXPECT_DOUBLE_EQ(plot.series[0].x[0], 3);
+  EXPECT_DOUBLE_EQ(plot.series[0].y[0], (3 + 1 + 3 + 1 + 3) / 5.0);
+  EXPECT_EQ(plot.series[1].x, (std::vector<double>{0, 1000}));
+  EXPECT_NE(render_svg(plot).find("nats per token"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace hla
