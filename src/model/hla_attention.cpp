@@ -219,6 +219,49 @@ Qkv HlaAttention::project(const at::Tensor& x, const RopeTables& rope) const {
   return {queries(x, rope), std::move(k), std::move(v)};
 }
 
+namespace {
+
+// down (n, in) and up (…, m), whose rows and columns belong to latents of the groups `down_group`
+// (n) and `up_group` (m), which keep one scale each.
+void balance_pair(at::Tensor down, at::Tensor up, const at::Tensor& down_group,
+                  const at::Tensor& up_group) {
+  const int64_t groups = down_group.max().item<int64_t>() + 1;
+  const auto squares = [&](const at::Tensor& rows, const at::Tensor& group) {
+    return at::zeros({groups}, rows.options().dtype(at::kDouble))
+        .index_add_(0, group, rows.to(at::kDouble).square().sum(1));
+  };
+  const at::Tensor ratio =
+      squares(up.flatten(0, -2).t(), up_group) / squares(down, down_group);  // of squared lengths
+  // Nothing to be gained where either is zero.
+  const at::Tensor usable = at::logical_and(ratio.isfinite(), ratio.gt(0));
+  const at::Tensor scale =
+      at::where(usable, ratio, at::ones_like(ratio)).log2().div(4).round().exp2();
+  down.mul_(scale.index_select(0, down_group).unsqueeze(1).to(down.scalar_type()));
+  up.div_(scale.index_select(0, up_group).to(up.scalar_type()));
+}
+
+}  // namespace
+
+void HlaAttention::balance() {
+  const at::NoGradGuard no_gradients;
+  const auto balance_linear = [](const Linear& down, const Linear& up, bool by_pair) {
+    at::Tensor group =
+        at::arange(down.weight.size(0), at::TensorOptions(at::kLong).device(down.weight.device()));
+    if (by_pair) group = group.div(2, "floor");
+    balance_pair(down.weight, up.weight, group, group);
+  };
+  // The rotations of `paper` turn neighbours into each other, those of `latent` the halves.
+  const bool paper = rope_kind_ == HlaRope::kPaper;
+  if (q_down_) balance_linear(*q_down_, *q_up_, paper);
+  if (k_down_ && k_up_) balance_linear(*k_down_, *k_up_, paper);
+  if (k_down_ && k_up_complex_) {
+    const at::Tensor group =
+        at::arange(k_up_complex_->weight.size(2), k_up_complex_->frequency_index().options());
+    balance_pair(k_down_->weight, k_up_complex_->weight, at::cat({group, group}), group);
+  }
+  if (kv_down_) balance_linear(*kv_down_, *kv_up_, /*by_pair=*/false);
+}
+
 HlaAttention::Maps HlaAttention::maps() const {
   Maps maps;
   const int64_t c = layer_.fast_frequencies;

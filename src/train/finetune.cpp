@@ -22,6 +22,7 @@
 #include "hla/io/json_file.h"
 #include "hla/io/work_dir.h"
 #include "hla/model/device.h"
+#include "hla/model/hla_attention.h"
 #include "hla/model/save.h"
 #include "hla/train/metrics.h"
 #include "hla/train/trainer.h"
@@ -60,6 +61,7 @@ class Run {
     LoadOptions load = options.load;
     if (!load.dtype) load.dtype = at::kFloat;
     model_ = load_model(checkpoint_, load);
+    balance_factors();
     load_teacher(load);
     const int64_t longest = std::max(config_.data.context, config_.eval.context);
     if (longest > model_->config().max_position_embeddings) {
@@ -121,9 +123,24 @@ class Run {
     return config;
   }
 
+  void balance_factors() {
+    if (!model_->config().hla) return;
+    for (const auto& module : model_->modules()) {
+      if (auto* attention = module->as<HlaAttention>()) attention->balance();
+    }
+  }
+
   void load_teacher(const LoadOptions& load) {
     if (config_.distill.teacher.empty()) return;
     teacher_checkpoint_.emplace(Checkpoint::open(config_.distill.teacher));
+    if (const auto path = teacher_checkpoint_->tokenizer_path()) {
+      std::string text = valid_.raw();
+      text.resize(std::min(text.size(), text.find('\n', 20000)));
+      if (load_tokenizer(*path)->encode(text) != tokenizer_->encode(text)) {
+        throw_bad_input("[distill.teacher] expected the tokenizer of " + config_.model + ", got " +
+                        path->string() + ", which gives other ids for the same text");
+      }
+    }
     teacher_ = load_model(*teacher_checkpoint_, load);
   }
 
@@ -375,14 +392,17 @@ class Run {
     write_json_file(folder / "config.json", config, /*force=*/false);
   }
 
-  // By links: killed before the end, it goes on with the originals.
+  // By links where the file system has them: killed before the end, it goes on with the originals.
   void gather_output(const WorkDir& work) {
     for (const auto& entry : std::filesystem::directory_iterator(work.output())) {
       std::filesystem::remove_all(entry.path());
     }
     const auto copy = [](const std::filesystem::path& from, const std::filesystem::path& to) {
       using Options = std::filesystem::copy_options;
-      std::filesystem::copy(from, to, Options::recursive | Options::create_hard_links);
+      std::error_code error;
+      std::filesystem::copy(from, to, Options::recursive | Options::create_hard_links, error);
+      if (!error) return;
+      std::filesystem::copy(from, to, Options::recursive | Options::overwrite_existing);
     };
     for (size_t i = 0; i < best_.size(); ++i) {
       const int64_t step = evaluation(best_[i]).step;

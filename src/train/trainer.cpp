@@ -68,6 +68,10 @@ void Trainer::add_parameters() {
       low_rank_.push_back({name, weight, LowRankUpdate(weight, rank, scale, seed)});
     }
   }
+  if (rank > 0 && low_rank_.empty()) {
+    throw_usage("[train.lora_rank] expected matrices that train.parameters does not tune, got " +
+                config_.train.parameters);
+  }
   if (tuned_.empty() && low_rank_.empty()) {
     throw_bad_input("[train.parameters] the model has no " + config_.train.parameters +
                     ": a Llama has keys and values, no factors");
@@ -228,6 +232,20 @@ void Trainer::add_attention(const TrainingRows::Batch& batch, double labels, Ste
       share * match_attention(model_, *teacher_, batch.ids, tokens, scale_.value * share);
 }
 
+// Where, on the way through the model, the first number that is not finite comes up.
+std::string Trainer::first_broken(const std::vector<TrainingRows::Batch>& batches) const {
+  const at::NoGradGuard no_gradients;
+  for (const TrainingRows::Batch& batch : batches) {
+    const Activations activations = run_layers(model_, batch.ids, {.layers = true});
+    for (size_t i = 0; i < activations.layers.size(); ++i) {
+      if (!at::isfinite(activations.layers[i]).all().item<bool>()) {
+        return ", from layer " + std::to_string(i) + " on";
+      }
+    }
+  }
+  return ", behind the last layer";
+}
+
 // Gradients of weights that are not masters go to those that are, so that those of several batches
 // are added in fp32.
 void Trainer::collect_gradients() {
@@ -276,7 +294,7 @@ Trainer::Step Trainer::step(const std::vector<TrainingRows::Batch>& batches) {
   }
   const std::string where = "step " + std::to_string(done_ + 1) + ": ";
   if (!std::isfinite(result.loss + result.kl + result.hidden)) {
-    throw Error(ExitCode::kNonFinite, where + "the loss is NaN or Inf");
+    throw Error(ExitCode::kNonFinite, where + "the loss is NaN or Inf" + first_broken(batches));
   }
   const at::NoGradGuard no_gradients;
   const auto [broken, scaled_norm] = gradient_norm();

@@ -313,5 +313,48 @@ TEST(HlaAttentionTest, GroupedQueriesSeeTheirOwnKeys) {
   EXPECT_LE(max_abs_difference(fast, naive), 1e-12);
 }
 
+// Factors of very unlike lengths, as conversions have them.
+TEST(HlaAttentionTest, BalancedFactorsComputeTheSameBits) {
+  at::manual_seed(21);
+  HlaLayerConfig real;
+  real.fast_frequencies = 3;
+  real.k_rank = 7;
+  real.kv_rank = 11;
+  HlaLayerConfig paper;
+  paper.q_rank = 24;
+  paper.k_rank = 12;
+  paper.fast_frequencies = 4;
+  paper.kv_rank = 12;
+  for (const auto& [kind, layer] :
+       std::vector<std::pair<HlaRope, HlaLayerConfig>>{{HlaRope::kOriginal, real},
+                                                       {HlaRope::kLatent, latent_layer()},
+                                                       {HlaRope::kPaper, paper}}) {
+    SCOPED_TRACE(to_string(kind));
+    const ModelConfig config = small_config(kind, layer, /*bias=*/true);
+    RandomSource source;
+    HlaAttention attention(source, "a", config, 0);
+    std::map<std::string, at::Tensor> weights;
+    for (auto& parameter : attention.named_parameters()) {
+      at::Tensor weight = parameter.value();
+      if (parameter.key().find("_down.") != std::string::npos) {
+        weight.mul_(at::rand({weight.size(0), 1}, at::kDouble).mul_(0.01));
+      }
+      weights[parameter.key()] = weight;
+    }
+    const at::Tensor x = at::randn({2, 7, 24}, at::kDouble);
+    const RopeTables rope = rope_tables(config, random_positions(7), at::kDouble);
+    const at::Tensor before = attention.forward(x, rope);
+    attention.balance();
+    EXPECT_TRUE(attention.forward(x, rope).equal(before));
+    const at::Tensor down = weights.at("kv_down.weight").norm(2, 1);
+    const at::Tensor up = weights.at("kv_up.weight").norm(2, 0);
+    EXPECT_LE((down / up).log2().abs().max().item<double>(), 1.01);
+    if (kind == HlaRope::kLatent) {
+      const double rows = weights.at("k_down.weight").norm().item<double>();
+      EXPECT_LE(std::abs(std::log2(rows / weights.at("k_up.weight").norm().item<double>())), 1.6);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace hla

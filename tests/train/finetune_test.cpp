@@ -277,6 +277,7 @@ TEST(FinetuneTest, Refuses) {
   EXPECT_EQ(code_of("distill.teacher=" + source_path("tests/data/models/gqa").string()),
             ExitCode::kBadInput);
   EXPECT_EQ(code_of("train.parameters=factors"), ExitCode::kBadInput);
+  EXPECT_EQ(code_of("train.lora_rank=4"), ExitCode::kUsage);
   EXPECT_FALSE(std::filesystem::exists(folder / "out"));
 }
 

@@ -77,6 +77,12 @@ class HlaAttention : public Attention {
   Maps maps() const;
   HlaRope rope_kind() const { return rope_kind_; }
 
+  // Multiplies latents by powers of two, so that a row of a down matrix is about as long as its
+  // column of the up matrix; what the layer computes stays the same to the bit. Conversions leave
+  // short rows and columns 300 times longer, so that a step of an optimizer which moves all entries
+  // alike (AdamW) would change what their product is far more than it changes a plain matrix.
+  void balance();
+
  private:
   at::Tensor rotated_k_latent(const at::Tensor& x, const RopeTables& rope) const;
   at::Tensor fast_keys(const at::Tensor& k_latent, const RopeTables& rope) const;

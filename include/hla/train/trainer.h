@@ -44,7 +44,8 @@ class Trainer {
   // Marks the parameters to be tuned; the others stay as they are. Model and teacher must outlive
   // it. Where the model is in half precision, AdamW works on fp32 weights of the trainer's own, of
   // which the model has the rounded ones; in fp16 the loss is scaled (LossScale).
-  // Throws kBadInput where there is nothing to tune, or the teacher does not fit.
+  // Throws kBadInput where there is nothing to tune, or the teacher does not fit; kUsage where
+  // train.lora_rank has nothing to work on.
   Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, TrainerSteps steps,
           const LlamaForCausalLM* teacher = nullptr);
   ~Trainer();
@@ -61,7 +62,7 @@ class Trainer {
     int64_t labels = 0;
   };
   // One step on the mean loss over all labels of the batches. Throws kNonFinite naming the step and
-  // the first tensor with NaN or Inf in its gradient.
+  // the first layer with NaN or Inf, or the first tensor with one in its gradient.
   Step step(const std::vector<TrainingRows::Batch>& batches);
 
   // What a later Trainer of the same model and config needs to go on after as many steps: fp32
@@ -95,6 +96,7 @@ class Trainer {
   // Adds the gradients of a batch to those of the masters, `losses` on the mean over the labels.
   void add_loss(const TrainingRows::Batch& batch, double labels, Step& losses);
   void add_attention(const TrainingRows::Batch& batch, double labels, Step& losses);
+  std::string first_broken(const std::vector<TrainingRows::Batch>& batches) const;
   void collect_gradients();
   void write_weights();
   // The name of a master whose gradient is not finite, else its norm.
