@@ -29,7 +29,7 @@ the conversion at 0.13x of the base's speed with 14 % more memory; training at 0
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="the base, any Llama folder")
-    parser.add_argument("--quick", action="store_true", help="less text, for half an hour on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="less text, for under an hour on 2 cores")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--models", default=",".join(CONVERSIONS), help="conversions, of: " + ", ".join(CONVERSIONS))
     parser.add_argument("--learning-rate", default=None, help="of all tuning; default: the config's")

@@ -4,7 +4,7 @@
 #
 #   scripts/study.sh [--quick] [--model FOLDER] [--device auto|cpu|cuda] [--output FILE.md]
 #
-# --help shows all options. Half an hour with --quick on 2 cores; a GPU is used where there is one.
+# --help shows all options. Under an hour with --quick on 2 cores; a GPU is used where there is one.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 [[ -x build/hla && -d models/SmolLM2-135M-Instruct ]] || scripts/setup.sh hla

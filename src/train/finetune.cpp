@@ -124,7 +124,7 @@ class Run {
   }
 
   void balance_factors() {
-    if (!model_->config().hla) return;
+    if (!model_->config().hla || config_.train.factors == "kept") return;
     for (const auto& module : model_->modules()) {
       if (auto* attention = module->as<HlaAttention>()) attention->balance();
     }

@@ -154,6 +154,11 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        "more time",
        &c.train.activations,
        {"kept", "recomputed"}},
+      {"train.factors",
+       "of HLA, before the first step: balanced (scaled so that down and up matrices have entries "
+       "of like size, which leaves what they compute as it is), or kept",
+       &c.train.factors,
+       {"balanced", "kept"}},
       {"distill.teacher",
        "a model of the same tokenizer to learn from, named as `model`; empty: none, and the keys "
        "of this section are without effect",

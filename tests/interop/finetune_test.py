@@ -100,6 +100,8 @@ def our_run(name, clip, batch_rows, accumulate):
     settings = {
         "model": SCRATCH / name,
         "output": out,
+        # As transformers has them.
+        "train.factors": "kept",
         "data.train": SCRATCH / "text.jsonl",
         "data.valid": SCRATCH / "text.jsonl",
         "data.context": CONTEXT,

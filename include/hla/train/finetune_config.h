@@ -35,6 +35,7 @@ struct FinetuneConfig {
     int64_t lora_rank = 0;
     double lora_alpha = 16;
     std::string activations = "kept";
+    std::string factors = "balanced";
   } train;
   struct Distill {
     std::string teacher;
