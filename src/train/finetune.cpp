@@ -374,7 +374,6 @@ class Run {
       out = best_.back();
       best_.pop_back();
     }
-    report_.best = best();
     if (out == number) return;
     const std::filesystem::path folder = model_folder(work, report_.steps);
     std::filesystem::remove_all(folder);

@@ -139,8 +139,7 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        {"all", "attention", "factors"}},
       {"train.lora_rank",
        "the layers' other matrices learn a product of two of so many columns and rows (LoRA), "
-       "which "
-       "is added to them in what is written; 0: they stay as they are",
+       "which is added to them in what is written; 0: they stay as they are",
        &c.train.lora_rank,
        {},
        0},

@@ -5,6 +5,8 @@
 
 #include <cmath>
 
+#include "hla/train/add_gradient.h"
+
 namespace hla {
 
 LowRankUpdate::LowRankUpdate(at::Tensor weight, int64_t rank, double scale, uint64_t seed)
@@ -21,17 +23,9 @@ LowRankUpdate::LowRankUpdate(at::Tensor weight, int64_t rank, double scale, uint
 
 void LowRankUpdate::add_gradient(const at::Tensor& by_weight) {
   const at::NoGradGuard no_gradients;
-  const auto add = [](at::Tensor& parameter, const at::Tensor& gradient) {
-    at::Tensor& sum = parameter.mutable_grad();
-    if (sum.defined()) {
-      sum.add_(gradient);
-    } else {
-      sum = gradient;
-    }
-  };
   const at::Tensor gradient = by_weight.to(at::kFloat);
-  add(a_, at::mm(b_.t(), gradient).mul_(scale_));
-  add(b_, at::mm(gradient, a_.t()).mul_(scale_));
+  hla::add_gradient(a_, at::mm(b_.t(), gradient).mul_(scale_));
+  hla::add_gradient(b_, at::mm(gradient, a_.t()).mul_(scale_));
 }
 
 void LowRankUpdate::apply() {

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "hla/train/add_gradient.h"
+
 namespace hla {
 namespace {
 
@@ -109,14 +111,7 @@ TokenLoss token_loss(const LlamaForCausalLM& model, const at::Tensor& hidden,
                          .index_copy_(0, learnt, by_rows)
                          .view(hidden.sizes());
   }
-  if (table_learns) {
-    at::Tensor& sum = table.mutable_grad();
-    if (sum.defined()) {
-      sum.add_(by_table);
-    } else {
-      sum = by_table.to(table.scalar_type());
-    }
-  }
+  if (table_learns) add_gradient(table, by_table);
   return loss;
 }
 

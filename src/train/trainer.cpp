@@ -10,6 +10,7 @@
 #include "hla/core/error.h"
 #include "hla/factorize/scratch_tensors.h"
 #include "hla/io/safetensors.h"
+#include "hla/train/add_gradient.h"
 #include "hla/train/distillation.h"
 #include "hla/train/token_loss.h"
 
@@ -252,12 +253,7 @@ void Trainer::collect_gradients() {
   const at::NoGradGuard no_gradients;
   for (Tuned& tuned : tuned_) {
     if (tuned.master.is_same(tuned.weight) || !tuned.weight.grad().defined()) continue;
-    at::Tensor& sum = tuned.master.mutable_grad();
-    if (sum.defined()) {
-      sum.add_(tuned.weight.grad());
-    } else {
-      sum = tuned.weight.grad().to(at::kFloat);
-    }
+    add_gradient(tuned.master, tuned.weight.grad());
     tuned.weight.mutable_grad().reset();
   }
   for (LowRank& low_rank : low_rank_) {
