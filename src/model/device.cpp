@@ -105,6 +105,8 @@ std::string dtype_label(at::ScalarType dtype) {
   }
 }
 
+bool is_half(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
+
 at::ScalarType to_scalar_type(DType dtype) {
   switch (dtype) {
     case DType::kBool:

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "hla/model/device.h"
+
 namespace hla {
 namespace {
 
@@ -18,7 +20,7 @@ at::Tensor through(const Linear& down, const Linear& up, const at::Tensor& x) {
   const int64_t in = down.weight.size(1);
   const int64_t out = up.weight.size(0);
   const int64_t rows = x.numel() / in;
-  const bool half = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+  const bool half = is_half(x.scalar_type());
   if (half || rows * rank * (in + out) <= (rows + rank) * in * out)
     return up.forward(down.forward(x));
   const at::Tensor product = at::mm(up.weight, down.weight);  // (out, in)

@@ -50,22 +50,21 @@ std::map<std::string, std::string> output_metadata() {
   return {{"format", "pt"}, {"hla_version", version()}};
 }
 
-void save_weights(const LlamaForCausalLM& model, const std::filesystem::path& folder,
+void save_weights(const std::vector<std::pair<std::string, at::Tensor>>& weights,
+                  at::ScalarType dtype, const std::filesystem::path& folder,
                   uint64_t max_shard_bytes) {
   const c10::InferenceMode no_gradients;
-  const auto parameters = model.named_parameters();
   std::vector<SafetensorsWriter::Entry> entries;
-  for (const auto& parameter : parameters) {
-    entries.push_back({parameter.key(), to_dtype(parameter.value().scalar_type()),
-                       parameter.value().sizes().vec()});
+  for (const auto& [name, weight] : weights) {
+    entries.push_back({name, to_dtype(dtype), weight.sizes().vec()});
   }
   ShardedWriter writer(folder, plan_shards(entries, max_shard_bytes), output_metadata());
-  for (const auto& parameter : parameters) {
-    const at::Tensor tensor = parameter.value().cpu().contiguous();
+  for (const auto& [name, weight] : weights) {
+    const at::Tensor tensor = weight.to(at::kCPU, dtype).contiguous();
     if (!tensor.isfinite().all().item<bool>()) {
-      throw Error(ExitCode::kNonFinite, parameter.key() + ": NaN or Inf");
+      throw Error(ExitCode::kNonFinite, name + ": NaN or Inf");
     }
-    writer.write(parameter.key(), tensor.const_data_ptr(), tensor.nbytes());
+    writer.write(name, tensor.const_data_ptr(), tensor.nbytes());
   }
   writer.finish();
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -58,11 +59,16 @@ class Run {
         tokenizer_(open_tokenizer()),
         valid_(open_text(config_.data.valid, config_.data.text_field)),
         valid_tokens_(valid_, *tokenizer_) {
+    const at::ScalarType stored = stored_dtype(checkpoint_);
+    dtype_ = resolve_dtype(options.load.dtype, stored, options.load.device);
     LoadOptions load = options.load;
-    if (!load.dtype) load.dtype = at::kFloat;
+    load.dtype = dtype_;
+    load_teacher(load);
+    // What is tuned in half precision has fp32 weights behind it.
+    if (is_half(dtype_)) load.dtype = at::kFloat;
+    output_dtype_ = is_half(stored) ? dtype_ : *load.dtype;
     model_ = load_model(checkpoint_, load);
     balance_factors();
-    load_teacher(load);
     const int64_t longest = std::max(config_.data.context, config_.eval.context);
     if (longest > model_->config().max_position_embeddings) {
       throw_bad_input("[data.context] expected at most " +
@@ -80,7 +86,7 @@ class Run {
   FinetuneReport run() {
     WorkDir work(config_.output, options_.force);
     work.begin(fingerprint(), options_.restart, WorkDir::Others::kRefuse);
-    Trainer trainer(*model_, config_, steps_, teacher_.get());
+    Trainer trainer(*model_, config_, steps_, teacher_.get(), dtype_);
     report_.tuned_parameters = trainer.tuned_parameters();
     if (model_->device().is_cpu()) {
       preflight_memory(trainer.bytes(), "weights, gradients and moments of " + config_.model);
@@ -92,7 +98,7 @@ class Run {
     progress.advance(report_.steps);
     report_.stopped_by = "steps";
     for (;;) {
-      if (evaluation_is_due()) evaluate(work);
+      if (evaluation_is_due()) evaluate(work, trainer);
       if (is_out_of_patience()) report_.stopped_by = "patience";
       if (report_.steps == report_.planned_steps || report_.stopped_by == "patience") break;
       progress.advance(1, step(work, trainer));
@@ -245,7 +251,7 @@ class Run {
             {"texts", std::move(texts)},
             {"program", program_fingerprint()},
             {"machine", machine_fingerprint()},
-            {"device", model_->device().str() + ", " + dtype_label(model_->dtype())}};
+            {"device", model_->device().str() + ", " + dtype_label(dtype_)}};
   }
 
   std::filesystem::path checkpoint_file(const WorkDir& work, int64_t step) const {
@@ -321,7 +327,7 @@ class Run {
   }
 
   // Writes the model where it is among the best so far.
-  void evaluate(const WorkDir& work) {
+  void evaluate(const WorkDir& work, const Trainer& trainer) {
     const PerplexityResult result = score(*model_, {plan_}, {.progress = false}, teacher_.get())[0];
     throw_if_interrupted();
     FinetuneEvaluation now = {report_.steps, result.nll, result.perplexity.value};
@@ -333,7 +339,7 @@ class Run {
     metrics_->add(line);
     report_.evaluations.push_back(std::move(now));
     const auto last = static_cast<int64_t>(report_.evaluations.size()) - 1;
-    if (last > 0) keep_if_good(work, last);
+    if (last > 0) keep_if_good(work, trainer, last);
     log_info(
         "step " + std::to_string(report_.steps) + " of " + std::to_string(report_.planned_steps) +
         ": perplexity " + fixed(result.perplexity.value, 4) +
@@ -366,7 +372,7 @@ class Run {
     return work.scratch() / ("model-" + std::to_string(step));
   }
 
-  void keep_if_good(const WorkDir& work, int64_t number) {
+  void keep_if_good(const WorkDir& work, const Trainer& trainer, int64_t number) {
     const auto worse = [&](int64_t a, int64_t b) { return evaluation(a).nll < evaluation(b).nll; };
     best_.insert(std::upper_bound(best_.begin(), best_.end(), number, worse), number);
     int64_t out = -1;
@@ -378,15 +384,28 @@ class Run {
     const std::filesystem::path folder = model_folder(work, report_.steps);
     std::filesystem::remove_all(folder);
     std::filesystem::create_directory(folder);
-    write_model(folder);
+    write_model(trainer, folder);
     if (out >= 0) std::filesystem::remove_all(model_folder(work, evaluation(out).step));
   }
 
-  void write_model(const std::filesystem::path& folder) const {
-    save_weights(*model_, folder);
+  // As it was tuned: in fp32, and what was not tuned as it was stored; in half precision where the
+  // model was both stored and tuned so.
+  void write_model(const Trainer& trainer, const std::filesystem::path& folder) const {
+    const bool is_narrowed = is_half(dtype_) && !is_half(output_dtype_);
+    std::map<std::string, at::Tensor> tuned;
+    if (is_narrowed) tuned = trainer.tuned_weights();
+    std::vector<std::pair<std::string, at::Tensor>> weights;
+    for (const auto& parameter : model_->named_parameters()) {
+      const std::string& name = parameter.key();
+      const auto found = tuned.find(name);
+      weights.emplace_back(name, !is_narrowed           ? parameter.value()
+                                 : found != tuned.end() ? found->second
+                                                        : checkpoint_tensor(checkpoint_, name));
+    }
+    save_weights(weights, output_dtype_, folder);
     copy_side_files(checkpoint_, folder);
     nlohmann::json config = checkpoint_.config();
-    set_config_dtype(config, model_->dtype());
+    set_config_dtype(config, output_dtype_);
     if (model_->config().hla) write_transformers_files(folder, config);
     write_json_file(folder / "config.json", config, /*force=*/false);
   }
@@ -425,6 +444,8 @@ class Run {
   std::unique_ptr<Tokenizer> tokenizer_;
   Corpus valid_;
   TokenizedCorpus valid_tokens_;
+  at::ScalarType dtype_ = at::kFloat;         // computed in
+  at::ScalarType output_dtype_ = at::kFloat;  // written
   std::shared_ptr<LlamaForCausalLM> model_;
   std::optional<Checkpoint> teacher_checkpoint_;
   std::shared_ptr<LlamaForCausalLM> teacher_;

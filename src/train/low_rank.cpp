@@ -28,9 +28,14 @@ void LowRankUpdate::add_gradient(const at::Tensor& by_weight) {
   hla::add_gradient(b_, at::mm(gradient, a_.t()).mul_(scale_));
 }
 
+at::Tensor LowRankUpdate::merged() const {
+  const at::NoGradGuard no_gradients;
+  return at::addmm(original_.to(at::kFloat), b_, a_, 1, scale_);
+}
+
 void LowRankUpdate::apply() {
   const at::NoGradGuard no_gradients;
-  weight_.copy_(at::addmm(original_.to(at::kFloat), b_, a_, 1, scale_));
+  weight_.copy_(merged());
 }
 
 }  // namespace hla

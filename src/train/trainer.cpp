@@ -10,6 +10,7 @@
 #include "hla/core/error.h"
 #include "hla/factorize/scratch_tensors.h"
 #include "hla/io/safetensors.h"
+#include "hla/model/device.h"
 #include "hla/train/add_gradient.h"
 #include "hla/train/distillation.h"
 #include "hla/train/token_loss.h"
@@ -39,20 +40,20 @@ bool is_lora_target(const std::string& name, int64_t dimensions) {
 }
 
 Trainer::Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, TrainerSteps steps,
-                 const LlamaForCausalLM* teacher)
+                 const LlamaForCausalLM* teacher, std::optional<at::ScalarType> dtype)
     : model_(model), config_(config), steps_(steps), teacher_(teacher) {
   if (teacher_ != nullptr) {
     check_teacher(model_, *teacher_, steps_.attention > 0 || config_.distill.hidden > 0);
   }
-  add_parameters();
+  add_parameters(dtype.value_or(model.dtype()));
   make_optimizer();
   if (model_.dtype() != at::kHalf) scale_.value = 1;
 }
 
 Trainer::~Trainer() = default;
 
-void Trainer::add_parameters() {
-  const bool is_half = model_.dtype() == at::kHalf || model_.dtype() == at::kBFloat16;
+void Trainer::add_parameters(at::ScalarType dtype) {
+  const bool narrows = is_half(dtype);
   const int64_t rank = config_.train.lora_rank;
   uint64_t number = 0;
   for (auto& parameter : model_.named_parameters()) {
@@ -62,12 +63,13 @@ void Trainer::add_parameters() {
     const bool low_rank = !tuned && rank > 0 && is_lora_target(name, weight.dim());
     weight.set_requires_grad(tuned || low_rank);
     if (tuned) {
-      tuned_.push_back({name, weight, is_half ? weight.detach().to(at::kFloat) : weight});
+      tuned_.push_back({name, weight, narrows ? weight.detach().to(at::kFloat) : weight});
     } else if (low_rank) {
       const double scale = config_.train.lora_alpha / static_cast<double>(rank);
       const auto seed = static_cast<uint64_t>(config_.data.seed) + (++number << 32);
       low_rank_.push_back({name, weight, LowRankUpdate(weight, rank, scale, seed)});
     }
+    if (weight.scalar_type() != dtype) weight.set_data(weight.detach().to(dtype));
   }
   if (rank > 0 && low_rank_.empty()) {
     throw_usage("[train.lora_rank] expected matrices that train.parameters does not tune, got " +
@@ -109,6 +111,15 @@ void Trainer::make_optimizer() {
   optimizer_ = std::make_unique<torch::optim::AdamW>(groups);
 }
 
+std::map<std::string, at::Tensor> Trainer::tuned_weights() const {
+  std::map<std::string, at::Tensor> result;
+  for (const Tuned& tuned : tuned_) result.emplace(tuned.name, tuned.master.detach());
+  for (const LowRank& low_rank : low_rank_) {
+    result.emplace(low_rank.name, low_rank.update.merged());
+  }
+  return result;
+}
+
 int64_t Trainer::tuned_parameters() const {
   int64_t count = 0;
   for (const auto& [name, master] : masters()) count += master.numel();
@@ -122,7 +133,10 @@ uint64_t Trainer::bytes() const {
   for (const Tuned& tuned : tuned_) {
     if (!tuned.master.is_same(tuned.weight)) bytes += 2 * tuned.weight.nbytes();
   }
-  for (const LowRank& low_rank : low_rank_) bytes += 3 * low_rank.weight.nbytes();
+  // The model's own and their gradients, and the original ones.
+  for (const LowRank& low_rank : low_rank_) {
+    bytes += 2 * low_rank.weight.nbytes() + low_rank.update.original().nbytes();
+  }
   return bytes;
 }
 

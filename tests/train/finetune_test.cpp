@@ -7,7 +7,9 @@
 #include <sstream>
 
 #include "../test_util.h"
+#include "hla/io/checkpoint.h"
 #include "hla/io/json_file.h"
+#include "hla/model/load.h"
 
 namespace hla {
 namespace {
@@ -84,6 +86,32 @@ TEST(FinetuneTest, ImprovesALlama) {
   EXPECT_EQ(read_file(folder / "again" / "model.safetensors"),
             read_file(folder / "out" / "model.safetensors"));
   EXPECT_EQ(error_of([&] { tune(quick(stories(), folder / "out")); }).code(), ExitCode::kUsage);
+}
+
+// Weights are written as AdamW has them, and those that are not tuned as they were.
+TEST(FinetuneTest, WritesFp32WeightsTunedInHalfPrecision) {
+  const TempDir folder;
+  std::vector<std::string> settings = quick(stories(), folder / "out");
+  settings.emplace_back("train.parameters=attention");
+  const FinetuneReport report =
+      finetune(resolve_config({}, settings), {.load = {.dtype = at::kBFloat16}, .progress = false});
+  EXPECT_LT(report.evaluations[1].nll, report.evaluations[0].nll);
+  const Checkpoint before = Checkpoint::open(stories());
+  const Checkpoint after = Checkpoint::open(folder / "out");
+  EXPECT_EQ(stored_dtype(after), at::kFloat);
+  const auto weight = [](const Checkpoint& checkpoint, const std::string& name) {
+    return checkpoint_tensor(checkpoint, "model.layers.1." + name + ".weight");
+  };
+  EXPECT_TRUE(weight(after, "mlp.up_proj").equal(weight(before, "mlp.up_proj")));
+  const at::Tensor tuned = weight(after, "self_attn.q_proj");
+  EXPECT_FALSE(tuned.equal(tuned.to(at::kBFloat16).to(at::kFloat)));
+
+  const auto ppl =
+      nlohmann::json::parse(run_hla("ppl " + (folder / "out").string() + " --text " + wikitext() +
+                                    " --ctx 64 --limit 4 --dtype bf16 --json -")
+                                .out);
+  EXPECT_NEAR(ppl["results"][0]["perplexity"], report.evaluations[1].perplexity,
+              1e-6 * report.evaluations[1].perplexity);
 }
 
 TEST(FinetuneTest, ImprovesConversions) {

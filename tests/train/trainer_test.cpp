@@ -266,12 +266,13 @@ TEST(TrainerTest, HalfPrecisionLearnsInFp32) {
   for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
     SCOPED_TRACE(c10::toString(dtype));
     at::manual_seed(8);
-    const auto half = load("gqa", dtype);
+    const auto half = load("gqa");
     const auto full = load("gqa");
     FinetuneConfig config;
     config.optimizer.learning_rate = 1e-4;
     config.schedule.kind = "constant";
-    Trainer a(*half, config, {.loss = 40});
+    Trainer a(*half, config, {.loss = 40}, nullptr, dtype);
+    EXPECT_EQ(half->dtype(), dtype);
     Trainer b(*full, config, {.loss = 40});
     const auto before = weights_of(*full);
     const TrainingRows::Batch batch = batch_of(at::randint(3, 96, {4, 24}, at::kLong));
@@ -289,12 +290,13 @@ TEST(TrainerTest, HalfPrecisionLearnsInFp32) {
     const at::Tensor master = load_tensor(reader, "weight/" + name);
     EXPECT_EQ(master.scalar_type(), at::kFloat);
     // As far as the fp32 model's, nearly everywhere in its direction.
-    const at::Tensor half_moved = master - before.at(name).to(dtype).to(at::kFloat);
+    const at::Tensor half_moved = master - before.at(name);
     EXPECT_NEAR(half_moved.norm().item<double>() / moved.norm().item<double>(), 1, 0.1);
     EXPECT_GT((half_moved * moved).sum().item<double>() /
                   (half_moved.norm() * moved.norm()).item<double>(),
               0.9);
     EXPECT_TRUE(weights_of(*half).at(name).equal(master.to(dtype)));
+    EXPECT_TRUE(a.tuned_weights().at(name).equal(master));
   }
 }
 

@@ -30,6 +30,7 @@ at::ScalarType resolve_dtype(std::optional<at::ScalarType> asked, at::ScalarType
                              const at::Device& device);
 
 std::string dtype_label(at::ScalarType dtype);  // "fp32"
+bool is_half(at::ScalarType dtype);             // fp16 or bf16
 at::ScalarType to_scalar_type(DType dtype);
 DType to_dtype(at::ScalarType dtype);  // throws kRuntime for types that files do not hold
 

@@ -1,15 +1,18 @@
 // A model in memory as a folder that load_model(), and transformers, read again.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "hla/io/checkpoint.h"
 #include "hla/io/sharded_writer.h"
-#include "hla/model/llama.h"
 
 namespace hla {
 
@@ -26,10 +29,11 @@ void copy_side_files(const Checkpoint& base, const std::filesystem::path& folder
 // Metadata of every file of weights.
 std::map<std::string, std::string> output_metadata();
 
-// Writes every parameter under its HF name, in the model's order and dtype, into safetensors files
-// in `folder`, which are plain ones: write inside a WorkDir. Throws kNonFinite naming a tensor with
+// Writes weights under their HF names, in this order and in `dtype`, into safetensors files in
+// `folder`, which are plain ones: write inside a WorkDir. Throws kNonFinite naming a tensor with
 // NaN or Inf.
-void save_weights(const LlamaForCausalLM& model, const std::filesystem::path& folder,
+void save_weights(const std::vector<std::pair<std::string, at::Tensor>>& weights,
+                  at::ScalarType dtype, const std::filesystem::path& folder,
                   uint64_t max_shard_bytes = kMaxShardBytes);
 
 }  // namespace hla

@@ -13,7 +13,7 @@
 namespace hla {
 
 struct FinetuneOptions {
-  LoadOptions load = {};  // dtype: of the weights while they are tuned; absent: fp32
+  LoadOptions load = {};  // dtype: computed in; absent: see resolve_dtype
   bool force = false;     // replace an existing output folder
   bool restart = false;   // throw away what an unfinished run left
   bool progress = true;

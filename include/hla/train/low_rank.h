@@ -16,9 +16,12 @@ class LowRankUpdate {
 
   // Adds to the gradients of A and B what follows from `by_weight` (out, in), that of W.
   void add_gradient(const at::Tensor& by_weight);
-  // Makes W anew.
+  // W, fp32.
+  at::Tensor merged() const;
+  // Makes the model's W anew.
   void apply();
 
+  const at::Tensor& original() const { return original_; }
   const at::Tensor& a() const { return a_; }  // (rank, in)
   const at::Tensor& b() const { return b_; }  // (out, rank)
 

@@ -3,7 +3,9 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -42,12 +44,15 @@ struct TrainerSteps {
 class Trainer {
  public:
   // Marks the parameters to be tuned; the others stay as they are. Model and teacher must outlive
-  // it. Where the model is in half precision, AdamW works on fp32 weights of the trainer's own, of
-  // which the model has the rounded ones; in fp16 the loss is scaled (LossScale).
-  // Throws kBadInput where there is nothing to tune, or the teacher does not fit; kUsage where
-  // train.lora_rank has nothing to work on.
+  // it. `dtype` is what the model is to compute in, if not in its own; where that is half
+  // precision, AdamW works on fp32 weights of the trainer's own, of which the model gets the
+  // rounded ones, and in fp16 the loss is scaled (LossScale). So a model is best loaded in fp32:
+  // from rounded weights no small step leads to others, as each is in the middle of those that
+  // round to it. Throws kBadInput where there is nothing to tune, or the teacher does not fit;
+  // kUsage where train.lora_rank has nothing to work on.
   Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, TrainerSteps steps,
-          const LlamaForCausalLM* teacher = nullptr);
+          const LlamaForCausalLM* teacher = nullptr,
+          std::optional<at::ScalarType> dtype = std::nullopt);
   ~Trainer();
 
   struct Step {
@@ -71,6 +76,9 @@ class Trainer {
   // Throws kBadInput for a file of other parameters.
   void load(const std::filesystem::path& file, int64_t steps);
 
+  // The weights that are tuned, by HF name, as AdamW has them.
+  std::map<std::string, at::Tensor> tuned_weights() const;
+
   int64_t tuned_parameters() const;  // elements; of updates of low rank those of their factors
   uint64_t bytes() const;  // of tuned weights, gradients and moments, when steps have been done
   int64_t skipped_steps() const { return skipped_; }
@@ -89,7 +97,7 @@ class Trainer {
     LowRankUpdate update;
   };
 
-  void add_parameters();
+  void add_parameters(at::ScalarType dtype);
   void make_optimizer();
   // All that AdamW works on, with their names.
   std::vector<std::pair<std::string, at::Tensor>> masters() const;
