@@ -4,6 +4,7 @@
 
 #include "hla/core/error.h"
 #include "hla/core/memory.h"
+#include "hla/model/device.h"
 
 namespace hla {
 namespace {
@@ -54,7 +55,7 @@ Decoder::Decoder(const LlamaForCausalLM& model, const DecoderOptions& options)
 
 bool Decoder::uses_kernels() const {
   return model_.device().is_cpu() && model_.dtype() == at::kFloat &&
-         (cache_dtype_ == at::kFloat || cache_dtype_ == at::kHalf || cache_dtype_ == at::kBFloat16);
+         (cache_dtype_ == at::kFloat || is_half(cache_dtype_));
 }
 
 SequenceCache Decoder::new_sequence() const {
