@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -47,19 +48,32 @@ std::vector<float> interpolation_weights(const std::vector<int32_t>& nodes, int6
 namespace {
 
 constexpr int64_t kTile = kTileTokens;
-// Tokens that a stretch is worked off by: as many as their records leave room for in a core's
-// second-level cache, beside the next ones, which are being fetched.
-constexpr int64_t kChunkBytes = 64 << 10;
 constexpr int64_t kLeastChunk = 64;
 constexpr int64_t kLongestChunk = 256;
 
 // Scores may exceed the reference of the running softmax by so much before it is moved.
 constexpr float kSlack = 16;
+// e to less than this is 0: next to e^0 it is nothing, and products with it would be subnormal,
+// which many processors take a hundred times as long for.
+constexpr float kLeastArgument = -60;
 constexpr float kNoReference = -1e30F;
+
+// Bytes of records that are worked off together: a quarter of a core's second-level cache, beside
+// the next ones, which are being fetched, pairs turned back and sums.
+int64_t chunk_bytes() {
+  static const int64_t bytes = [] {
+    int64_t cache = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0: unknown
+#endif
+    return std::clamp<int64_t>(cache > 0 ? cache / 4 : 128 << 10, 64 << 10, 256 << 10);
+  }();
+  return bytes;
+}
 
 int64_t chunk_tokens(int64_t floats) {
   int64_t tokens = kLongestChunk;
-  while (tokens > kLeastChunk && tokens * floats * 4 > kChunkBytes) tokens /= 2;
+  while (tokens > kLeastChunk && tokens * floats * 4 > chunk_bytes()) tokens /= 2;
   return tokens;
 }
 
@@ -89,11 +103,11 @@ struct Partial {
 struct Scratch {
   std::vector<float> records;   // fp32 of a chunk, where the cache is in 16 bits
   std::vector<float> plain;     // pairs turned back: (tiles, 2·pairs, 16)
-  std::vector<float> keys;      // rebuilt, of one tile: (rows, 16)
+  std::vector<float> keys;      // rebuilt: (tiles, rows, 16)
   std::vector<float> queries;   // of stored and rebuilt keys, by coordinate
   std::vector<float> absorbed;  // queries of absorbed keys, by coordinate
-  std::vector<float> scores;    // (H, chunk)
-  std::vector<float> nodes;     // (nodes·H, 16)
+  std::vector<float> scores;    // of a chunk: (tiles, H, 16)
+  std::vector<float> nodes;     // (nodes·H, tiles·16)
   std::vector<float> sums;      // contexts by lane: (coordinates, heads, lanes) by group
 };
 
@@ -220,24 +234,51 @@ HLA_INLINE void with_count(int64_t count, const Action& action) {
   action.template operator()<Most>();
 }
 
-// out[r][16] += Σ_i w[r][i]·z[i][16] of R rows of w, z (n, 16).
-template <class V, int R>
-HLA_INLINE void products_of(const float* z, int64_t n, const float* w, int64_t stride,
-                            const float* ahead, float* out, int64_t out_stride) {
+// Neighbouring coordinates in tiles.
+struct Coordinates {
+  const float* z;      // of the first tile: (n, 16)
+  int64_t stride;      // from tile to tile
+  const float* ahead;  // to be fetched, or null
+  int64_t ahead_stride;
+};
+
+// Where sums of rows go.
+struct Rows {
+  float* to;        // the first row of the first tile: (16)
+  int64_t stride;   // from row to row
+  int64_t by_tile;  // from tile to tile
+};
+
+// out[r][t][16] += Σ_i w[r][i]·z[t][i][16] of R rows of w and T tiles.
+template <class V, int R, int T>
+HLA_INLINE void products_of(const Coordinates& from, int64_t n, const float* w, int64_t stride,
+                            const Rows& out) {
   constexpr int kVectors = static_cast<int>(kTile / V::kLanes);
   // Few sums wait for each other: then those of even and odd coordinates are apart.
-  constexpr int kApart = R <= 3 ? 2 : 1;
-  typename V::Floats acc[kApart][R][kVectors] = {};
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kVectors; ++v) acc[0][r][v] = V::load(out + r * out_stride + v * V::kLanes);
+  constexpr int kApart = R * T * kVectors <= 6 ? 2 : 1;
+  typename V::Floats acc[kApart][T][R][kVectors] = {};
+  const auto place = [&](int t, int r, int v) {
+    return out.to + t * out.by_tile + r * out.stride + v * V::kLanes;
+  };
+  for (int t = 0; t < T; ++t) {
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < kVectors; ++v) acc[0][t][r][v] = V::load(place(t, r, v));
+    }
   }
   const auto add = [&](int64_t i, int apart) __attribute__((always_inline)) {
-    if (ahead != nullptr) __builtin_prefetch(ahead + i * kTile, 0, 2);
-    typename V::Floats x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = V::load(z + i * kTile + v * V::kLanes);
+    typename V::Floats x[T][kVectors];
+    for (int t = 0; t < T; ++t) {
+      if (from.ahead != nullptr) {
+        __builtin_prefetch(from.ahead + t * from.ahead_stride + i * kTile, 0, 2);
+      }
+      const float* z = from.z + t * from.stride + i * kTile;
+      for (int v = 0; v < kVectors; ++v) x[t][v] = V::load(z + v * V::kLanes);
+    }
     for (int r = 0; r < R; ++r) {
       const float weight = w[r * stride + i];
-      for (int v = 0; v < kVectors; ++v) acc[apart][r][v] += x[v] * weight;
+      for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < kVectors; ++v) acc[apart][t][r][v] += x[t][v] * weight;
+      }
     }
   };
   int64_t i = 0;
@@ -246,40 +287,48 @@ HLA_INLINE void products_of(const float* z, int64_t n, const float* w, int64_t s
     if (kApart > 1) add(i + 1, kApart - 1);
   }
   for (; i < n; ++i) add(i, 0);
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      V::store(out + r * out_stride + v * V::kLanes,
-               kApart > 1 ? acc[0][r][v] + acc[kApart - 1][r][v] : acc[0][r][v]);
+  for (int t = 0; t < T; ++t) {
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        V::store(place(t, r, v),
+                 kApart > 1 ? acc[0][t][r][v] + acc[kApart - 1][t][r][v] : acc[0][t][r][v]);
+      }
     }
   }
 }
 
-// The same for any number of rows, a few at a time. `ahead` is fetched once.
+// Tiles that are worked off together, so that what they share is loaded once.
+constexpr int64_t kTilesAtOnce = 4;
+
+// The same for any number of rows and up to kTilesAtOnce tiles, a few rows at a time. `ahead` is
+// fetched once.
 template <class V>
-HLA_INLINE void products(const float* z, int64_t n, const float* w, int64_t rows, int64_t stride,
-                         const float* ahead, float* out, int64_t out_stride) {
+HLA_INLINE void products(Coordinates from, int64_t n, int64_t tiles, const float* w, int64_t rows,
+                         int64_t stride, const Rows& out) {
+  // As many sums as there are registers, which AVX-512 has twice as many of.
+  constexpr int kMost = V::kLanes == 16 ? 24 : 12 * static_cast<int>(V::kLanes) / kTile;
   const int64_t parts = (rows + 5) / 6;
   for (int64_t part = 0, at = 0; part < parts; ++part) {
     const int64_t count = (rows - at + parts - part - 1) / (parts - part);
-    const float* from = w + at * stride;
-    float* to = out + at * out_stride;
     with_count<6>(
         count, [&]<int R>() __attribute__((always_inline)) {
-          products_of<V, R>(z, n, from, stride, ahead, to, out_stride);
+          constexpr int kTogether = std::clamp(kMost / R, 1, static_cast<int>(kTilesAtOnce));
+          Coordinates rest = from;
+          Rows to = {out.to + at * out.stride, out.stride, out.by_tile};
+          const auto run = [&]<int T>() __attribute__((always_inline)) {
+            products_of<V, R, T>(rest, n, w + at * stride, stride, to);
+            rest.z += T * rest.stride;
+            if (rest.ahead != nullptr) rest.ahead += T * rest.ahead_stride;
+            to.to += T * to.by_tile;
+          };
+          int64_t t = 0;
+          for (; t + kTogether <= tiles; t += kTogether) run.template operator()<kTogether>();
+          for (; t < tiles; ++t) run.template operator()<1>();
         });
     at += count;
-    ahead = nullptr;
+    from.ahead = nullptr;
   }
 }
-
-// The records of kTile tokens.
-struct Tile {
-  const float* records;  // (n, 16)
-  const float* plain;    // the pairs turned back, (2·pairs, 16), where the plan wants that
-  int64_t position;      // of its first token
-  const float* cos;      // (frequencies, 16)
-  const float* sin;
-};
 
 // Tiles that are worked off together.
 struct Chunk {
@@ -292,19 +341,83 @@ struct Chunk {
   int64_t tiles;
 };
 
-Tile tile_of(const Plan& plan, const TiledRope& rope, const Chunk& chunk, int64_t t) {
-  const int64_t tables = (chunk.position / kTile + t) * rope.frequencies * kTile;
-  return {chunk.records + t * plan.maps.floats * kTile, chunk.plain + t * chunk.plain_stride,
-          chunk.position + t * kTile, rope.cos + tables, rope.sin + tables};
+// Tables of a tile: (frequencies, 16) each.
+struct Angles {
+  const float* cos;
+  const float* sin;
+};
+
+Angles angles_of(const TiledRope& rope, const Chunk& chunk, int64_t t) {
+  const int64_t begin = (chunk.position / kTile + t) * rope.frequencies * kTile;
+  return {rope.cos + begin, rope.sin + begin};
 }
 
-// Neighbouring coordinates in all tiles of a chunk.
-struct Coordinates {
-  const float* z;      // of the first tile
-  int64_t stride;      // from tile to tile
-  const float* ahead;  // to be fetched, or null
-  int64_t ahead_stride;
+// Coordinates from `begin` on of records and of pairs turned back, from tile t on.
+Coordinates records_of(const Plan& plan, const Chunk& chunk, int64_t t, int64_t begin) {
+  const int64_t stride = plan.maps.floats * kTile;
+  const int64_t at = t * stride + begin * kTile;
+  return {chunk.records + at, stride, chunk.next == nullptr ? nullptr : chunk.next + at, stride};
+}
+
+Coordinates plain_of(const Chunk& chunk, int64_t t, int64_t begin) {
+  return {chunk.plain + t * chunk.plain_stride + begin * kTile, chunk.plain_stride, nullptr, 0};
+}
+
+// How a pair is turned back by its position's angle: by that of its tile's first token here, and by
+// that of its place in the tile when all is summed up, as lanes are places.
+template <class V>
+struct Turning {
+  const float* cos;  // of tiles' first tokens: (tiles)
+  const float* sin;
+  // Tables are of angles rounded to fp32, and a tile's and a place's do not make a token's exactly.
+  float frequency;
+  typename V::Floats positions;  // of the first tile's tokens
+  typename V::Floats angles;     // of places
 };
+
+// sums[i][r][lane] += Σ_tiles p[r][t][lane]·z[i][t][lane] for a pair and R heads, where z is turned
+// back by the angles of tiles. For tiles of one vector.
+template <class V, int R, bool IsFar>
+HLA_INLINE void turned_sums_of(const Coordinates& from, int64_t tiles, const Turning<V>& turning,
+                               const float* p, int64_t p_stride, float* sums, int64_t sums_stride) {
+  typename V::Floats acc[2][R] = {};
+  typename V::Floats positions = turning.positions;
+  for (int64_t t = 0; t < tiles; ++t, p += p_stride) {
+    const float* tile = from.z + t * from.stride;
+    if (from.ahead != nullptr) {
+      const float* ahead = from.ahead + t * from.ahead_stride;
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead + kTile, 0, 2);
+    }
+    const float cos = turning.cos[t];
+    const float sin = turning.sin[t];
+    const auto re = V::load(tile);
+    const auto im = V::load(tile + kTile);
+    auto x = re * cos + im * sin;
+    auto y = im * cos - re * sin;
+    if (IsFar) {
+      const auto angles = V::in_register(positions * turning.frequency);
+      const auto rest = angles - angles[0] - turning.angles;
+      const auto without = x;
+      x = x + rest * y;
+      y = y - rest * without;
+      positions += static_cast<float>(kTile);
+    }
+    x = V::in_register(x);
+    y = V::in_register(y);
+    for (int r = 0; r < R; ++r) {
+      const auto weight = V::load(p + r * kTile);
+      acc[0][r] += x * weight;
+      acc[1][r] += y * weight;
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
+    for (int r = 0; r < R; ++r) {
+      float* to = sums + i * sums_stride + r * V::kLanes;
+      V::store(to, V::load(to) + acc[i][r]);
+    }
+  }
+}
 
 // sums[i][r][lane] += Σ_tokens p[r][token]·z[i][token] for D coordinates and R heads.
 template <class V, int R, int D>
@@ -321,7 +434,7 @@ HLA_INLINE void weighted_sums_of(const Coordinates& from, int64_t tiles, const f
     for (int64_t at = 0; at < kTile; at += V::kLanes) {
       typename V::Floats weight[R];
       for (int r = 0; r < R; ++r) {
-        weight[r] = V::in_register(V::load(p + r * p_stride + t * kTile + at));
+        weight[r] = V::in_register(V::load(p + t * p_stride + r * kTile + at));
       }
       for (int i = 0; i < D; ++i) {
         const auto x = V::in_register(V::load(tile + i * kTile + at));
@@ -347,7 +460,7 @@ HLA_INLINE void weighted_sums_of(Coordinates from, int64_t tiles, const float* p
     // 9 heads are 5 and 4, not 6 and 3.
     const int64_t left = heads - r;
     const int64_t count = left <= kMost ? left : std::min<int64_t>(kMost, (left + 1) / 2);
-    const float* weights = p + r * p_stride;
+    const float* weights = p + r * kTile;
     float* to = sums + r * V::kLanes;
     with_count<kMost>(
         count, [&]<int R>() __attribute__((always_inline)) {
@@ -376,50 +489,118 @@ HLA_INLINE void weighted_sums(Coordinates from, int64_t n, int64_t tiles, const 
   run.template operator()<1>();
 }
 
+// For the pairs [begin, end) of coordinates and all heads of a group.
+template <class V>
+HLA_INLINE void turned_sums(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
+                            const Range& range, const float* p, int64_t p_stride, int64_t heads,
+                            float* sums) {
+  constexpr int kMost = 12;
+  // Up to this angle rounding stays below 2e-6.
+  constexpr float kFar = 32;
+  typename V::Floats places = {};
+  for (int64_t lane = 0; lane < V::kLanes; ++lane) places[lane] = static_cast<float>(lane);
+  for (int64_t i = range.begin; i < range.end; i += 2) {
+    Coordinates from = records_of(plan, chunk, 0, i);
+    const int64_t f = plan.maps.unrotated[static_cast<size_t>(i / 2)];
+    const float frequency = rope.inv_freq[f];
+    const int64_t tile = f * rope.tiles + chunk.position / kTile;
+    const Turning<V> turning = {rope.tile_cos + tile, rope.tile_sin + tile, frequency,
+                                places + static_cast<float>(chunk.position), places * frequency};
+    const bool is_far = frequency * static_cast<float>(chunk.position + chunk.tokens) > kFar;
+    for (int64_t r = 0; r < heads;) {
+      const int64_t left = heads - r;
+      const int64_t count = left <= kMost ? left : std::min<int64_t>(kMost, (left + 1) / 2);
+      const float* weights = p + r * kTile;
+      float* to = sums + r * V::kLanes;
+      with_count<kMost>(
+          count, [&]<int R>() __attribute__((always_inline)) {
+            if (is_far) {
+              turned_sums_of<V, R, true>(from, chunk.tiles, turning, weights, p_stride, to,
+                                         heads * V::kLanes);
+            } else {
+              turned_sums_of<V, R, false>(from, chunk.tiles, turning, weights, p_stride, to,
+                                          heads * V::kLanes);
+            }
+          });
+      r += count;
+      from.ahead = nullptr;
+    }
+    sums += 2 * heads * V::kLanes;
+  }
+}
+
+// Sums of a pair for `heads` heads, turned back by the angles of places.
+template <class V>
+HLA_INLINE void turn_places(const TiledRope& rope, int64_t frequency, int64_t heads, float* sums) {
+  const float scale = rope.unrotate_scale / rope.cos[0];
+  const auto cos = V::load(rope.cos + frequency * kTile) * scale;
+  const auto sin = V::load(rope.sin + frequency * kTile) * scale;
+  for (int64_t h = 0; h < heads; ++h, sums += V::kLanes) {
+    const auto re = V::load(sums);
+    const auto im = V::load(sums + heads * V::kLanes);
+    V::store(sums, re * cos + im * sin);
+    V::store(sums + heads * V::kLanes, im * cos - re * sin);
+  }
+}
+
 // The sums of a group over a chunk.
 template <class V>
-HLA_INLINE void add_sums(const Plan& plan, const Chunk& chunk, const DecodeMaps::Values& group,
-                         const float* p, int64_t p_stride, float* sums) {
-  const int64_t tile_floats = plan.maps.floats * kTile;
+HLA_INLINE void add_sums(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
+                         bool turns_sums, const DecodeMaps::Values& group, const float* p,
+                         int64_t p_stride, float* sums) {
   const auto turned = static_cast<int64_t>(2 * plan.maps.unrotated.size());
-  const auto add = [&](const float* records, int64_t stride, int64_t begin, int64_t end)
-      __attribute__((always_inline)) {
-    if (begin >= end) return;
-    const Coordinates from = {records + begin * kTile, stride,
-                              chunk.next == nullptr ? nullptr : chunk.next + begin * kTile,
-                              tile_floats};
-    weighted_sums<V>(from, end - begin, chunk.tiles, p, p_stride, group.heads, sums);
-    sums += (end - begin) * group.heads * V::kLanes;
+  const auto add = [&](const Coordinates& from, int64_t n) __attribute__((always_inline)) {
+    weighted_sums<V>(from, n, chunk.tiles, p, p_stride, group.heads, sums);
+    sums += n * group.heads * V::kLanes;
   };
   for (const Range& range : group.from) {
     const int64_t cut = std::clamp(turned, range.begin, range.end);
-    add(chunk.plain, chunk.plain_stride, range.begin, cut);
-    add(chunk.records, tile_floats, cut, range.end);
+    if (range.begin < cut && turns_sums) {
+      turned_sums<V>(plan, rope, chunk, {range.begin, cut}, p, p_stride, group.heads, sums);
+      sums += (cut - range.begin) * group.heads * V::kLanes;
+    } else if (range.begin < cut) {
+      Coordinates from = plain_of(chunk, 0, range.begin);
+      const Coordinates records = records_of(plan, chunk, 0, range.begin);
+      from.ahead = records.ahead;
+      from.ahead_stride = records.ahead_stride;
+      add(from, cut - range.begin);
+    }
+    if (cut < range.end) add(records_of(plan, chunk, 0, cut), range.end - cut);
   }
 }
 
-// Where coordinates [range] that are to be read unrotated lie, in at most two parts.
+// Coordinates [range] that are to be read unrotated, from tile t on, in at most two parts.
 template <class Action>
-HLA_INLINE void for_parts(const DecodeMaps& maps, const Tile& tile, const Range& range,
+HLA_INLINE void for_parts(const Plan& plan, const Chunk& chunk, int64_t t, const Range& range,
                           const Action& action) {
-  const auto turned = static_cast<int64_t>(2 * maps.unrotated.size());
+  const auto turned = static_cast<int64_t>(2 * plan.maps.unrotated.size());
   const int64_t cut = std::clamp(turned, range.begin, range.end);
-  if (range.begin < cut) action(tile.plain + range.begin * kTile, cut - range.begin);
-  if (cut < range.end) action(tile.records + cut * kTile, range.end - cut);
+  if (range.begin < cut) action(plain_of(chunk, t, range.begin), cut - range.begin);
+  if (cut < range.end) {
+    Coordinates from = records_of(plan, chunk, t, cut);
+    from.ahead = nullptr;
+    action(from, range.end - cut);
+  }
 }
 
-// All pairs, turned back.
-template <class V>
-HLA_INLINE void turn_back(const Plan& plan, const TiledRope& rope, const Tile& tile, float* y) {
+// All pairs of tile t, turned back.
+template <class V, bool IsScaled>
+HLA_INLINE void turn_back(const Plan& plan, const TiledRope& rope, const Chunk& chunk, int64_t t,
+                          float* y) {
+  const Angles angles = angles_of(rope, chunk, t);
   for (int64_t f = 0; f < rope.frequencies; ++f) {  // of the next tile
-    __builtin_prefetch(tile.cos + (rope.frequencies + f) * kTile, 0, 3);
-    __builtin_prefetch(tile.sin + (rope.frequencies + f) * kTile, 0, 3);
+    __builtin_prefetch(angles.cos + (rope.frequencies + f) * kTile, 0, 3);
+    __builtin_prefetch(angles.sin + (rope.frequencies + f) * kTile, 0, 3);
   }
-  const float* z = tile.records;
+  const float* z = chunk.records + t * plan.maps.floats * kTile;
   for (const int32_t frequency : plan.maps.unrotated) {
     for (int64_t at = 0; at < kTile; at += V::kLanes) {
-      const auto cos = V::load(tile.cos + frequency * kTile + at) * rope.unrotate_scale;
-      const auto sin = V::load(tile.sin + frequency * kTile + at) * rope.unrotate_scale;
+      auto cos = V::load(angles.cos + frequency * kTile + at);
+      auto sin = V::load(angles.sin + frequency * kTile + at);
+      if (IsScaled) {
+        cos *= rope.unrotate_scale;
+        sin *= rope.unrotate_scale;
+      }
       const auto re = V::load(z + at);
       const auto im = V::load(z + kTile + at);
       V::store(y + at, re * cos + im * sin);
@@ -430,42 +611,51 @@ HLA_INLINE void turn_back(const Plan& plan, const TiledRope& rope, const Tile& t
   }
 }
 
-// Keys made again and rotated; their scores are added.
+// Keys of tiles [t, t + tiles) made again and rotated; their scores are added.
 template <class V>
-HLA_INLINE void add_rebuilt_scores(const Plan& plan, const Tile& tile, const float* queries,
-                                   float* keys, float* scores, int64_t stride) {
+HLA_INLINE void add_rebuilt_scores(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
+                                   int64_t t, int64_t tiles, const float* queries, float* keys,
+                                   float* scores) {
   const DecodeMaps& maps = plan.maps;
   const DecodeMaps::Keys& map = maps.rebuilt;
   const int64_t rows = 2 * map.pairs();
-  for (int64_t row = 0; row < rows; ++row) {
-    const float bias = map.bias.empty() ? 0.0F : map.bias[static_cast<size_t>(row)];
-    std::fill_n(keys + row * kTile, kTile, bias);
+  const int64_t by_tile = rows * kTile;
+  for (int64_t i = 0; i < tiles; ++i) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const float bias = map.bias.empty() ? 0.0F : map.bias[static_cast<size_t>(row)];
+      std::fill_n(keys + i * by_tile + row * kTile, kTile, bias);
+    }
   }
   const float* matrix = map.matrix.data();
   for (const Range& range : map.from) {
     for_parts(
-        maps, tile, range, [&](const float* z, int64_t n) __attribute__((always_inline)) {
-          products<V>(z, n, matrix, rows, map.stride, nullptr, keys, kTile);
+        plan, chunk, t,
+        range, [&](const Coordinates& from, int64_t n) __attribute__((always_inline)) {
+          products<V>(from, n, tiles, matrix, rows, map.stride, {keys, kTile, by_tile});
           matrix += n;
         });
   }
-  for (int64_t i = 0; i < map.pairs(); ++i) {
-    const float* c = tile.cos + map.frequency[static_cast<size_t>(i)] * kTile;
-    const float* s = tile.sin + map.frequency[static_cast<size_t>(i)] * kTile;
-    float* k = keys + 2 * i * kTile;
-    for (int64_t at = 0; at < kTile; at += V::kLanes) {
-      const auto re = V::load(k + at);
-      const auto im = V::load(k + kTile + at);
-      V::store(k + at, re * V::load(c + at) - im * V::load(s + at));
-      V::store(k + kTile + at, im * V::load(c + at) + re * V::load(s + at));
+  for (int64_t i = 0; i < tiles; ++i) {
+    const Angles angles = angles_of(rope, chunk, t + i);
+    for (int64_t pair = 0; pair < map.pairs(); ++pair) {
+      const float* c = angles.cos + map.frequency[static_cast<size_t>(pair)] * kTile;
+      const float* s = angles.sin + map.frequency[static_cast<size_t>(pair)] * kTile;
+      float* k = keys + i * by_tile + 2 * pair * kTile;
+      for (int64_t at = 0; at < kTile; at += V::kLanes) {
+        const auto re = V::load(k + at);
+        const auto im = V::load(k + kTile + at);
+        V::store(k + at, re * V::load(c + at) - im * V::load(s + at));
+        V::store(k + kTile + at, im * V::load(c + at) + re * V::load(s + at));
+      }
     }
   }
   const int64_t group = maps.heads / maps.kv_heads;
   for (int64_t g = 0; g < maps.kv_heads; ++g) {
     const int64_t first = 2 * map.first_pair[static_cast<size_t>(g)];
     const int64_t count = 2 * map.first_pair[static_cast<size_t>(g + 1)] - first;
-    products<V>(keys + first * kTile, count, queries + plan.rebuilt_query[static_cast<size_t>(g)],
-                group, count, nullptr, scores + g * group * stride, stride);
+    products<V>({keys + first * kTile, by_tile, nullptr, 0}, count, tiles,
+                queries + plan.rebuilt_query[static_cast<size_t>(g)], group, count,
+                {scores + g * group * kTile, kTile, maps.heads * kTile});
   }
 }
 
@@ -586,11 +776,12 @@ HLA_INLINE void mix(const float* from, int64_t size, const std::vector<float>& s
   }
 }
 
-// `since`: tokens of the stretch before this tile; blocks are counted from its beginning.
+// Of tiles [t, t + tiles), which lie in one scored block. `since`: tokens of the stretch before
+// them; blocks are counted from its beginning.
 template <class V>
-HLA_INLINE void add_absorbed_scores(const Plan& plan, const TiledRope& rope, const Tile& tile,
-                                    const float* query, int64_t since, Scratch& scratch,
-                                    float* scores, int64_t stride) {
+HLA_INLINE void add_absorbed_scores(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
+                                    int64_t t, int64_t tiles, const float* query, int64_t since,
+                                    Scratch& scratch, float* scores) {
   const DecodeMaps& maps = plan.maps;
   const DecodeMaps::Keys& map = maps.absorbed;
   const Interpolation& interpolation = plan.interpolation;
@@ -604,11 +795,12 @@ HLA_INLINE void add_absorbed_scores(const Plan& plan, const TiledRope& rope, con
       sized(scratch.absorbed, rows * turned_nodes * heads + (turned_nodes + nodes) * heads * wide);
   float* exact = turned + rows * turned_nodes * heads;
   float* between = exact + turned_nodes * heads * wide;
-  float* by_query = sized(scratch.nodes, nodes * heads * kTile);
+  const int64_t tokens = tiles * kTile;
+  float* by_query = sized(scratch.nodes, nodes * heads * tokens);
   const int64_t in_turned = since % maps.turned.size;
   const int64_t in_scored = since % maps.scored.size;
   if (in_turned == 0) {
-    absorb_queries<V>(maps, rope, query, tile.position, turned, exact,
+    absorb_queries<V>(maps, rope, query, chunk.position + t * kTile, turned, exact,
                       exact + turned_nodes * heads * map.stride);
   }
   if (in_scored == 0 && interpolation.two_steps) {
@@ -623,39 +815,51 @@ HLA_INLINE void add_absorbed_scores(const Plan& plan, const TiledRope& rope, con
   const float* weights = interpolation.two_steps ? between : exact;
   const float* constants = weights + nodes * heads * map.stride;
   for (int64_t i = 0; i < nodes * heads; ++i) {
-    std::fill_n(by_query + i * kTile, kTile, constants[i]);
+    std::fill_n(by_query + i * tokens, tokens, constants[i]);
   }
   for (const Range& range : map.from) {
     for_parts(
-        maps, tile, range, [&](const float* z, int64_t n) __attribute__((always_inline)) {
-          products<V>(z, n, weights, nodes * heads, map.stride, nullptr, by_query, kTile);
+        plan, chunk, t,
+        range, [&](const Coordinates& from, int64_t n) __attribute__((always_inline)) {
+          products<V>(from, n, tiles, weights, nodes * heads, map.stride,
+                      {by_query, tokens, kTile});
           weights += n;
         });
   }
-  for (int64_t p = 0; p < nodes; ++p) {
-    const float* share = interpolation.scores.data() + p * maps.scored.size + in_scored;
-    const float* from = by_query + p * heads * kTile;
+  for (int64_t i = 0; i < tiles; ++i, scores += maps.heads * kTile) {
+    const float* shares = interpolation.scores.data() + in_scored + i * kTile;
+    const float* from = by_query + i * kTile;
     for (int64_t g = 0; g < maps.kv_heads; ++g) {
       if (!maps.absorbs(g)) continue;
-      for (int64_t h = 0; h < group; ++h, from += kTile) {
-        float* to = scores + (g * group + h) * stride;
+      for (int64_t h = 0; h < group; ++h, from += tokens) {
+        float* to = scores + (g * group + h) * kTile;
         for (int64_t at = 0; at < kTile; at += V::kLanes) {
-          V::store(to + at, V::load(to + at) + V::load(share + at) * V::load(from + at));
+          auto sum = V::load(to + at);
+          for (int64_t p = 0; p < nodes; ++p) {
+            sum += V::load(shares + p * maps.scored.size + at) *
+                   V::load(from + p * heads * tokens + at);
+          }
+          V::store(to + at, sum);
         }
       }
     }
   }
 }
 
-// Scores of one head become probabilities, not divided by their sum. Returns what sums so far must
-// be multiplied by.
+// Scores of one head, a tile every `stride`, become probabilities, not divided by their sum; those
+// behind `tokens` in the last tile 0. Returns what sums so far must be multiplied by.
 template <class V>
-HLA_INLINE float soften(float* scores, int64_t tokens, int64_t padded, float& reference,
+HLA_INLINE float soften(float* scores, int64_t stride, int64_t tokens, float& reference,
                         float& sum) {
-  for (int64_t i = tokens; i < padded; ++i) scores[i] = kNoReference;
+  const int64_t tiles = (tokens + kTile - 1) / kTile;
+  float* last = scores + (tiles - 1) * stride;
+  const int64_t filled = tokens - (tiles - 1) * kTile;
+  std::fill(last + filled, last + kTile, kNoReference);
   typename V::Floats highest = V::load(scores);
-  for (int64_t i = V::kLanes; i < padded; i += V::kLanes) {
-    highest = V::max(highest, V::load(scores + i));
+  for (int64_t t = 0; t < tiles; ++t) {
+    for (int64_t at = 0; at < kTile; at += V::kLanes) {
+      highest = V::max(highest, V::load(scores + t * stride + at));
+    }
   }
   float max = kNoReference;
   for (int64_t lane = 0; lane < V::kLanes; ++lane) max = std::max(max, highest[lane]);
@@ -665,17 +869,16 @@ HLA_INLINE float soften(float* scores, int64_t tokens, int64_t padded, float& re
     reference = max;
   }
   typename V::Floats total = {};
-  for (int64_t i = 0; i < padded; i += V::kLanes) {
-    const auto e = V::exp(V::load(scores + i) - reference);
-    V::store(scores + i, e);
-    total += e;
+  for (int64_t t = 0; t < tiles; ++t) {
+    for (int64_t at = 0; at < kTile; at += V::kLanes) {
+      float* score = scores + t * stride + at;
+      const auto argument = V::load(score) - reference;
+      const auto e = argument < kLeastArgument ? typename V::Floats{} : V::exp(argument);
+      V::store(score, e);
+      total += e;
+    }
   }
-  float added = V::total(total);
-  for (int64_t i = tokens; i < padded; ++i) {
-    added -= scores[i];
-    scores[i] = 0;
-  }
-  sum = sum * scale + added;
+  sum = sum * scale + V::total(total);
   return scale;
 }
 
@@ -709,11 +912,14 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
   const auto pairs = static_cast<int64_t>(maps.unrotated.size());
   const int64_t tile_floats = maps.floats * kTile;
   const bool narrow = cache_type != at::kFloat;
+  const bool turns_sums =
+      V::kLanes == kTile && maps.rebuilt.pairs() == 0 && maps.absorbed.pairs() == 0;
   float* scores = sized(scratch.scores, maps.heads * chunk_size);
+  const int64_t by_tile = maps.heads * kTile;
   // Tiles a multiple of 4 KB apart would fall on the same lines of the first-level cache.
   const int64_t plain_stride = 2 * pairs * kTile + 4 * kTile;
   float* plain = sized(scratch.plain, chunk_size / kTile * plain_stride);
-  float* keys = sized(scratch.keys, 2 * maps.rebuilt.pairs() * kTile);
+  float* keys = sized(scratch.keys, kTilesAtOnce * 2 * maps.rebuilt.pairs() * kTile);
   const int64_t context = maps.context_floats();
   float* sums = sized(scratch.sums, context * V::kLanes);
   std::fill_n(sums, context * V::kLanes, 0.0F);
@@ -748,28 +954,34 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
     }
     chunk.plain = plain;
     chunk.plain_stride = plain_stride;
-    const int64_t padded = chunk.tiles * kTile;
 
-    for (int64_t h = 0; h < maps.heads; ++h) std::fill_n(scores + h * chunk_size, padded, 0.0F);
-    for (int64_t t = 0; t < chunk.tiles; ++t) {
-      const Tile tile = tile_of(plan, rope, chunk, t);
-      float* of_tile = scores + t * kTile;
+    std::fill_n(scores, chunk.tiles * by_tile, 0.0F);
+    for (int64_t t = 0; t < chunk.tiles && pairs > 0 && !turns_sums; ++t) {
+      if (rope.unrotate_scale == 1) {
+        turn_back<V, false>(plan, rope, chunk, t, plain + t * plain_stride);
+      } else {
+        turn_back<V, true>(plan, rope, chunk, t, plain + t * plain_stride);
+      }
+    }
+    for (int64_t t = 0, tiles = 0; t < chunk.tiles; t += tiles) {
+      const int64_t since = chunk.position + t * kTile - piece.begin;
+      tiles = std::min(chunk.tiles - t, kTilesAtOnce);
+      if (maps.absorbed.pairs() > 0) {
+        tiles = std::min(tiles, (maps.scored.size - since % maps.scored.size) / kTile);
+      }
+      float* of_tiles = scores + t * by_tile;
       for (size_t g = 0; g < maps.stored.size(); ++g) {
         const DecodeMaps::Stored& group = maps.stored[g];
-        const int64_t at = group.range.begin * kTile;
-        const bool fetched = plan.fetched_with_scores[g] && chunk.next != nullptr;
-        products<V>(tile.records + at, group.range.size(), queries + plan.stored_query[g],
-                    group.heads, group.range.size(),
-                    fetched ? chunk.next + t * tile_floats + at : nullptr,
-                    of_tile + group.head * chunk_size, chunk_size);
+        Coordinates from = records_of(plan, chunk, t, group.range.begin);
+        if (!plan.fetched_with_scores[g]) from.ahead = nullptr;
+        products<V>(from, group.range.size(), tiles, queries + plan.stored_query[g], group.heads,
+                    group.range.size(), {of_tiles + group.head * kTile, kTile, by_tile});
       }
-      if (pairs > 0) turn_back<V>(plan, rope, tile, plain + t * plain_stride);
       if (maps.rebuilt.pairs() > 0) {
-        add_rebuilt_scores<V>(plan, tile, queries, keys, of_tile, chunk_size);
+        add_rebuilt_scores<V>(plan, rope, chunk, t, tiles, queries, keys, of_tiles);
       }
       if (maps.absorbed.pairs() > 0) {
-        add_absorbed_scores<V>(plan, rope, tile, item.query, tile.position - piece.begin, scratch,
-                               of_tile, chunk_size);
+        add_absorbed_scores<V>(plan, rope, chunk, t, tiles, item.query, since, scratch, of_tiles);
       }
     }
     float* to = sums;
@@ -777,7 +989,7 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
       const int64_t width = total_size(group.from);
       for (int64_t h = 0; h < group.heads; ++h) {
         const auto head = static_cast<size_t>(group.head + h);
-        const float scale = soften<V>(scores + (group.head + h) * chunk_size, chunk.tokens, padded,
+        const float scale = soften<V>(scores + (group.head + h) * kTile, by_tile, chunk.tokens,
                                       partial.reference[head], partial.sum[head]);
         if (scale == 1) continue;
         for (int64_t i = 0; i < width; ++i) {
@@ -785,13 +997,23 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
           V::store(lanes, V::load(lanes) * scale);
         }
       }
-      add_sums<V>(plan, chunk, group, scores + group.head * chunk_size, chunk_size, to);
+      add_sums<V>(plan, rope, chunk, turns_sums, group, scores + group.head * kTile, by_tile, to);
       to += width * group.heads * V::kLanes;
     }
     position = end;
   }
   // From (coordinate, head) by group to (head, coordinate).
   partial.context.clear();
+  for (float* turned = sums; const DecodeMaps::Values& group : maps.values) {
+    for (const Range& range : group.from) {
+      const int64_t cut = std::clamp(2 * pairs, range.begin, range.end);
+      for (int64_t i = range.begin; i < cut && turns_sums; i += 2) {
+        turn_places<V>(rope, maps.unrotated[static_cast<size_t>(i / 2)], group.heads,
+                       turned + (i - range.begin) * group.heads * V::kLanes);
+      }
+      turned += range.size() * group.heads * V::kLanes;
+    }
+  }
   const float* from = sums;
   for (const DecodeMaps::Values& group : maps.values) {
     for (int64_t h = 0; h < group.heads; ++h) {
@@ -955,6 +1177,23 @@ SimdLevel simd_level() {
 #else
   return SimdLevel::kPortable;
 #endif
+}
+
+TiledRope::TiledRope(const RopeTables& tables, const RopeFrequencies& of)
+    : frequencies(tables.cos.size(1)),
+      tiles(tables.cos.size(0) / kTileTokens),
+      unrotate_scale(static_cast<float>(1 / (of.attention_factor * of.attention_factor))) {
+  const auto own = [&](const at::Tensor& x) {
+    return owned_.emplace_back(x.contiguous()).const_data_ptr<float>();
+  };
+  const auto tiled = [&](const at::Tensor& table) {
+    return table.unflatten(0, {tiles, kTileTokens}).transpose(1, 2);  // (tiles, F, 16)
+  };
+  cos = own(tiled(tables.cos));
+  sin = own(tiled(tables.sin));
+  tile_cos = own(tiled(tables.cos).select(2, 0).t());
+  tile_sin = own(tiled(tables.sin).select(2, 0).t());
+  inv_freq = own(of.inv_freq.to(at::kCPU, at::kFloat));
 }
 
 DecodeKernel::DecodeKernel(DecodeMaps maps)

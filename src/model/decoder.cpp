@@ -16,10 +16,6 @@ RopeTables positions_of(const RopeTables& tables, int64_t begin, int64_t end) {
   return {tables.cos.slice(0, begin, end), tables.sin.slice(0, begin, end)};
 }
 
-at::Tensor tiled(const at::Tensor& table) {
-  return table.unflatten(0, {-1, kTileTokens}).transpose(1, 2).contiguous();
-}
-
 }  // namespace
 
 Decoder::Decoder(const LlamaForCausalLM& model, const DecoderOptions& options)
@@ -41,12 +37,7 @@ Decoder::Decoder(const LlamaForCausalLM& model, const DecoderOptions& options)
   rope_ = rope_tables(frequencies,
                       at::arange(positions, at::TensorOptions(at::kLong).device(model.device())),
                       model.dtype());
-  if (uses_kernels()) {
-    tiled_cos_ = tiled(rope_.cos);
-    tiled_sin_ = tiled(rope_.sin);
-    unrotate_scale_ =
-        static_cast<float>(1 / (frequencies.attention_factor * frequencies.attention_factor));
-  }
+  if (uses_kernels()) tiled_rope_ = TiledRope(rope_, frequencies);
   for (const auto& layer : model.layers()) {
     attention_.push_back(std::make_unique<DecodeAttention>(
         layer->self_attn(), config, frequencies.inv_freq, options.attention));
@@ -108,9 +99,7 @@ at::Tensor Decoder::contexts(int64_t layer, const std::vector<Reader>& readers,
                      queries.const_data_ptr<float>() + readers[i].token * queries.stride(0),
                      result.mutable_data_ptr<float>() + row * result.stride(0)});
   }
-  const TiledRope tables = {tiled_cos_.const_data_ptr<float>(), tiled_sin_.const_data_ptr<float>(),
-                            tiled_cos_.size(1), unrotate_scale_};
-  attention.kernel().attend(tables, items, cache_dtype_, kCacheBlock);
+  attention.kernel().attend(tiled_rope_, items, cache_dtype_, kCacheBlock);
   return result;
 }
 

@@ -70,9 +70,9 @@ struct Layer {
       : config(of),
         source(dtype),
         attention(std::make_shared<HlaAttention>(source, "a", config, 0)),
-        rope(rope_tables(config, at::arange(kPositions, at::kLong), dtype)),
-        decode(*attention, config,
-               rope_frequencies(config.rope, kHeadDim, kPositions, kPositions).inv_freq, options) {}
+        frequencies(rope_frequencies(config.rope, kHeadDim, kPositions, kPositions)),
+        rope(rope_tables(frequencies, at::arange(kPositions, at::kLong), dtype)),
+        decode(*attention, config, frequencies.inv_freq, options) {}
 
   RopeTables positions(int64_t begin, int64_t end) const {
     return {rope.cos.slice(0, begin, end), rope.sin.slice(0, begin, end)};
@@ -82,6 +82,7 @@ struct Layer {
   ModelConfig config;
   RandomSource source;
   std::shared_ptr<HlaAttention> attention;
+  RopeFrequencies frequencies;
   RopeTables rope;
   DecodeAttention decode;
 };
@@ -196,14 +197,9 @@ std::vector<SimdLevel> levels() {
 // Kernels against the same maps in ATen's operations, for sequences of all lengths at once.
 void check_kernels(const DecodeAttention& decode, const DecodeMaps& maps,
                    const std::vector<at::Tensor>& records, const std::vector<at::Tensor>& queries,
-                   const RopeTables& rope, at::ScalarType cache_dtype, double tolerance) {
-  const auto tiled = [](const at::Tensor& table) {
-    return table.unflatten(0, {-1, kTileTokens}).transpose(1, 2).contiguous();
-  };
-  const at::Tensor cos = tiled(rope.cos);
-  const at::Tensor sin = tiled(rope.sin);
-  const TiledRope tables = {cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), cos.size(1),
-                            1.0F};
+                   const RopeTables& rope, const RopeFrequencies& of, at::ScalarType cache_dtype,
+                   double tolerance) {
+  const TiledRope tables(rope, of);
   const int64_t floats = maps.context_floats();
   std::vector<LayerCache> caches;
   std::vector<std::vector<const void*>> blocks;
@@ -251,12 +247,12 @@ TEST(DecodeAttentionTest, KernelsEqualTheirTwin) {
         records.push_back(layer.decode.project(x, layer.positions(0, length)).records);
         queries.push_back(last_query(layer, x).contiguous());
       }
-      check_kernels(layer.decode, layer.decode.maps(), records, queries, layer.rope, at::kFloat,
-                    2e-4);
-      check_kernels(layer.decode, layer.decode.maps(), records, queries, layer.rope, at::kHalf,
-                    2e-4);
-      check_kernels(layer.decode, layer.decode.maps(), records, queries, layer.rope, at::kBFloat16,
-                    2e-4);
+      check_kernels(layer.decode, layer.decode.maps(), records, queries, layer.rope,
+                    layer.frequencies, at::kFloat, 2e-4);
+      check_kernels(layer.decode, layer.decode.maps(), records, queries, layer.rope,
+                    layer.frequencies, at::kHalf, 2e-4);
+      check_kernels(layer.decode, layer.decode.maps(), records, queries, layer.rope,
+                    layer.frequencies, at::kBFloat16, 2e-4);
     }
   }
   EXPECT_GT(absorbed, 0);
@@ -275,7 +271,7 @@ TEST(DecodeAttentionTest, KernelsInterpolateInTwoSteps) {
   const at::Tensor x = layer.random_x(500);
   const at::Tensor records = layer.decode.project(x, layer.positions(0, 500)).records;
   check_kernels(layer.decode, maps, {records}, {last_query(layer, x).contiguous()}, layer.rope,
-                at::kFloat, 2e-3);
+                layer.frequencies, at::kFloat, 2e-3);
 }
 
 // Base models go through the same kernels; heads that share no key, or all of them, too.
@@ -290,10 +286,10 @@ TEST(DecodeAttentionTest, LlamasRecordsAreKeysAndValues) {
     config.num_key_value_heads = kv_heads;
     RandomSource source(at::kFloat);
     const LlamaAttention attention(source, "a", config);
-    const RopeTables rope = rope_tables(config, at::arange(kPositions, at::kLong), at::kFloat);
-    const DecodeAttention decode(
-        attention, config,
-        rope_frequencies(config.rope, kHeadDim, kPositions, kPositions).inv_freq);
+    const RopeFrequencies frequencies =
+        rope_frequencies(config.rope, kHeadDim, kPositions, kPositions);
+    const RopeTables rope = rope_tables(frequencies, at::arange(kPositions, at::kLong), at::kFloat);
+    const DecodeAttention decode(attention, config, frequencies.inv_freq);
     std::vector<at::Tensor> records;
     std::vector<at::Tensor> queries;
     for (const int64_t length : {3, 333}) {
@@ -311,7 +307,33 @@ TEST(DecodeAttentionTest, LlamasRecordsAreKeysAndValues) {
                                    Attention::context(qkv).flatten()),
                 1e-5);
     }
-    check_kernels(decode, decode.maps(), records, queries, rope, at::kFloat, 1e-5);
+    check_kernels(decode, decode.maps(), records, queries, rope, frequencies, at::kFloat, 1e-5);
+  }
+}
+
+// Angles of 12,000 are rounded to 5e-4, and turned back all the same: queries so long that they
+// read single tokens. With tables that are scaled, as YaRN's are, too.
+TEST(DecodeAttentionTest, KernelsTurnPairsBackFarOut) {
+  const c10::InferenceMode guard;
+  at::manual_seed(11);
+  constexpr int64_t kLength = 12000;
+  const Layer layer(config_of(HlaRope::kOriginal, layer_of(0, 0, {}, 52), false), at::kFloat, {});
+  ASSERT_EQ(layer.decode.maps().rebuilt.pairs() + layer.decode.maps().absorbed.pairs(), 0);
+  RopeFrequencies frequencies = layer.frequencies;
+  for (const double factor : {1.0, 1.25}) {
+    SCOPED_TRACE(factor);
+    frequencies.attention_factor = factor;
+    const RopeTables rope =
+        rope_tables(frequencies, at::arange(kLength + 256, at::kLong), at::kFloat);
+    const at::Tensor records =
+        layer.decode
+            .project(layer.random_x(kLength),
+                     {rope.cos.slice(0, 0, kLength), rope.sin.slice(0, 0, kLength)})
+            .records;
+    std::vector<at::Tensor> queries;
+    for (int i = 0; i < 4; ++i) queries.push_back(at::randn({kHeads, kHeadDim}) * 60);
+    check_kernels(layer.decode, layer.decode.maps(), {records, records, records, records}, queries,
+                  rope, frequencies, at::kFloat, 3e-5);
   }
 }
 
@@ -326,7 +348,7 @@ TEST(DecodeAttentionTest, KernelsTakeLargeScores) {
       layer.decode.project(x.flip(0).contiguous(), layer.positions(0, 600)).records;
   const at::Tensor query = last_query(layer, x).contiguous();
   check_kernels(layer.decode, layer.decode.maps(), {records, falling}, {query, query}, layer.rope,
-                at::kFloat, 1e-2);
+                layer.frequencies, at::kFloat, 1e-2);
 }
 
 TEST(FewRowsTest, EqualsTheProduct) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "hla/model/cache.h"
+#include "hla/model/rope.h"
 
 namespace hla {
 
@@ -85,12 +86,23 @@ struct DecodeMaps {
 // Lagrange's polynomials of the nodes at a token counted from the block's beginning.
 std::vector<float> interpolation_weights(const std::vector<int32_t>& nodes, int64_t token);
 
-// Cosines and sines of all positions in tiles: (tiles, frequencies, kTileTokens) each.
+// What kernels read of the tables of positions 0…T-1, by tiles.
 struct TiledRope {
-  const float* cos = nullptr;
+  TiledRope() = default;
+  // tables (T, F), fp32 on the CPU, T a multiple of kTileTokens; of these frequencies.
+  TiledRope(const RopeTables& tables, const RopeFrequencies& of);
+
+  const float* cos = nullptr;  // (tiles, frequencies, kTileTokens)
   const float* sin = nullptr;
+  const float* tile_cos = nullptr;  // of tiles' first tokens: (frequencies, tiles)
+  const float* tile_sin = nullptr;
+  const float* inv_freq = nullptr;  // (frequencies) radians per token
   int64_t frequencies = 0;
+  int64_t tiles = 0;
   float unrotate_scale = 1;  // 1/(cos² + sin²)
+
+ private:
+  std::vector<at::Tensor> owned_;
 };
 
 struct DecodeItem {

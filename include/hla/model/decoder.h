@@ -71,9 +71,8 @@ class Decoder {
   DecoderOptions options_;
   int64_t max_length_;
   at::ScalarType cache_dtype_;
-  RopeTables rope_;  // of all positions, and as many more as blocks of tokens may reach beyond
-  at::Tensor tiled_cos_, tiled_sin_;  // (tiles, d/2, kTileTokens)
-  float unrotate_scale_ = 1;
+  RopeTables rope_;       // of all positions, and as many more as blocks of tokens may reach beyond
+  TiledRope tiled_rope_;  // the same, where kernels read it
   std::vector<std::unique_ptr<DecodeAttention>> attention_;  // by layer
 };
 
