@@ -234,6 +234,10 @@ HLA_INLINE void with_count(int64_t count, const Action& action) {
   action.template operator()<Most>();
 }
 
+// As many sums at once as there are registers, which AVX-512 has twice as many of.
+template <class V>
+constexpr int kMostSums = V::kLanes == 16 ? 24 : 12;
+
 // Neighbouring coordinates in tiles.
 struct Coordinates {
   const float* z;      // of the first tile: (n, 16)
@@ -305,8 +309,7 @@ constexpr int64_t kTilesAtOnce = 4;
 template <class V>
 HLA_INLINE void products(Coordinates from, int64_t n, int64_t tiles, const float* w, int64_t rows,
                          int64_t stride, const Rows& out) {
-  // As many sums as there are registers, which AVX-512 has twice as many of.
-  constexpr int kMost = V::kLanes == 16 ? 24 : 12 * static_cast<int>(V::kLanes) / kTile;
+  constexpr int kMost = kMostSums<V> * static_cast<int>(V::kLanes) / kTile;
   const int64_t parts = (rows + 5) / 6;
   for (int64_t part = 0, at = 0; part < parts; ++part) {
     const int64_t count = (rows - at + parts - part - 1) / (parts - part);
@@ -363,6 +366,36 @@ Coordinates plain_of(const Chunk& chunk, int64_t t, int64_t begin) {
   return {chunk.plain + t * chunk.plain_stride + begin * kTile, chunk.plain_stride, nullptr, 0};
 }
 
+// Where the coordinates of a range that are cached turned end.
+int64_t turned_end(const DecodeMaps& maps, const Range& range) {
+  const auto turned = static_cast<int64_t>(2 * maps.unrotated.size());
+  return std::clamp(turned, range.begin, range.end);
+}
+
+// sums[i][r][lane] += acc[i][r][lane] of D coordinates and R heads.
+template <class V, int R, int D>
+HLA_INLINE void add_lanes(const typename V::Floats (&acc)[D][R], float* sums, int64_t stride) {
+  for (int i = 0; i < D; ++i) {
+    for (int r = 0; r < R; ++r) {
+      float* to = sums + i * stride + r * V::kLanes;
+      V::store(to, V::load(to) + acc[i][r]);
+    }
+  }
+}
+
+// Calls action<R>(r) for all heads, R of them from r on, at most Most at once.
+template <int Most, class Action>
+HLA_INLINE void for_heads(int64_t heads, const Action& action) {
+  for (int64_t r = 0; r < heads;) {
+    // 9 heads are 5 and 4, not 6 and 3.
+    const int64_t left = heads - r;
+    const int64_t count = left <= Most ? left : std::min<int64_t>(Most, (left + 1) / 2);
+    with_count<Most>(
+        count, [&]<int R>() __attribute__((always_inline)) { action.template operator()<R>(r); });
+    r += count;
+  }
+}
+
 // How a pair is turned back by its position's angle: by that of its tile's first token here, and by
 // that of its place in the tile when all is summed up, as lanes are places.
 template <class V>
@@ -411,12 +444,7 @@ HLA_INLINE void turned_sums_of(const Coordinates& from, int64_t tiles, const Tur
       acc[1][r] += y * weight;
     }
   }
-  for (int i = 0; i < 2; ++i) {
-    for (int r = 0; r < R; ++r) {
-      float* to = sums + i * sums_stride + r * V::kLanes;
-      V::store(to, V::load(to) + acc[i][r]);
-    }
-  }
+  add_lanes<V, R, 2>(acc, sums, sums_stride);
 }
 
 // sums[i][r][lane] += Σ_tokens p[r][token]·z[i][token] for D coordinates and R heads.
@@ -442,33 +470,19 @@ HLA_INLINE void weighted_sums_of(const Coordinates& from, int64_t tiles, const f
       }
     }
   }
-  for (int i = 0; i < D; ++i) {
-    for (int r = 0; r < R; ++r) {
-      float* to = sums + i * sums_stride + r * V::kLanes;
-      V::store(to, V::load(to) + acc[i][r]);
-    }
-  }
+  add_lanes<V, R, D>(acc, sums, sums_stride);
 }
 
 // For D coordinates and all heads of a group, a few at a time. `ahead` is fetched once.
 template <class V, int D>
 HLA_INLINE void weighted_sums_of(Coordinates from, int64_t tiles, const float* p, int64_t p_stride,
                                  int64_t heads, float* sums) {
-  // As many sums at once as there are registers, which AVX-512 has twice as many of.
-  constexpr int kMost = (V::kLanes == 16 ? 24 : 12) / D;
-  for (int64_t r = 0; r < heads;) {
-    // 9 heads are 5 and 4, not 6 and 3.
-    const int64_t left = heads - r;
-    const int64_t count = left <= kMost ? left : std::min<int64_t>(kMost, (left + 1) / 2);
-    const float* weights = p + r * kTile;
-    float* to = sums + r * V::kLanes;
-    with_count<kMost>(
-        count, [&]<int R>() __attribute__((always_inline)) {
-          weighted_sums_of<V, R, D>(from, tiles, weights, p_stride, to, heads * V::kLanes);
-        });
-    r += count;
-    from.ahead = nullptr;
-  }
+  for_heads<kMostSums<V> / D>(
+      heads, [&]<int R>(int64_t r) __attribute__((always_inline)) {
+        weighted_sums_of<V, R, D>(from, tiles, p + r * kTile, p_stride, sums + r * V::kLanes,
+                                  heads * V::kLanes);
+        from.ahead = nullptr;
+      });
 }
 
 // For n coordinates and all of a group's heads.
@@ -489,12 +503,11 @@ HLA_INLINE void weighted_sums(Coordinates from, int64_t n, int64_t tiles, const 
   run.template operator()<1>();
 }
 
-// For the pairs [begin, end) of coordinates and all heads of a group.
+// For the pairs of a range and all heads of a group.
 template <class V>
 HLA_INLINE void turned_sums(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
                             const Range& range, const float* p, int64_t p_stride, int64_t heads,
                             float* sums) {
-  constexpr int kMost = 12;
   // Up to this angle rounding stays below 2e-6.
   constexpr float kFar = 32;
   typename V::Floats places = {};
@@ -507,39 +520,46 @@ HLA_INLINE void turned_sums(const Plan& plan, const TiledRope& rope, const Chunk
     const Turning<V> turning = {rope.tile_cos + tile, rope.tile_sin + tile, frequency,
                                 places + static_cast<float>(chunk.position), places * frequency};
     const bool is_far = frequency * static_cast<float>(chunk.position + chunk.tokens) > kFar;
-    for (int64_t r = 0; r < heads;) {
-      const int64_t left = heads - r;
-      const int64_t count = left <= kMost ? left : std::min<int64_t>(kMost, (left + 1) / 2);
-      const float* weights = p + r * kTile;
-      float* to = sums + r * V::kLanes;
-      with_count<kMost>(
-          count, [&]<int R>() __attribute__((always_inline)) {
-            if (is_far) {
-              turned_sums_of<V, R, true>(from, chunk.tiles, turning, weights, p_stride, to,
-                                         heads * V::kLanes);
-            } else {
-              turned_sums_of<V, R, false>(from, chunk.tiles, turning, weights, p_stride, to,
-                                          heads * V::kLanes);
-            }
-          });
-      r += count;
-      from.ahead = nullptr;
-    }
+    for_heads<kMostSums<V> / 2>(
+        heads, [&]<int R>(int64_t r) __attribute__((always_inline)) {
+          const float* weights = p + r * kTile;
+          float* to = sums + r * V::kLanes;
+          if (is_far) {
+            turned_sums_of<V, R, true>(from, chunk.tiles, turning, weights, p_stride, to,
+                                       heads * V::kLanes);
+          } else {
+            turned_sums_of<V, R, false>(from, chunk.tiles, turning, weights, p_stride, to,
+                                        heads * V::kLanes);
+          }
+          from.ahead = nullptr;
+        });
     sums += 2 * heads * V::kLanes;
   }
 }
 
-// Sums of a pair for `heads` heads, turned back by the angles of places.
+// All sums of pairs turned back by the angles of places, when the last tile has been added.
 template <class V>
-HLA_INLINE void turn_places(const TiledRope& rope, int64_t frequency, int64_t heads, float* sums) {
+HLA_INLINE void turn_places(const Plan& plan, const TiledRope& rope, float* sums) {
+  // Both tables are scaled by the factor that the cosine of position 0 is.
   const float scale = rope.unrotate_scale / rope.cos[0];
-  const auto cos = V::load(rope.cos + frequency * kTile) * scale;
-  const auto sin = V::load(rope.sin + frequency * kTile) * scale;
-  for (int64_t h = 0; h < heads; ++h, sums += V::kLanes) {
-    const auto re = V::load(sums);
-    const auto im = V::load(sums + heads * V::kLanes);
-    V::store(sums, re * cos + im * sin);
-    V::store(sums + heads * V::kLanes, im * cos - re * sin);
+  for (const DecodeMaps::Values& group : plan.maps.values) {
+    const int64_t stride = group.heads * V::kLanes;
+    for (const Range& range : group.from) {
+      const int64_t end = turned_end(plan.maps, range);
+      for (int64_t i = range.begin; i < end; i += 2) {
+        const int64_t table = plan.maps.unrotated[static_cast<size_t>(i / 2)] * kTile;
+        const auto cos = V::load(rope.cos + table) * scale;
+        const auto sin = V::load(rope.sin + table) * scale;
+        float* pair = sums + (i - range.begin) * stride;
+        for (int64_t h = 0; h < group.heads; ++h, pair += V::kLanes) {
+          const auto re = V::load(pair);
+          const auto im = V::load(pair + stride);
+          V::store(pair, re * cos + im * sin);
+          V::store(pair + stride, im * cos - re * sin);
+        }
+      }
+      sums += range.size() * stride;
+    }
   }
 }
 
@@ -548,13 +568,12 @@ template <class V>
 HLA_INLINE void add_sums(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
                          bool turns_sums, const DecodeMaps::Values& group, const float* p,
                          int64_t p_stride, float* sums) {
-  const auto turned = static_cast<int64_t>(2 * plan.maps.unrotated.size());
   const auto add = [&](const Coordinates& from, int64_t n) __attribute__((always_inline)) {
     weighted_sums<V>(from, n, chunk.tiles, p, p_stride, group.heads, sums);
     sums += n * group.heads * V::kLanes;
   };
   for (const Range& range : group.from) {
-    const int64_t cut = std::clamp(turned, range.begin, range.end);
+    const int64_t cut = turned_end(plan.maps, range);
     if (range.begin < cut && turns_sums) {
       turned_sums<V>(plan, rope, chunk, {range.begin, cut}, p, p_stride, group.heads, sums);
       sums += (cut - range.begin) * group.heads * V::kLanes;
@@ -573,8 +592,7 @@ HLA_INLINE void add_sums(const Plan& plan, const TiledRope& rope, const Chunk& c
 template <class Action>
 HLA_INLINE void for_parts(const Plan& plan, const Chunk& chunk, int64_t t, const Range& range,
                           const Action& action) {
-  const auto turned = static_cast<int64_t>(2 * plan.maps.unrotated.size());
-  const int64_t cut = std::clamp(turned, range.begin, range.end);
+  const int64_t cut = turned_end(plan.maps, range);
   if (range.begin < cut) action(plain_of(chunk, t, range.begin), cut - range.begin);
   if (cut < range.end) {
     Coordinates from = records_of(plan, chunk, t, cut);
@@ -909,11 +927,12 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
   const DecodeMaps& maps = plan.maps;
   const auto heads = static_cast<size_t>(maps.heads);
   const int64_t chunk_size = std::min(chunk_tokens(maps.floats), block_tokens);
-  const auto pairs = static_cast<int64_t>(maps.unrotated.size());
   const int64_t tile_floats = maps.floats * kTile;
   const bool narrow = cache_type != at::kFloat;
+  // Where only sums read pairs turned back, they are while they are summed, else in memory.
   const bool turns_sums =
       V::kLanes == kTile && maps.rebuilt.pairs() == 0 && maps.absorbed.pairs() == 0;
+  const int64_t pairs = turns_sums ? 0 : static_cast<int64_t>(maps.unrotated.size());
   float* scores = sized(scratch.scores, maps.heads * chunk_size);
   const int64_t by_tile = maps.heads * kTile;
   // Tiles a multiple of 4 KB apart would fall on the same lines of the first-level cache.
@@ -956,7 +975,7 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
     chunk.plain_stride = plain_stride;
 
     std::fill_n(scores, chunk.tiles * by_tile, 0.0F);
-    for (int64_t t = 0; t < chunk.tiles && pairs > 0 && !turns_sums; ++t) {
+    for (int64_t t = 0; t < chunk.tiles && pairs > 0; ++t) {
       if (rope.unrotate_scale == 1) {
         turn_back<V, false>(plan, rope, chunk, t, plain + t * plain_stride);
       } else {
@@ -1002,18 +1021,9 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
     }
     position = end;
   }
+  if (turns_sums) turn_places<V>(plan, rope, sums);
   // From (coordinate, head) by group to (head, coordinate).
   partial.context.clear();
-  for (float* turned = sums; const DecodeMaps::Values& group : maps.values) {
-    for (const Range& range : group.from) {
-      const int64_t cut = std::clamp(2 * pairs, range.begin, range.end);
-      for (int64_t i = range.begin; i < cut && turns_sums; i += 2) {
-        turn_places<V>(rope, maps.unrotated[static_cast<size_t>(i / 2)], group.heads,
-                       turned + (i - range.begin) * group.heads * V::kLanes);
-      }
-      turned += range.size() * group.heads * V::kLanes;
-    }
-  }
   const float* from = sums;
   for (const DecodeMaps::Values& group : maps.values) {
     for (int64_t h = 0; h < group.heads; ++h) {
