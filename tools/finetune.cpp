@@ -7,6 +7,7 @@
 
 #include "commands.h"
 #include "hla/core/error.h"
+#include "hla/core/memory.h"
 #include "options.h"
 
 namespace hla::tools {
@@ -32,6 +33,7 @@ void run_finetune(const FinetuneArguments& arguments) {
     std::cout << to_commented_json(config);
     return;
   }
+  keep_freed_memory();  // every step takes the same
   const FinetuneReport report = finetune(
       config,
       {.load = resolve(arguments.device), .force = arguments.force, .restart = arguments.restart});

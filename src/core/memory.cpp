@@ -48,6 +48,11 @@ uint64_t available_memory_bytes() {
 
 void release_free_memory() { malloc_trim(0); }
 
+void keep_freed_memory() {
+  mallopt(M_MMAP_MAX, 0);  // nothing is too large for the heap
+  mallopt(M_TRIM_THRESHOLD, -1);
+}
+
 std::string format_bytes(uint64_t bytes) {
   static constexpr const char* kUnits[] = {"B", "kB", "MB", "GB", "TB"};
   double value = static_cast<double>(bytes);
@@ -61,8 +66,7 @@ std::string format_bytes(uint64_t bytes) {
   return buffer;
 }
 
-void preflight_memory(uint64_t needed, const std::string& what) {
-  const uint64_t available = available_memory_bytes();
+void preflight_memory(uint64_t needed, const std::string& what, uint64_t available) {
   if (available != 0 && needed > available) {
     throw Error(ExitCode::kOutOfMemory, what + ": needs about " + format_bytes(needed) +
                                             " of memory, " + format_bytes(available) +

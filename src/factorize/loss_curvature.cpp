@@ -263,7 +263,7 @@ bool loss_pass_fits(const Calibration& calibration, bool sample) {
   return bytes < available_memory_bytes() / 2;
 }
 
-void preflight_loss_by_layer(const Calibration& calibration, bool sample) {
+void preflight_loss_by_layer(const Calibration& calibration, bool sample, uint64_t available) {
   const ModelConfig& config = calibration.config();
   // States and gradients of all sequences, and a copy on its way to disk.
   preflight_memory(
@@ -271,7 +271,7 @@ void preflight_loss_by_layer(const Calibration& calibration, bool sample) {
           loss_pass_bytes(config, calibration.rope().cos.size(0), is_fused(calibration.rope().cos),
                           /*by_layer=*/true) +
           3 * calibration.text_state_bytes(),
-      "the loss's curvature (--objective attention or fewer --calib-tokens need less)");
+      "the loss's curvature (--objective attention or fewer --calib-tokens need less)", available);
 }
 
 std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration,

@@ -10,6 +10,7 @@
 #include <set>
 #include <string_view>
 #include <system_error>
+#include <utility>
 
 #include "hla/core/data_dir.h"
 #include "hla/core/error.h"
@@ -60,41 +61,51 @@ const char* format_name(Format format) {
   }
 }
 
-// Rows as they are read, until there are enough.
+// Rows as they are read: documents, which are passed on, unless all of them are lines of a text,
+// which is when it is known to end.
 class Rows {
  public:
-  explicit Rows(std::optional<int64_t> max_documents) : max_(max_documents) {}
+  Rows(std::optional<int64_t> max_documents, const CorpusPart& part)
+      : max_(max_documents), part_(part) {}
 
   // Returns false when no more are wanted.
   bool add(std::string_view row) {
-    if (!row.empty()) {
-      any_ = true;
-      if (row.find('\n') != row.size() - 1) lines_ = false;
+    if (are_lines_ && (row.empty() || row.find('\n') == row.size() - 1)) {
+      lines_.emplace_back(row);
+      return true;  // lines of a text are not documents to count
     }
-    rows_.emplace_back(row);
-    // Lines of one text are not documents to count.
-    return lines_ || !max_ || static_cast<int64_t>(rows_.size()) < *max_;
+    return add_document(row);
   }
 
-  void move_to(Corpus& corpus) {
-    if (lines_ && any_) {
-      corpus.kind = Corpus::Kind::kText;
-      for (const std::string& row : rows_) corpus.text += row.empty() ? " \n" : row;
-      return;
+  bool add_document(std::string_view document) {
+    are_lines_ = false;
+    for (const std::string& line : std::exchange(lines_, {})) {
+      if (!pass(line)) return false;
     }
-    if (max_ && static_cast<int64_t>(rows_.size()) > *max_) {
-      rows_.resize(static_cast<size_t>(*max_));
-      any_ = std::any_of(rows_.begin(), rows_.end(), [](const auto& row) { return !row.empty(); });
-    }
-    corpus.kind = Corpus::Kind::kDocuments;
-    if (any_) corpus.documents = std::move(rows_);
+    return pass(document);
+  }
+
+  // After the last one.
+  bool finish() {
+    const auto is_filled = [](const std::string& line) { return !line.empty(); };
+    if (!std::any_of(lines_.begin(), lines_.end(), is_filled)) return more_;
+    std::string text;
+    for (const std::string& line : lines_) text += line.empty() ? " \n" : line;
+    return part_(Corpus::Kind::kText, text);
   }
 
  private:
+  bool pass(std::string_view document) {
+    more_ = more_ && part_(Corpus::Kind::kDocuments, document) && (!max_ || ++count_ < *max_);
+    return more_;
+  }
+
   std::optional<int64_t> max_;
-  std::vector<std::string> rows_;
-  bool any_ = false;   // a row that is not empty
-  bool lines_ = true;  // all of them are "" or a line
+  const CorpusPart& part_;
+  std::vector<std::string> lines_;
+  bool are_lines_ = true;  // so far
+  bool more_ = true;
+  int64_t count_ = 0;
 };
 
 bool read_parquet(const fs::path& file, const std::string& field, Rows& rows) {
@@ -113,8 +124,15 @@ bool read_jsonl(const fs::path& file, const std::string& field, Rows& rows) {
   const auto content = MappedFile::open(file);
   const std::string_view text = content->text();
   JsonOrigin origin;
+  // Pages that have been read count as this process's memory until they are given back.
+  constexpr size_t kHeldBytes = 64 << 20;
+  size_t released = 0;
   for (; origin.byte < text.size(); ++origin.line) {
     throw_if_interrupted();
+    if (origin.byte - released > kHeldBytes) {
+      content->release_pages();
+      released = origin.byte;
+    }
     const size_t end = std::min(text.find('\n', origin.byte), text.size());
     const std::string_view line = text.substr(origin.byte, end - origin.byte);
     if (line.find_first_not_of(" \t\r") != std::string_view::npos) {
@@ -160,48 +178,79 @@ std::string read_text(const fs::path& file) {
   return std::string(text);
 }
 
-// Reads the files, which are of one format, in their order. `text_documents`: a plain text is a
-// document, not the whole.
-Corpus read_files(const std::vector<fs::path>& files, const std::string& name, bool text_documents,
-                  const std::string& field, const CorpusOptions& options) {
-  if (options.max_documents && *options.max_documents < 1) {
+// Files of one format, in the order in which they are read.
+struct Source {
+  std::vector<fs::path> files;
+  std::string name;
+  std::string field = "text";
+  bool text_documents = false;  // a plain text is a document, not the whole
+  std::optional<int64_t> max_documents = {};
+  std::optional<int64_t> default_documents = {};  // where all are in memory
+  std::string separator = "\n\n";
+};
+
+// Files that were begun, and whether more was wanted.
+struct Streamed {
+  size_t files = 0;
+  bool more = true;
+};
+
+Streamed stream_files(const Source& source, const CorpusPart& part) {
+  if (source.max_documents && *source.max_documents < 1) {
     throw_usage("expected a number of documents of at least 1, got " +
-                std::to_string(*options.max_documents));
+                std::to_string(*source.max_documents));
   }
-  const Format format = format_of(files.front());
-  Corpus corpus;
-  corpus.name = name;
-  corpus.format = format_name(format);
-  size_t files_read = 0;
-  if (format == Format::kText && !text_documents) {
-    corpus.text = read_text(files.front());
-    files_read = 1;
-  } else if (format == Format::kText) {
-    corpus.kind = Corpus::Kind::kDocuments;
-    for (const fs::path& file : files) {
-      if (options.max_documents && static_cast<int64_t>(files_read) == *options.max_documents)
-        break;
-      corpus.documents.push_back(read_text(file));
-      ++files_read;
-    }
-    if (std::all_of(corpus.documents.begin(), corpus.documents.end(),
-                    [](const std::string& text) { return text.empty(); })) {
-      corpus.documents.clear();
-    }
+  bool any = false;
+  const CorpusPart pass = [&](Corpus::Kind kind, std::string_view text) {
+    throw_if_interrupted();
+    any |= !text.empty();
+    return part(kind, text);
+  };
+  const Format format = format_of(source.files.front());
+  Streamed result;
+  if (format == Format::kText && !source.text_documents) {
+    result.files = 1;
+    result.more = pass(Corpus::Kind::kText, read_text(source.files.front()));
   } else {
-    Rows rows(options.max_documents);
-    bool more = true;
-    for (; more && files_read < files.size(); ++files_read) {
-      const fs::path& file = files[files_read];
-      more = format == Format::kParquet ? read_parquet(file, field, rows)
-                                        : read_jsonl(file, field, rows);
+    Rows rows(source.max_documents, pass);
+    for (; result.more && result.files < source.files.size(); ++result.files) {
+      const fs::path& file = source.files[result.files];
+      switch (format) {
+        case Format::kParquet:
+          result.more = read_parquet(file, source.field, rows);
+          break;
+        case Format::kJsonl:
+          result.more = read_jsonl(file, source.field, rows);
+          break;
+        case Format::kText:
+          result.more = rows.add_document(read_text(file));
+          break;
+      }
     }
-    rows.move_to(corpus);
+    result.more = rows.finish();
   }
-  if (corpus.text.empty() && corpus.documents.empty())
-    throw_bad_input(name + ": the text is empty");
-  corpus.source = files.front().string();
-  if (files_read > 1) corpus.source += " (+" + std::to_string(files_read - 1) + " more)";
+  if (!any) throw_bad_input(source.name + ": the text is empty");
+  return result;
+}
+
+Corpus read_files(Source source) {
+  if (!source.max_documents) source.max_documents = source.default_documents;
+  Corpus corpus;
+  corpus.name = source.name;
+  corpus.format = format_name(format_of(source.files.front()));
+  corpus.separator = source.separator;
+  const Streamed read = stream_files(source, [&](Corpus::Kind kind, std::string_view part) {
+    corpus.kind = kind;
+    if (kind == Corpus::Kind::kText) {
+      corpus.text = part;
+    } else {
+      corpus.documents.emplace_back(part);
+    }
+    return true;
+  });
+  corpus.source = source.files.front().string();
+  if (read.files > 1) corpus.source += " (+" + std::to_string(read.files - 1) + " more)";
+  corpus.sha256 = sha256_hex(corpus.kind == Corpus::Kind::kText ? corpus.text : corpus.raw());
   return corpus;
 }
 
@@ -449,6 +498,67 @@ Search find_dataset(const Dataset& dataset, const std::string& split) {
   return search;
 }
 
+Source source_of_path(const fs::path& path, const CorpusOptions& options) {
+  Source source;
+  std::error_code error;
+  source.text_documents = fs::is_directory(path, error);
+  source.files = source.text_documents ? files_of_folder(path) : std::vector<fs::path>{path};
+  source.name = path.string();
+  source.field = options.text_field;
+  source.max_documents = options.max_documents;
+  return source;
+}
+
+Source source_of_dataset(const std::string& name, const std::string& split,
+                         const CorpusOptions& options) {
+  const auto found = std::find_if(datasets().begin(), datasets().end(),
+                                  [&](const Dataset& known) { return known.name == name; });
+  if (found == datasets().end()) {
+    throw_usage("unknown dataset \"" + name + "\"; known are: " + list(dataset_names()) +
+                "\n  hint: a file or folder can be read as it is");
+  }
+  const Dataset& dataset = *found;
+  const std::string wanted = split.empty() ? dataset.splits.back() : canonical_split(split);
+  if (std::find(dataset.splits.begin(), dataset.splits.end(), wanted) == dataset.splits.end()) {
+    throw_usage("dataset " + name + ": no split \"" + split +
+                "\"; there are: " + list(dataset.splits));
+  }
+  Source source;
+  source.name = name + ", split " + wanted;
+  const std::string hint =
+      dataset.download.empty()
+          ? "\n  hint: set HLA_DATA_DIR to the data/ folder of the repository"
+          : "\n  hint: huggingface-cli download --repo-type dataset " + dataset.download;
+  Search search = find_dataset(dataset, wanted);
+  if (search.files.empty()) {
+    std::string message = "dataset " + source.name + ": not found";
+    for (const std::string& place : search.places) message += "\n  - " + place;
+    throw_bad_input(message + hint);
+  }
+  const size_t shards = shard_count(search.files.front());
+  if (shards > 0 && shards != search.files.size()) {
+    throw_bad_input("dataset " + source.name + ": expected " + std::to_string(shards) +
+                    " files like " + search.files.front().string() + ", got " +
+                    std::to_string(search.files.size()) + hint);
+  }
+  source.files = std::move(search.files);
+  source.field =
+      options.text_field == CorpusOptions().text_field ? dataset.field : options.text_field;
+  source.max_documents = options.max_documents;
+  source.default_documents = dataset.default_documents;
+  if (name == "ptb" && wanted == "test") source.separator = " ";
+  return source;
+}
+
+// The dataset and split that "DATASET:SPLIT" or "DATASET" names.
+std::optional<std::pair<std::string, std::string>> dataset_of(const std::string& name) {
+  const size_t colon = std::min(name.find(':'), name.size());
+  const std::string dataset = name.substr(0, colon);
+  const auto& known = dataset_names();
+  if (std::find(known.begin(), known.end(), dataset) == known.end()) return std::nullopt;
+  return std::pair{dataset, colon < name.size() ? name.substr(colon + 1) : ""};
+}
+
 }  // namespace
 
 std::string Corpus::joined() const {
@@ -466,56 +576,33 @@ std::vector<WikiPage> Corpus::pages() const {
 }
 
 Corpus read_corpus(const fs::path& file, const CorpusOptions& options) {
-  std::error_code error;
-  const bool folder = fs::is_directory(file, error);
-  const std::vector<fs::path> files = folder ? files_of_folder(file) : std::vector<fs::path>{file};
-  Corpus corpus = read_files(files, file.string(), folder, options.text_field, options);
-  corpus.sha256 = sha256_hex(corpus.kind == Corpus::Kind::kText ? corpus.text : corpus.raw());
-  return corpus;
+  return read_files(source_of_path(file, options));
 }
 
 Corpus load_dataset(const std::string& name, const std::string& split,
                     const CorpusOptions& options) {
-  const auto found = std::find_if(datasets().begin(), datasets().end(),
-                                  [&](const Dataset& known) { return known.name == name; });
-  if (found == datasets().end()) {
-    throw_usage("unknown dataset \"" + name + "\"; known are: " + list(dataset_names()) +
-                "\n  hint: a file or folder can be read as it is");
+  const Source source = source_of_dataset(name, split, options);
+  Corpus corpus = read_files(source);
+  const auto most = options.max_documents ? options.max_documents : source.default_documents;
+  if (corpus.kind == Corpus::Kind::kDocuments && most) {
+    corpus.name += ", first " + std::to_string(*most) + " documents";
   }
-  const Dataset& dataset = *found;
-  const std::string wanted = split.empty() ? dataset.splits.back() : canonical_split(split);
-  if (std::find(dataset.splits.begin(), dataset.splits.end(), wanted) == dataset.splits.end()) {
-    throw_usage("dataset " + name + ": no split \"" + split +
-                "\"; there are: " + list(dataset.splits));
-  }
-  CorpusOptions limited = options;
-  if (!limited.max_documents) limited.max_documents = dataset.default_documents;
-  const std::string title = name + ", split " + wanted;
-  const std::string hint =
-      dataset.download.empty()
-          ? "\n  hint: set HLA_DATA_DIR to the data/ folder of the repository"
-          : "\n  hint: huggingface-cli download --repo-type dataset " + dataset.download;
-  const Search search = find_dataset(dataset, wanted);
-  if (search.files.empty()) {
-    std::string message = "dataset " + title + ": not found";
-    for (const std::string& place : search.places) message += "\n  - " + place;
-    throw_bad_input(message + hint);
-  }
-  const size_t shards = shard_count(search.files.front());
-  if (shards > 0 && shards != search.files.size()) {
-    throw_bad_input("dataset " + title + ": expected " + std::to_string(shards) + " files like " +
-                    search.files.front().string() + ", got " + std::to_string(search.files.size()) +
-                    hint);
-  }
-  const std::string field =
-      options.text_field == CorpusOptions().text_field ? dataset.field : options.text_field;
-  Corpus corpus = read_files(search.files, title, false, field, limited);
-  if (corpus.kind == Corpus::Kind::kDocuments && limited.max_documents) {
-    corpus.name += ", first " + std::to_string(*limited.max_documents) + " documents";
-  }
-  if (name == "ptb" && wanted == "test") corpus.separator = " ";
-  corpus.sha256 = sha256_hex(corpus.kind == Corpus::Kind::kText ? corpus.text : corpus.raw());
   return corpus;
+}
+
+Corpus open_corpus(const std::string& name, const CorpusOptions& options) {
+  if (const auto dataset = dataset_of(name)) {
+    return load_dataset(dataset->first, dataset->second, options);
+  }
+  return read_corpus(name, options);
+}
+
+bool stream_corpus(const std::string& name, const CorpusOptions& options, const CorpusPart& part) {
+  const auto dataset = dataset_of(name);
+  return stream_files(dataset ? source_of_dataset(dataset->first, dataset->second, options)
+                              : source_of_path(name, options),
+                      part)
+      .more;
 }
 
 const std::vector<std::string>& dataset_names() {

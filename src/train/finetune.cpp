@@ -12,6 +12,7 @@
 #include "hla/core/log.h"
 #include "hla/core/memory.h"
 #include "hla/core/progress.h"
+#include "hla/core/sha256.h"
 #include "hla/core/stopwatch.h"
 #include "hla/core/text_table.h"
 #include "hla/core/version.h"
@@ -36,19 +37,6 @@ constexpr const char* kMetrics = "metrics.jsonl";
 constexpr const char* kMetricsTable = "metrics.csv";
 constexpr const char* kLossPlot = "loss.svg";
 
-// "wikitext-2-raw:train", else a path.
-Corpus open_text(const std::string& text, const std::string& field) {
-  CorpusOptions options;
-  options.text_field = field;
-  const size_t colon = text.find(':');
-  const std::string dataset = text.substr(0, colon);
-  const auto& names = dataset_names();
-  if (std::find(names.begin(), names.end(), dataset) != names.end()) {
-    return load_dataset(dataset, colon == std::string::npos ? "" : text.substr(colon + 1), options);
-  }
-  return read_corpus(text, options);
-}
-
 class Run {
  public:
   Run(const ResolvedConfig& resolved, const FinetuneOptions& options)
@@ -57,7 +45,7 @@ class Run {
         options_(options),
         checkpoint_(Checkpoint::open(config_.model)),
         tokenizer_(open_tokenizer()),
-        valid_(open_text(config_.data.valid, config_.data.text_field)),
+        valid_(open_corpus(config_.data.valid, texts())),
         valid_tokens_(valid_, *tokenizer_) {
     const at::ScalarType stored = stored_dtype(checkpoint_);
     dtype_ = resolve_dtype(options.load.dtype, stored, options.load.device);
@@ -129,6 +117,8 @@ class Run {
     return config;
   }
 
+  CorpusOptions texts() const { return {.text_field = config_.data.text_field}; }
+
   void balance_factors() {
     if (!model_->config().hla || config_.train.factors == "kept") return;
     for (const auto& module : model_->modules()) {
@@ -156,15 +146,25 @@ class Run {
   }
 
   void make_rows() {
-    std::vector<Corpus> texts;
-    for (const std::string& text : config_.data.train) {
-      texts.push_back(open_text(text, config_.data.text_field));
-      train_sha256_.push_back(texts.back().sha256);
-    }
-    rows_.emplace(texts, *tokenizer_, model_->config().vocab_size,
+    Sha256 hash;
+    const auto read = [&](const CorpusPart& part) {
+      for (const std::string& name : config_.data.train) {
+        const bool more =
+            stream_corpus(name, texts(), [&](Corpus::Kind kind, std::string_view text) {
+              hash.add(std::to_string(text.size()) + ' ');
+              hash.add(text);
+              return part(kind, text);
+            });
+        if (!more) break;
+      }
+    };
+    rows_.emplace(read, *tokenizer_, model_->config().vocab_size,
                   RowsOptions{.kind = rows_kind_from_string(config_.data.rows),
                               .context = config_.data.context,
-                              .max_tokens = config_.data.max_tokens});
+                              .max_tokens = config_.data.max_tokens,
+                              .progress = options_.progress},
+                  detail::folder_target(config_.output).parent_path());
+    train_sha256_ = hash.hex();
     report_.rows = rows_->size();
     report_.tokens = rows_->tokens();
     const int64_t a_step = config_.train.batch_rows * config_.train.accumulate;
@@ -238,8 +238,7 @@ class Run {
 
   // What decides the bytes of the weights.
   nlohmann::json fingerprint() const {
-    nlohmann::json texts = nlohmann::json::array({valid_.sha256});
-    for (const std::string& sha256 : train_sha256_) texts.push_back(sha256);
+    nlohmann::json texts = nlohmann::json::array({valid_.sha256, train_sha256_});
     nlohmann::json settings;  // by dotted key, so that differences are named by it
     FinetuneConfig config = config_;
     for (const ConfigField& field : config_fields(config)) settings[field.key] = field.value();
@@ -451,7 +450,7 @@ class Run {
   std::shared_ptr<LlamaForCausalLM> teacher_;
   WindowPlan plan_;
   std::optional<TrainingRows> rows_;
-  std::vector<std::string> train_sha256_;
+  std::string train_sha256_;    // of what was read of the texts
   std::vector<int64_t> order_;  // of the rows, in this epoch
   int64_t steps_an_epoch_ = 0;
   TrainerSteps steps_;

@@ -7,6 +7,9 @@
 #include <string_view>
 
 #include "hla/core/error.h"
+#include "hla/core/progress.h"
+#include "hla/io/spill_file.h"
+#include "hla/text/wikitext.h"
 
 namespace hla {
 namespace {
@@ -55,48 +58,54 @@ RowsOptions::Kind rows_kind_from_string(const std::string& text) {
   throw_usage("[data.rows] expected packed, padded or padded-unmasked, got " + text);
 }
 
-TrainingRows::TrainingRows(const std::vector<Corpus>& texts, const Tokenizer& tokenizer,
-                           int64_t vocab_size, const RowsOptions& options)
+TrainingRows::TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64_t vocab_size,
+                           const RowsOptions& options, const std::filesystem::path& folder)
     : options_(options), pad_(tokenizer.eos_id().value_or(0)) {
   const int64_t most = options.max_tokens;
-  const auto full = [&] { return most > 0 && tokens() >= most; };
-  const auto append = [&](std::vector<int32_t> ids, int64_t longest) {
-    if (longest > 0 && static_cast<int64_t>(ids.size()) > longest) ids.resize(longest);
-    if (most > 0) ids.resize(std::min<size_t>(ids.size(), static_cast<size_t>(most - tokens())));
-    stream_.insert(stream_.end(), ids.begin(), ids.end());
-    return static_cast<int64_t>(ids.size());
-  };
   const bool packed = options.kind == RowsOptions::Kind::kPacked;
-  for (const Corpus& text : texts) {
-    std::vector<std::string_view> parts(text.documents.begin(), text.documents.end());
-    const std::string joined = text.kind == Corpus::Kind::kText ? text.joined() : "";
-    if (text.kind == Corpus::Kind::kText) {
-      parts = packed ? std::vector<std::string_view>{joined} : lines_of(text.text);
-    }
-    for (const std::string_view part : parts) {
-      if (full()) break;
-      if (packed) {
-        if (!stream_.empty() && tokenizer.eos_id()) append({*tokenizer.eos_id()}, 0);
-        append(tokenizer.encode(part), 0);
-        continue;
-      }
-      const int64_t begin = tokens();
+  SpillFile stream(folder);
+  int32_t largest = pad_;
+  Progress progress("reading texts", most, options.progress && most > 0);
+  // Returns how many there was room for.
+  const auto append = [&](const std::vector<int32_t>& ids, int64_t longest) {
+    auto count = static_cast<int64_t>(ids.size());
+    if (longest > 0) count = std::min(count, longest);
+    if (most > 0) count = std::min(count, most - tokens_);
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, ids[static_cast<size_t>(i)]);
+    stream.append(ids.data(), static_cast<size_t>(count) * sizeof(int32_t));
+    tokens_ += count;
+    progress.advance(count);
+    return count;
+  };
+  const auto add = [&](std::string_view part) {
+    if (packed) {
+      if (tokens_ > 0 && tokenizer.eos_id()) append({*tokenizer.eos_id()}, 0);
+      append(tokenizer.encode(part), 0);
+    } else {
+      const int64_t begin = tokens_;
       const int64_t count = append(tokenizer.encode(part), options.context);
       if (count > 1) rows_.push_back({begin, count, count - 1});
     }
-  }
-  if (packed) {
-    for (int64_t begin = 0; begin + 1 < tokens(); begin += options.context) {
-      const int64_t labels = std::min(options.context, tokens() - 1 - begin);
-      rows_.push_back({begin, std::min(options.context, tokens() - begin), labels});
+    return most == 0 || tokens_ < most;
+  };
+  texts([&](Corpus::Kind kind, std::string_view part) {
+    if (kind == Corpus::Kind::kDocuments) return add(part);
+    if (packed) return add(join_hf_rows(std::string(part)));
+    for (const std::string_view line : lines_of(part)) {
+      if (!add(line)) return false;
     }
+    return true;
+  });
+  stream_ = stream.finish();
+  for (int64_t begin = 0; packed && begin + 1 < tokens_; begin += options.context) {
+    const int64_t labels = std::min(options.context, tokens_ - 1 - begin);
+    rows_.push_back({begin, std::min(options.context, tokens_ - begin), labels});
   }
   if (rows_.empty()) throw_bad_input("[data.train] expected a text of two tokens at least");
-  const int32_t largest = *std::max_element(stream_.begin(), stream_.end());
-  if (largest >= vocab_size || pad_ >= vocab_size) {
+  if (largest >= vocab_size) {
     throw_bad_input("[data.train] expected ids below the model's vocab_size " +
-                    std::to_string(vocab_size) + ", got " +
-                    std::to_string(std::max(largest, pad_)) + ": a tokenizer of another model?");
+                    std::to_string(vocab_size) + ", got " + std::to_string(largest) +
+                    ": a tokenizer of another model?");
   }
 }
 
@@ -104,11 +113,12 @@ TrainingRows::Batch TrainingRows::batch(const std::vector<int64_t>& rows) const 
   const auto count = static_cast<int64_t>(rows.size());
   Batch batch = {at::full({count, options_.context}, pad_, at::kLong),
                  at::full({count, options_.context}, kNoLabel, at::kLong)};
+  const auto* stream = reinterpret_cast<const int32_t*>(stream_->data());
   auto* ids = batch.ids.mutable_data_ptr<int64_t>();
   auto* labels = batch.labels.mutable_data_ptr<int64_t>();
   for (const int64_t number : rows) {
     const Row& row = rows_[static_cast<size_t>(number)];
-    const auto from = stream_.begin() + row.begin;
+    const int32_t* from = stream + row.begin;
     std::copy_n(from, row.ids, ids);
     std::copy_n(from + 1, row.labels, labels);
     if (options_.kind == RowsOptions::Kind::kPaddedUnmasked) {

@@ -1,14 +1,17 @@
 #include "hla/factorize/loss_curvature.h"
 
 #include <c10/core/InferenceMode.h>
+#include <gmock/gmock.h>
 
 #include "hla/core/data_dir.h"
+#include "hla/core/memory.h"
 #include "hla/factorize/plan.h"
 #include "test_util.h"
 
 namespace hla {
 namespace {
 
+using testing::error_of;
 using testing::max_abs_difference;
 using testing::source_path;
 
@@ -68,6 +71,19 @@ TEST_F(LossCurvatureTest, IsTheSameALayerAtATime) {
     EXPECT_TRUE(found.sample_input.equal(expected.sample_input)) << layer;
     EXPECT_TRUE(found.sample_gradient.equal(expected.sample_gradient)) << layer;
   }
+}
+
+TEST_F(LossCurvatureTest, IsRefusedWhereNotEvenALayerFits) {
+  const c10::InferenceMode caller;
+  const Calibration calibration(base_, config_, small_calibration());
+  // More than the states and gradients of all sequences, and nothing near a machine's.
+  const uint64_t least = 3 * calibration.text_state_bytes();
+  EXPECT_NO_THROW(preflight_loss_by_layer(calibration, true, uint64_t{1} << 30));
+  const Error error =
+      error_of([&] { preflight_loss_by_layer(calibration, true, /*available=*/least); });
+  EXPECT_EQ(error.code(), ExitCode::kOutOfMemory);
+  EXPECT_THAT(error.what(), ::testing::HasSubstr("--objective attention"));
+  EXPECT_THAT(error.what(), ::testing::HasSubstr(format_bytes(least) + " are available"));
 }
 
 // Labels at every second position instead of all: the gradients' mean square stays.

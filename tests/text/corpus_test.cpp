@@ -175,6 +175,54 @@ TEST(CorpusTest, Folders) {
   EXPECT_THAT(message_of(folder.path()), HasSubstr("several splits (test, train)"));
 }
 
+// Parts that were passed on, a text after "text: ", until there were so many; then whether more was
+// wanted.
+std::vector<std::string> streamed(const std::string& name, size_t most = 100,
+                                  const CorpusOptions& options = {}) {
+  std::vector<std::string> parts;
+  const bool more = stream_corpus(name, options, [&](Corpus::Kind kind, std::string_view part) {
+    parts.push_back((kind == Corpus::Kind::kText ? "text: " : "") + std::string(part));
+    return parts.size() < most;
+  });
+  parts.emplace_back(more ? "more" : "enough");
+  return parts;
+}
+
+TEST(CorpusStreamTest, PassesDocumentsOnAsTheyCome) {
+  const TempDir folder;
+  write_file(folder / "1.jsonl", "{\"text\": \"one\"}\n{\"text\": \"two\"}\n");
+  write_file(folder / "2.jsonl", "{\"text\": \"three\"}\nnot JSON\n");
+  const std::string name = folder.path().string();
+  EXPECT_THAT(streamed(name, 1), ElementsAre("one", "enough"));
+  EXPECT_THAT(streamed(name, 3), ElementsAre("one", "two", "three", "enough"));
+  EXPECT_THAT(streamed(name, 9, {"text", 2}), ElementsAre("one", "two", "enough"));
+  std::vector<std::string> seen;
+  const Error error = error_of([&] {
+    stream_corpus(name, {}, [&](Corpus::Kind, std::string_view part) {
+      seen.emplace_back(part);
+      return true;
+    });
+  });
+  EXPECT_THAT(error.what(), HasSubstr("2.jsonl:2:"));
+  EXPECT_THAT(seen, ElementsAre("one", "two", "three"));
+}
+
+TEST(CorpusStreamTest, ATextIsOnePart) {
+  const TempDir folder;
+  write_file(folder / "a.txt", "b\nc\n");
+  EXPECT_THAT(streamed((folder / "a.txt").string()), ElementsAre("text: b\nc\n", "more"));
+  EXPECT_THAT(streamed(folder.path().string()), ElementsAre("b\nc\n", "more"));
+  const std::string rows = (folder / "rows.jsonl").string();
+  write_file(rows, "{\"text\": \"\"}\n{\"text\": \" = T = \\n\"}\n");
+  EXPECT_THAT(streamed(rows), ElementsAre("text:  \n = T = \n", "more"));
+  // What looked like lines so far were documents.
+  write_file(rows, "{\"text\": \" = T = \\n\"}\n{\"text\": \"\"}\n{\"text\": \"a\"}\n");
+  EXPECT_THAT(streamed(rows), ElementsAre(" = T = \n", "", "a", "more"));
+  EXPECT_THAT(streamed(rows, 1), ElementsAre(" = T = \n", "enough"));
+  write_file(rows, "{\"text\": \"\"}\n");
+  EXPECT_THAT(error_of([&] { streamed(rows); }).what(), HasSubstr("the text is empty"));
+}
+
 TEST(DatasetTest, ComesWithTheProgram) {
   const Corpus test = load_dataset("wikitext-2-raw", "test");
   EXPECT_EQ(test.kind, Corpus::Kind::kText);
@@ -282,6 +330,9 @@ TEST_F(CachedDatasetTest, ReadsTheCache) {
   EXPECT_THAT(fineweb.source, HasSubstr("000_00000.parquet (+1 more)"));
   EXPECT_THAT(load_dataset("fineweb", "train", {"text", 12}).source, Not(HasSubstr("more")));
   EXPECT_THAT(load_dataset("fineweb", "").name, HasSubstr("first 1000 documents"));
+  EXPECT_EQ(streamed("fineweb").size(), 2 * 12u + 1);
+  EXPECT_EQ(streamed("fineweb:train", 13).size(), 13 + 1u);
+  EXPECT_EQ(open_corpus("fineweb:train", {"text", 13}).documents, fineweb.documents);
 }
 
 TEST_F(CachedDatasetTest, RefusesMissingShards) {

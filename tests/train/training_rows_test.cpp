@@ -32,11 +32,21 @@ class Letters : public Tokenizer {
   std::string kind() const override { return "letters"; }
 };
 
-Corpus documents(std::vector<std::string> texts) {
-  Corpus corpus;
-  corpus.kind = Corpus::Kind::kDocuments;
-  corpus.documents = std::move(texts);
-  return corpus;
+using Part = std::pair<Corpus::Kind, std::string>;
+
+Part document(std::string text) { return {Corpus::Kind::kDocuments, std::move(text)}; }
+
+// `read`: how many parts were asked for.
+TrainingRows rows_of(const std::vector<Part>& parts, int64_t vocab_size, const RowsOptions& options,
+                     size_t* read = nullptr) {
+  const testing::TempDir folder;
+  const auto texts = [&](const CorpusPart& part) {
+    for (const auto& [kind, text] : parts) {
+      if (read != nullptr) ++*read;
+      if (!part(kind, text)) return;
+    }
+  };
+  return TrainingRows(texts, Letters(), vocab_size, options, folder.path());
 }
 
 std::vector<int64_t> row_of(const at::Tensor& tensor, int64_t row) {
@@ -47,9 +57,8 @@ std::vector<int64_t> row_of(const at::Tensor& tensor, int64_t row) {
 using Numbers = std::vector<int64_t>;
 
 TEST(TrainingRowsTest, PacksDocumentsIntoOneStream) {
-  const Letters letters;
-  const TrainingRows rows({documents({"abc", "de"}), documents({"f"})}, letters, 40,
-                          {.context = 3});
+  const TrainingRows rows =
+      rows_of({document("abc"), document("de"), document("f")}, 40, {.context = 3});
   // a b c EOS d e EOS f
   EXPECT_EQ(rows.tokens(), 8);
   ASSERT_EQ(rows.size(), 3);
@@ -64,11 +73,10 @@ TEST(TrainingRowsTest, PacksDocumentsIntoOneStream) {
 }
 
 TEST(TrainingRowsTest, PadsRows) {
-  const Letters letters;
-  Corpus text;
-  text.text = "abc\n \n\nabcdefgh\nz";
-  const std::vector<Corpus> texts = {text, documents({"q", "rs"})};
-  const TrainingRows masked(texts, letters, 40, {.kind = RowsOptions::Kind::kPadded, .context = 6});
+  const std::vector<Part> texts = {
+      {Corpus::Kind::kText, "abc\n \n\nabcdefgh\nz"}, document("q"), document("rs")};
+  const TrainingRows masked =
+      rows_of(texts, 40, {.kind = RowsOptions::Kind::kPadded, .context = 6});
   // Blank lines are none; one token alone predicts nothing.
   ASSERT_EQ(masked.size(), 3);
   TrainingRows::Batch batch = masked.batch({0, 1, 2});
@@ -78,28 +86,37 @@ TEST(TrainingRowsTest, PadsRows) {
   EXPECT_EQ(row_of(batch.labels, 1), (Numbers{11, 12, 13, 14, 15, kNone}));
   EXPECT_EQ(row_of(batch.labels, 2), (Numbers{28, kNone, kNone, kNone, kNone, kNone}));
 
-  const TrainingRows unmasked(texts, letters, 40,
-                              {.kind = RowsOptions::Kind::kPaddedUnmasked, .context = 6});
+  const TrainingRows unmasked =
+      rows_of(texts, 40, {.kind = RowsOptions::Kind::kPaddedUnmasked, .context = 6});
   batch = unmasked.batch({0});
   EXPECT_EQ(row_of(batch.labels, 0), (Numbers{11, 12, 9, kEos, kEos, kNone}));
 }
 
 TEST(TrainingRowsTest, TakesSoManyTokens) {
-  const Letters letters;
-  const std::vector<Corpus> texts = {documents({"abcdef", "ghi"})};
-  EXPECT_EQ(TrainingRows(texts, letters, 40, {.context = 4, .max_tokens = 5}).tokens(), 5);
-  EXPECT_EQ(TrainingRows(texts, letters, 40, {.context = 4, .max_tokens = 99}).tokens(), 10);
-  const TrainingRows padded(texts, letters, 40,
-                            {.kind = RowsOptions::Kind::kPadded, .context = 4, .max_tokens = 6});
+  const std::vector<Part> texts = {document("abcdef"), document("ghi"), document("jkl")};
+  size_t read = 0;
+  EXPECT_EQ(rows_of(texts, 40, {.context = 4, .max_tokens = 5}, &read).tokens(), 5);
+  EXPECT_EQ(read, 1u);  // and nothing of what follows
+  EXPECT_EQ(rows_of(texts, 40, {.context = 4, .max_tokens = 99}).tokens(), 14);
+  read = 0;
+  const TrainingRows padded = rows_of(
+      texts, 40, {.kind = RowsOptions::Kind::kPadded, .context = 4, .max_tokens = 6}, &read);
   EXPECT_EQ(padded.tokens(), 6);
+  EXPECT_EQ(read, 2u);
   EXPECT_EQ(row_of(padded.batch({1}).labels, 0), (Numbers{17, kNone, kNone, kNone}));
 }
 
+TEST(TrainingRowsTest, LeavesNoFile) {
+  const testing::TempDir folder;
+  const auto texts = [](const CorpusPart& part) { part(Corpus::Kind::kDocuments, "abc"); };
+  const TrainingRows rows(texts, Letters(), 40, {.context = 4}, folder.path());
+  EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
+  EXPECT_EQ(row_of(rows.batch({0}).ids, 0), (Numbers{10, 11, 12, kEos}));
+}
+
 TEST(TrainingRowsTest, RefusesWhatCannotBeLearnt) {
-  const Letters letters;
-  EXPECT_EQ(error_of([&] { TrainingRows({documents({"a"})}, letters, 40, {}); }).code(),
-            ExitCode::kBadInput);
-  const Error error = error_of([&] { TrainingRows({documents({"az"})}, letters, 20, {}); });
+  EXPECT_EQ(error_of([&] { rows_of({document("a")}, 40, {}); }).code(), ExitCode::kBadInput);
+  const Error error = error_of([&] { rows_of({document("az")}, 20, {}); });
   EXPECT_EQ(error.code(), ExitCode::kBadInput);
   EXPECT_NE(std::string(error.what()).find("got 35"), std::string::npos) << error.what();
 }

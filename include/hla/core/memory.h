@@ -6,13 +6,18 @@
 
 namespace hla {
 
-uint64_t peak_rss_bytes();                 // high-water mark of this process, VmHWM
-uint64_t rss_bytes();                      // resident now, VmRSS
-uint64_t available_memory_bytes();         // MemAvailable, or the cgroup's room where that is less
-void release_free_memory();                // gives freed heap back to the system
+uint64_t peak_rss_bytes();          // high-water mark of this process, VmHWM
+uint64_t rss_bytes();               // resident now, VmRSS
+uint64_t available_memory_bytes();  // MemAvailable, or the cgroup's room where that is less
+void release_free_memory();         // gives freed heap back to the system
+// From now on keeps all of it: a process that needs as much again in a moment spares the kernel
+// from zeroing pages. Of the whole process.
+void keep_freed_memory();
 std::string format_bytes(uint64_t bytes);  // "1.50 GB", decimal units
 
-// Throws Error(kOutOfMemory) naming `what` when `needed` bytes exceed available memory.
-void preflight_memory(uint64_t needed, const std::string& what);
+// Throws Error(kOutOfMemory) naming `what` when `needed` bytes exceed `available` ones (0:
+// unknown).
+void preflight_memory(uint64_t needed, const std::string& what,
+                      uint64_t available = available_memory_bytes());
 
 }  // namespace hla

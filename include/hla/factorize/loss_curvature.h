@@ -7,6 +7,7 @@
 #include <functional>
 #include <vector>
 
+#include "hla/core/memory.h"
 #include "hla/factorize/calibration.h"
 
 namespace hla {
@@ -43,8 +44,9 @@ uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length, bool fused, 
 uint64_t loss_pass_disk_bytes(const Calibration& calibration, int64_t kept_inputs, bool at_once);
 // Whether collect_loss_curvature() takes less than half of the available memory.
 bool loss_pass_fits(const Calibration& calibration, bool sample);
-// Throws kOutOfMemory where not even a layer at a time fits.
-void preflight_loss_by_layer(const Calibration& calibration, bool sample);
+// Throws kOutOfMemory where not even a layer at a time fits into `available` bytes.
+void preflight_loss_by_layer(const Calibration& calibration, bool sample,
+                             uint64_t available = available_memory_bytes());
 
 struct LossPassOptions {
   bool sample = false;

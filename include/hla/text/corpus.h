@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "hla/text/wikitext.h"
@@ -40,7 +42,7 @@ struct CorpusOptions {
   std::string text_field = "text";
   // Stop after so many documents, in the order of the files; the rest is not read. A text (plain,
   // or WikiText rows) is always read whole.
-  std::optional<int64_t> max_documents;
+  std::optional<int64_t> max_documents = {};
 };
 
 // Reads a file by its extension: .jsonl and .ndjson (an object a line, blank lines skipped),
@@ -69,5 +71,17 @@ Corpus load_dataset(const std::string& dataset, const std::string& split,
 
 // Names that load_dataset takes, for help and messages.
 const std::vector<std::string>& dataset_names();
+
+// "DATASET:SPLIT" or "DATASET" as load_dataset, anything else as read_corpus.
+Corpus open_corpus(const std::string& name, const CorpusOptions& options = {});
+
+// Takes a text as in its file, or the next document; returns whether it wants more.
+using CorpusPart = std::function<bool(Corpus::Kind kind, std::string_view part)>;
+
+// Passes on what open_corpus would read, as it is read: of documents one at a time is in memory; a
+// text is one part. What comes after the part that returned false is not looked at. Of datasets all
+// documents are read where options say nothing. Returns whether more was wanted. Throws as
+// open_corpus.
+bool stream_corpus(const std::string& name, const CorpusOptions& options, const CorpusPart& part);
 
 }  // namespace hla

@@ -4,9 +4,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "hla/io/mapped_file.h"
 #include "hla/text/corpus.h"
 #include "hla/text/tokenizer.h"
 
@@ -22,18 +26,24 @@ struct RowsOptions {
   Kind kind = Kind::kPacked;
   int64_t context = 1024;  // ids of a row
   int64_t max_tokens = 0;  // of the texts; 0: all
+  bool progress = false;   // a line on a terminal while so many are read
 };
 // "packed", "padded", "padded-unmasked"; throws kUsage for another.
 RowsOptions::Kind rows_kind_from_string(const std::string& text);
 
+// The ids are on disk, so that texts may be larger than memory.
 class TrainingRows {
  public:
-  // Throws kBadInput where there is nothing to predict, or an id is not below `vocab_size`.
-  TrainingRows(const std::vector<Corpus>& texts, const Tokenizer& tokenizer, int64_t vocab_size,
-               const RowsOptions& options);
+  // Passes texts and documents on, one after another, as long as they are wanted.
+  using Texts = std::function<void(const CorpusPart&)>;
+
+  // `folder`: where there is room for the ids, 4 bytes each, in a file without a name. Throws
+  // kBadInput where there is nothing to predict, or an id is not below `vocab_size`.
+  TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64_t vocab_size,
+               const RowsOptions& options, const std::filesystem::path& folder);
 
   int64_t size() const { return static_cast<int64_t>(rows_.size()); }
-  int64_t tokens() const { return static_cast<int64_t>(stream_.size()); }  // without padding
+  int64_t tokens() const { return tokens_; }  // without padding
 
   struct Batch {
     at::Tensor ids;     // (B, context) int64
@@ -51,7 +61,8 @@ class TrainingRows {
 
   RowsOptions options_;
   int32_t pad_ = 0;
-  std::vector<int32_t> stream_;
+  int64_t tokens_ = 0;
+  std::shared_ptr<const MappedFile> stream_;  // int32
   std::vector<Row> rows_;
 };
 
