@@ -12,12 +12,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The kernels' results would count as constants.
-void refuse_second_derivatives() {
-  if (at::GradMode::is_enabled()) {
-    throw_runtime("[autograd] second derivatives of fused fp32 operations are not implemented");
-  }
-}
+constexpr const char* kFused = "fused fp32 operations";
 
 class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
  public:
@@ -28,7 +23,7 @@ class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
     return cpu::rms_norm(x, weight, eps);
   }
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    refuse_second_derivatives();
+    refuse_second_derivatives(kFused);
     const variable_list saved = context->get_saved_variables();
     const at::Tensor gradient = gradients[0].contiguous();
     const double eps = context->saved_data["eps"].toDouble();
@@ -52,7 +47,7 @@ class SiluMulFunction : public torch::autograd::Function<SiluMulFunction> {
     return cpu::silu_mul(gate, up);
   }
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    refuse_second_derivatives();
+    refuse_second_derivatives(kFused);
     const variable_list saved = context->get_saved_variables();
     const auto [gate, up] = cpu::silu_mul_backward(gradients[0].contiguous(), saved[0], saved[1]);
     return {gate, up};
@@ -67,7 +62,7 @@ class RopeFunction : public torch::autograd::Function<RopeFunction> {
     return cpu::rope(x, cos, sin);
   }
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    refuse_second_derivatives();
+    refuse_second_derivatives(kFused);
     const variable_list saved = context->get_saved_variables();
     // The adjoint of a rotation turns back.
     return {cpu::rope(dense(gradients[0]), saved[0], -saved[1]), at::Tensor(), at::Tensor()};
@@ -86,6 +81,12 @@ bool is_dense_fp32(const at::Tensor& x) {
 }
 
 }  // namespace
+
+void refuse_second_derivatives(const std::string& of) {
+  if (at::GradMode::is_enabled()) {
+    throw_runtime("[autograd] second derivatives of " + of + " are not implemented");
+  }
+}
 
 bool differentiates(const at::Tensor& x) {
   return at::GradMode::is_enabled() && x.requires_grad() && is_dense_fp32(x);

@@ -5,7 +5,7 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "hla/core/error.h"
+#include "hla/model/autograd_functions.h"
 
 namespace hla {
 namespace {
@@ -26,9 +26,7 @@ class RecomputedLayer : public torch::autograd::Function<RecomputedLayer> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    if (at::GradMode::is_enabled()) {
-      throw_runtime("[autograd] second derivatives of recomputed layers are not implemented");
-    }
+    refuse_second_derivatives("recomputed layers");
     const variable_list saved = context->get_saved_variables();
     const auto* layer = reinterpret_cast<const DecoderLayer*>(context->saved_data["layer"].toInt());
     const at::AutoGradMode gradients_wanted(true);

@@ -79,22 +79,17 @@ void Trainer::add_parameters(at::ScalarType dtype) {
     throw_bad_input("[train.parameters] the model has no " + config_.train.parameters +
                     ": a Llama has keys and values, no factors");
   }
-}
-
-std::vector<std::pair<std::string, at::Tensor>> Trainer::masters() const {
-  std::vector<std::pair<std::string, at::Tensor>> result;
-  for (const Tuned& tuned : tuned_) result.emplace_back(tuned.name, tuned.master);
+  for (const Tuned& tuned : tuned_) masters_.emplace_back(tuned.name, tuned.master);
   for (const LowRank& low_rank : low_rank_) {
-    result.emplace_back(low_rank.name + ".lora_A", low_rank.update.a());
-    result.emplace_back(low_rank.name + ".lora_B", low_rank.update.b());
+    masters_.emplace_back(low_rank.name + ".lora_A", low_rank.update.a());
+    masters_.emplace_back(low_rank.name + ".lora_B", low_rank.update.b());
   }
-  return result;
 }
 
 void Trainer::make_optimizer() {
   std::vector<at::Tensor> matrices;
   std::vector<at::Tensor> vectors;
-  for (const auto& [name, master] : masters()) {
+  for (const auto& [name, master] : masters_) {
     (master.dim() >= 2 ? matrices : vectors).push_back(master);
   }
   const FinetuneConfig::Optimizer& optimizer = config_.optimizer;
@@ -122,13 +117,13 @@ std::map<std::string, at::Tensor> Trainer::tuned_weights() const {
 
 int64_t Trainer::tuned_parameters() const {
   int64_t count = 0;
-  for (const auto& [name, master] : masters()) count += master.numel();
+  for (const auto& [name, master] : masters_) count += master.numel();
   return count;
 }
 
 uint64_t Trainer::bytes() const {
   uint64_t bytes = 0;
-  for (const auto& [name, master] : masters()) bytes += 4 * master.nbytes();
+  for (const auto& [name, master] : masters_) bytes += 4 * master.nbytes();
   // The model's own gradients; and its weights and the original ones.
   for (const Tuned& tuned : tuned_) {
     if (!tuned.master.is_same(tuned.weight)) bytes += 2 * tuned.weight.nbytes();
@@ -142,7 +137,7 @@ uint64_t Trainer::bytes() const {
 
 std::pair<std::string, double> Trainer::gradient_norm() const {
   double square = 0;
-  for (const auto& [name, master] : masters()) {
+  for (const auto& [name, master] : masters_) {
     if (!master.grad().defined()) continue;
     const double norm = master.grad().norm(2, at::kFloat).item<double>();
     if (!std::isfinite(norm)) return {name, norm};
@@ -153,7 +148,7 @@ std::pair<std::string, double> Trainer::gradient_norm() const {
 
 void Trainer::save(const std::filesystem::path& file) const {
   std::vector<std::pair<std::string, at::Tensor>> tensors;
-  for (const auto& [name, master] : masters()) {
+  for (const auto& [name, master] : masters_) {
     tensors.emplace_back("weight/" + name, master.detach());
     const auto found = optimizer_->state().find(master.unsafeGetTensorImpl());
     if (found == optimizer_->state().end()) continue;  // no gradient so far
@@ -174,7 +169,7 @@ void Trainer::load(const std::filesystem::path& file, int64_t steps) {
   const auto reader = SafetensorsReader::open(file);
   Problems problems(file.string());
   optimizer_->state().clear();
-  for (auto& [name, master] : masters()) {
+  for (auto& [name, master] : masters_) {
     if (!reader.has("weight/" + name) ||
         reader.view("weight/" + name).shape != master.sizes().vec()) {
       problems.add(name + ": is not there, or of another shape");
@@ -329,7 +324,7 @@ Trainer::Step Trainer::step(const std::vector<TrainingRows::Batch>& batches) {
     if (most > 0 && result.gradient_norm > most) {
       factor *= most / (result.gradient_norm + 1e-6);  // as torch's clip_grad_norm_
     }
-    for (auto& [name, master] : masters()) {
+    for (auto& [name, master] : masters_) {
       if (factor != 1 && master.grad().defined()) master.mutable_grad().mul_(factor);
     }
     for (auto& group : optimizer_->param_groups()) group.options().set_lr(result.learning_rate);

@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
-#include "../test_util.h"
+#include "committed_model.h"
 #include "hla/model/load.h"
 #include "hla/train/trainer.h"
 
@@ -11,12 +11,8 @@ namespace hla {
 namespace {
 
 using testing::error_of;
+using testing::load_committed;
 using testing::source_path;
-
-std::shared_ptr<LlamaForCausalLM> load(const std::string& name) {
-  return load_model(Checkpoint::open(source_path("tests/data/models/" + name).string()),
-                    {.dtype = at::kFloat});
-}
 
 TrainingRows::Batch random_batch(int64_t rows) {
   const at::Tensor ids = at::randint(3, 96, {rows, 24}, at::kLong);
@@ -26,7 +22,7 @@ TrainingRows::Batch random_batch(int64_t rows) {
 // The model with noise in its attention.
 std::shared_ptr<LlamaForCausalLM> student() {
   at::manual_seed(31);
-  auto model = load("gqa");
+  auto model = load_committed("gqa");
   for (auto& parameter : model->named_parameters()) {
     if (parameter.key().find("self_attn") == std::string::npos) continue;
     at::Tensor weight = parameter.value();
@@ -37,7 +33,7 @@ std::shared_ptr<LlamaForCausalLM> student() {
 
 TEST(DistillationTest, LayersAreThoseOfTheModel) {
   at::manual_seed(32);
-  const auto model = load("gqa");
+  const auto model = load_committed("gqa");
   const at::Tensor ids = at::randint(3, 96, {2, 20}, at::kLong);
   const at::Tensor expected = model->forward(ids);
   for (const bool recompute : {false, true}) {
@@ -57,7 +53,7 @@ TEST(DistillationTest, RelativeErrorIsByToken) {
 
 // Each of the losses alone moves a student toward its teacher.
 TEST(DistillationTest, EachLossFalls) {
-  const auto teacher = load("gqa");
+  const auto teacher = load_committed("gqa");
   const TrainingRows::Batch batch = random_batch(4);
   FinetuneConfig config;
   config.optimizer.learning_rate = 3e-3;
@@ -83,8 +79,8 @@ TEST(DistillationTest, EachLossFalls) {
 }
 
 TEST(DistillationTest, AStudentThatIsTheTeacherHasNothingToLearn) {
-  const auto teacher = load("gqa");
-  const auto model = load("gqa");
+  const auto teacher = load_committed("gqa");
+  const auto model = load_committed("gqa");
   const TrainingRows::Batch batch = random_batch(2);
   const at::Tensor tokens = at::arange(48);
   EXPECT_EQ(match_attention(*model, *teacher, batch.ids, tokens, 1), 0);
@@ -100,7 +96,7 @@ TEST(DistillationTest, AStudentThatIsTheTeacherHasNothingToLearn) {
 
 // Steps on attention leave all else alone, and the moments begin anew behind them.
 TEST(DistillationTest, AttentionComesFirst) {
-  const auto teacher = load("gqa");
+  const auto teacher = load_committed("gqa");
   const auto model = student();
   const TrainingRows::Batch batch = random_batch(2);
   FinetuneConfig config;
@@ -127,7 +123,7 @@ TEST(DistillationTest, AttentionComesFirst) {
 }
 
 TEST(DistillationTest, RefusesTeachersThatDoNotFit) {
-  const auto student = load("gqa");
+  const auto student = load_committed("gqa");
   const auto other =
       load_model(Checkpoint::open(source_path("data/stories260K/stories260K.bin").string()), {});
   const Error error = error_of([&] { check_teacher(*student, *other, /*by_layer=*/true); });

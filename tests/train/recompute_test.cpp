@@ -4,20 +4,15 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include "../test_util.h"
+#include "committed_model.h"
 #include "hla/model/load.h"
 
 namespace hla {
 namespace {
 
 using testing::error_of;
+using testing::load_committed;
 using testing::max_abs_difference;
-using testing::source_path;
-
-std::shared_ptr<LlamaForCausalLM> load(at::ScalarType dtype) {
-  return load_model(Checkpoint::open(source_path("tests/data/models/gqa").string()),
-                    {.dtype = dtype});
-}
 
 // Through two layers, of which the first gets an input that wants no gradient.
 at::Tensor run(const LlamaForCausalLM& model, const at::Tensor& input, bool recomputed) {
@@ -31,7 +26,7 @@ at::Tensor run(const LlamaForCausalLM& model, const at::Tensor& input, bool reco
 
 TEST(RecomputeTest, GradientsAreTheSameBits) {
   at::manual_seed(21);
-  const auto model = load(at::kFloat);
+  const auto model = load_committed("gqa", at::kFloat);
   for (auto& parameter : model->parameters()) parameter.set_requires_grad(true);
   const at::Tensor input = model->embed(at::randint(3, 96, {2, 17}, at::kLong)).detach();
   const at::Tensor direction = at::randn_like(input);
@@ -55,7 +50,7 @@ TEST(RecomputeTest, GradientsAreTheSameBits) {
 // Central differences in fp64, by an input and by a weight.
 TEST(RecomputeTest, GradientIsThatOfFiniteDifferences) {
   at::manual_seed(22);
-  const auto model = load(at::kDouble);
+  const auto model = load_committed("gqa", at::kDouble);
   at::Tensor weight = model->named_parameters()["model.layers.0.mlp.up_proj.weight"];
   weight.requires_grad_();
   const at::Tensor input = at::randn({1, 9, model->config().hidden_size}, at::kDouble);
@@ -81,7 +76,7 @@ TEST(RecomputeTest, GradientIsThatOfFiniteDifferences) {
 }
 
 TEST(RecomputeTest, RefusesSecondDerivatives) {
-  const auto model = load(at::kFloat);
+  const auto model = load_committed("gqa", at::kFloat);
   const at::Tensor x = at::randn({1, 5, model->config().hidden_size}).requires_grad_();
   const at::Tensor y = run(*model, x, /*recomputed=*/true);
   EXPECT_EQ(error_of([&] {

@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include "../test_util.h"
+#include "committed_model.h"
 #include "hla/factorize/scratch_tensors.h"
 #include "hla/model/device.h"
 #include "hla/model/load.h"
@@ -16,16 +16,11 @@ namespace hla {
 namespace {
 
 using testing::error_of;
+using testing::load_committed;
 using testing::max_abs_difference;
 using testing::source_path;
 using testing::TempDir;
 using testing::to_tensor;
-
-std::shared_ptr<LlamaForCausalLM> load(const std::string& name, at::ScalarType dtype = at::kFloat,
-                                       at::Device device = at::kCPU) {
-  return load_model(Checkpoint::open(source_path("tests/data/models/" + name).string()),
-                    {.device = device, .dtype = dtype});
-}
 
 TrainingRows::Batch batch_of(const at::Tensor& ids) {
   const at::Tensor labels = at::constant_pad_nd(ids.slice(1, 1), {0, 1}, TrainingRows::kNoLabel);
@@ -44,7 +39,7 @@ std::map<std::string, at::Tensor> weights_of(const LlamaForCausalLM& model) {
 TEST(TrainerTest, LossAndGradientsEqualTransformers) {
   for (const std::string name : {"gqa", "attention_bias"}) {
     SCOPED_TRACE(name);
-    const auto model = load(name);
+    const auto model = load_committed(name);
     for (auto& parameter : model->parameters()) parameter.set_requires_grad(true);
     const auto golden =
         SafetensorsReader::open(source_path("tests/data/models/" + name + "/golden.safetensors"));
@@ -72,7 +67,7 @@ TEST(TrainerTest, LossAndGradientsEqualTransformers) {
 
 TEST(TrainerTest, LossIsTheSameWithoutGradients) {
   at::manual_seed(1);
-  const auto model = load("tied");
+  const auto model = load_committed("tied");
   const at::Tensor ids = at::randint(3, 96, {3, 20}, at::kLong);
   const TrainingRows::Batch batch = batch_of(ids);
   const at::NoGradGuard no_gradients;
@@ -87,8 +82,8 @@ TEST(TrainerTest, LossIsTheSameWithoutGradients) {
 // KL as a formula of all logits, at a temperature, with a teacher of another width.
 TEST(TrainerTest, DistillationHasTheGradientOfItsFormula) {
   at::manual_seed(11);
-  const auto model = load("tied");
-  const auto teacher = load("gqa");
+  const auto model = load_committed("tied");
+  const auto teacher = load_committed("gqa");
   const at::Tensor ids = at::randint(3, 96, {2, 20}, at::kLong);
   TrainingRows::Batch batch = batch_of(ids);
   batch.labels[0].slice(0, 0, 5).fill_(TrainingRows::kNoLabel);
@@ -123,7 +118,7 @@ TEST(TrainerTest, DistillationHasTheGradientOfItsFormula) {
 // In the first step the moments are the gradient and its square, whatever the betas.
 TEST(TrainerTest, FirstStepIsAdamWs) {
   at::manual_seed(2);
-  const auto model = load("attention_bias");
+  const auto model = load_committed("attention_bias");
   const std::map<std::string, at::Tensor> before = weights_of(*model);
   FinetuneConfig config;
   config.optimizer = {.learning_rate = 1e-2,
@@ -146,8 +141,8 @@ TEST(TrainerTest, FirstStepIsAdamWs) {
 
 TEST(TrainerTest, AccumulatedBatchesAreOne) {
   at::manual_seed(3);
-  const auto one = load("gqa");
-  const auto two = load("gqa");
+  const auto one = load_committed("gqa");
+  const auto two = load_committed("gqa");
   FinetuneConfig config;
   config.optimizer.epsilon = 1e-3;  // tiny gradients may have either sign
   Trainer a(*one, config, {.loss = 4});
@@ -171,7 +166,7 @@ TEST(TrainerTest, AccumulatedBatchesAreOne) {
 
 TEST(TrainerTest, ShortensLongGradients) {
   at::manual_seed(4);
-  const auto model = load("gqa");
+  const auto model = load_committed("gqa");
   FinetuneConfig config;
   config.optimizer.max_gradient_norm = 0.01;
   Trainer trainer(*model, config, {.loss = 1});
@@ -193,7 +188,7 @@ TEST(TrainerTest, TunesWhatWasAskedFor) {
   EXPECT_TRUE(is_tuned("factors", "model.layers.0.self_attn.kv_up.bias"));
 
   at::manual_seed(5);
-  const auto model = load("gqa");
+  const auto model = load_committed("gqa");
   const auto before = weights_of(*model);
   FinetuneConfig config;
   config.train.parameters = "attention";
@@ -207,7 +202,7 @@ TEST(TrainerTest, TunesWhatWasAskedFor) {
 }
 
 TEST(TrainerTest, StopsAtNumbersThatAreNotFinite) {
-  const auto model = load("gqa");
+  const auto model = load_committed("gqa");
   model->layers()[1]->named_parameters()["mlp.down_proj.weight"].fill_(NAN);
   Trainer trainer(*model, {}, {.loss = 1});
   const Error error = error_of([&] {
@@ -237,7 +232,7 @@ TEST(TrainerTest, LearningRateFollowsItsSchedule) {
 // A matrix that learns by a product of two small ones.
 TEST(TrainerTest, LowRankUpdatesGoIntoTheMatrices) {
   at::manual_seed(6);
-  const auto model = load("gqa");
+  const auto model = load_committed("gqa");
   const auto before = weights_of(*model);
   FinetuneConfig config;
   config.train.parameters = "attention";
@@ -266,8 +261,8 @@ TEST(TrainerTest, HalfPrecisionLearnsInFp32) {
   for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
     SCOPED_TRACE(c10::toString(dtype));
     at::manual_seed(8);
-    const auto half = load("gqa");
-    const auto full = load("gqa");
+    const auto half = load_committed("gqa");
+    const auto full = load_committed("gqa");
     FinetuneConfig config;
     config.optimizer.learning_rate = 1e-4;
     config.schedule.kind = "constant";
@@ -305,7 +300,7 @@ TEST(TrainerTest, HalfPrecisionLearnsInFp32) {
 
 TEST(TrainerTest, Fp16SkipsStepsUntilItsScaleFits) {
   at::manual_seed(9);
-  const auto model = load("gqa", at::kHalf);
+  const auto model = load_committed("gqa", at::kHalf);
   FinetuneConfig config;
   const TempDir folder;
   const TrainingRows::Batch batch = batch_of(at::randint(3, 96, {4, 24}, at::kLong));
@@ -348,8 +343,8 @@ TEST(TrainerTest, StepsOnCuda) {
   if (cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
   const auto losses = [](at::Device device, at::ScalarType dtype) {
     at::manual_seed(10);
-    const auto model = load("gqa", dtype, device);
-    const auto teacher = load("gqa", dtype, device);
+    const auto model = load_committed("gqa", dtype, device);
+    const auto teacher = load_committed("gqa", dtype, device);
     FinetuneConfig config;
     config.optimizer.learning_rate = 1e-3;
     config.train.parameters = "attention";

@@ -5,6 +5,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string>
+
 namespace hla {
 
 // Whether the functions below may take the place of composed operations: contiguous fp32 on the
@@ -20,5 +22,9 @@ at::Tensor differentiable_silu_mul(const at::Tensor& gate, const at::Tensor& up)
 
 // RoPE: x (B, T, heads, 2F), half-split; cos and sin (T, F).
 at::Tensor differentiable_rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
+
+// To be called on the way back of a function whose gradients count as constants: throws kRuntime
+// where they are to be differentiated.
+void refuse_second_derivatives(const std::string& of);
 
 }  // namespace hla

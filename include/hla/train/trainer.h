@@ -99,8 +99,6 @@ class Trainer {
 
   void add_parameters(at::ScalarType dtype);
   void make_optimizer();
-  // All that AdamW works on, with their names.
-  std::vector<std::pair<std::string, at::Tensor>> masters() const;
   // Adds the gradients of a batch to those of the masters, `losses` on the mean over the labels.
   void add_loss(const TrainingRows::Batch& batch, double labels, Step& losses);
   void add_attention(const TrainingRows::Batch& batch, double labels, Step& losses);
@@ -119,6 +117,7 @@ class Trainer {
   LossScale scale_;
   std::vector<Tuned> tuned_;
   std::vector<LowRank> low_rank_;
+  std::vector<std::pair<std::string, at::Tensor>> masters_;  // all that AdamW works on, by name
   std::unique_ptr<torch::optim::AdamW> optimizer_;
 };
 
