@@ -331,9 +331,10 @@ TEST(DecodeAttentionTest, KernelsTurnPairsBackFarOut) {
                      {rope.cos.slice(0, 0, kLength), rope.sin.slice(0, 0, kLength)})
             .records;
     std::vector<at::Tensor> queries;
-    for (int i = 0; i < 4; ++i) queries.push_back(at::randn({kHeads, kHeadDim}) * 60);
+    // So large that a head reads one token alone, whose score's rounding then does not matter.
+    for (int i = 0; i < 4; ++i) queries.push_back(at::randn({kHeads, kHeadDim}) * 3000);
     check_kernels(layer.decode, layer.decode.maps(), {records, records, records, records}, queries,
-                  rope, frequencies, at::kFloat, 3e-5);
+                  rope, frequencies, at::kFloat, 1e-5);
   }
 }
 
