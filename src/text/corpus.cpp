@@ -233,8 +233,7 @@ Streamed stream_files(const Source& source, const CorpusPart& part) {
   return result;
 }
 
-Corpus read_files(Source source) {
-  if (!source.max_documents) source.max_documents = source.default_documents;
+Corpus read_files(const Source& source) {
   Corpus corpus;
   corpus.name = source.name;
   corpus.format = format_name(format_of(source.files.front()));
@@ -581,11 +580,11 @@ Corpus read_corpus(const fs::path& file, const CorpusOptions& options) {
 
 Corpus load_dataset(const std::string& name, const std::string& split,
                     const CorpusOptions& options) {
-  const Source source = source_of_dataset(name, split, options);
+  Source source = source_of_dataset(name, split, options);
+  if (!source.max_documents) source.max_documents = source.default_documents;
   Corpus corpus = read_files(source);
-  const auto most = options.max_documents ? options.max_documents : source.default_documents;
-  if (corpus.kind == Corpus::Kind::kDocuments && most) {
-    corpus.name += ", first " + std::to_string(*most) + " documents";
+  if (corpus.kind == Corpus::Kind::kDocuments && source.max_documents) {
+    corpus.name += ", first " + std::to_string(*source.max_documents) + " documents";
   }
   return corpus;
 }

@@ -90,7 +90,7 @@ TrainingRows::TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64
   };
   texts([&](Corpus::Kind kind, std::string_view part) {
     if (kind == Corpus::Kind::kDocuments) return add(part);
-    if (packed) return add(join_hf_rows(std::string(part)));
+    if (packed) return add(join_hf_rows(part));
     for (const std::string_view line : lines_of(part)) {
       if (!add(line)) return false;
     }
