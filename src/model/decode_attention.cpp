@@ -15,9 +15,6 @@
 namespace hla {
 namespace {
 
-constexpr int64_t kLongestTurnedBlock = 256;
-constexpr int64_t kMostNodes = 6;
-
 at::Tensor index_tensor(const std::vector<int64_t>& index, at::Device device) {
   return at::tensor(index, at::kLong).to(device);
 }
@@ -163,9 +160,12 @@ class DecodeAttention::Builder {
       const auto turned_nodes = static_cast<double>(turned.nodes.size());
       const auto nodes = static_cast<double>(scored.nodes.size());
       const bool two_steps = turned.size != scored.size;
+      // Interpolated queries are read from memory and written to it, more than products are.
+      constexpr double kInterpolation = 1.5;
       return columns *
              (heads * nodes *
-                  (1 + (two_steps ? turned_nodes / static_cast<double>(scored.size) : 0.0)) +
+                  (1 + (two_steps ? kInterpolation * turned_nodes / static_cast<double>(scored.size)
+                                  : 0.0)) +
               2 * pairs * group * turned_nodes / static_cast<double>(turned.size));
     }
   };

@@ -123,8 +123,8 @@ float* sized(std::vector<float>& buffer, int64_t size) {
 // How the absorbed keys' scores are put together: the same for all blocks.
 struct Interpolation {
   bool two_steps = false;
-  std::vector<std::vector<float>> queries;  // by block within a turned one and its node: (nodes)
-  std::vector<float> scores;                // (nodes, scored.size)
+  std::vector<float> queries;  // (blocks within a turned one, their nodes, its nodes)
+  std::vector<float> scores;   // (nodes, scored.size)
 };
 
 Interpolation interpolation_of(const DecodeMaps& maps) {
@@ -135,7 +135,8 @@ Interpolation interpolation_of(const DecodeMaps& maps) {
   result.two_steps = turned.size != scored.size || turned.nodes != scored.nodes;
   for (int64_t begin = 0; begin < turned.size; begin += scored.size) {
     for (const int32_t node : scored.nodes) {
-      result.queries.push_back(interpolation_weights(turned.nodes, begin + node));
+      const std::vector<float> weights = interpolation_weights(turned.nodes, begin + node);
+      result.queries.insert(result.queries.end(), weights.begin(), weights.end());
     }
   }
   result.scores.resize(scored.nodes.size() * static_cast<size_t>(scored.size));
@@ -319,8 +320,8 @@ constexpr int64_t kTilesAtOnce = 4;
 // The same for any number of rows and up to kTilesAtOnce tiles, a few rows at a time. `ahead` is
 // fetched once.
 template <class V>
-HLA_INLINE void products(Coordinates from, int64_t n, int64_t tiles, const float* w, int64_t rows,
-                         int64_t stride, const Rows& out) {
+HLA_INLINE void products_of_all(Coordinates from, int64_t n, int64_t tiles, const float* w,
+                                int64_t rows, int64_t stride, const Rows& out) {
   constexpr int kMost = kMostSums<V> * static_cast<int>(V::kLanes) / kTile;
   const int64_t parts = (rows + 5) / 6;
   for (int64_t part = 0, at = 0; part < parts; ++part) {
@@ -502,8 +503,8 @@ HLA_INLINE void weighted_sums_of(Coordinates from, int64_t tiles, const float* p
 
 // For n coordinates and all of a group's heads.
 template <class V>
-HLA_INLINE void weighted_sums(Coordinates from, int64_t n, int64_t tiles, const float* p,
-                              int64_t p_stride, int64_t heads, float* sums) {
+HLA_INLINE void weighted_sums_of_all(Coordinates from, int64_t n, int64_t tiles, const float* p,
+                                     int64_t p_stride, int64_t heads, float* sums) {
   const auto run = [&]<int D>() __attribute__((always_inline)) {
     for (; n >= D; n -= D) {
       weighted_sums_of<V, D>(from, tiles, p, p_stride, heads, sums);
@@ -584,7 +585,7 @@ HLA_INLINE void add_sums(const Plan& plan, const TiledRope& rope, const Chunk& c
                          bool turns_sums, const DecodeMaps::Values& group, const float* p,
                          int64_t p_stride, float* sums) {
   const auto add = [&](const Coordinates& from, int64_t n) __attribute__((always_inline)) {
-    weighted_sums<V>(from, n, chunk.tiles, p, p_stride, group.heads, sums);
+    V::weighted_sums(from, n, chunk.tiles, p, p_stride, group.heads, sums);
     sums += n * group.heads * V::kLanes;
   };
   for (const Range& range : group.from) {
@@ -664,7 +665,7 @@ HLA_INLINE void add_rebuilt_scores(const Plan& plan, const TiledRope& rope, cons
     for_parts(
         plan, chunk, t,
         range, [&](const Coordinates& from, int64_t n) __attribute__((always_inline)) {
-          products<V>(from, n, tiles, matrix, rows, map.stride, {keys, kTile, by_tile});
+          V::products(from, n, tiles, matrix, rows, map.stride, {keys, kTile, by_tile});
           matrix += n;
         });
   }
@@ -686,7 +687,7 @@ HLA_INLINE void add_rebuilt_scores(const Plan& plan, const TiledRope& rope, cons
   for (int64_t g = 0; g < maps.kv_heads; ++g) {
     const int64_t first = 2 * map.first_pair[static_cast<size_t>(g)];
     const int64_t count = 2 * map.first_pair[static_cast<size_t>(g + 1)] - first;
-    products<V>({keys + first * kTile, by_tile, nullptr, 0}, count, tiles,
+    V::products({keys + first * kTile, by_tile, nullptr, 0}, count, tiles,
                 queries + plan.rebuilt_query[static_cast<size_t>(g)], group, count,
                 {scores + g * group * kTile, kTile, maps.heads * kTile});
   }
@@ -781,32 +782,50 @@ HLA_INLINE void absorb_queries(const DecodeMaps& maps, const TiledRope& rope, co
   }
 }
 
-// to[i] = Σ_c shares[c]·from[c][i] for U vectors.
-template <class V, int U>
-HLA_INLINE void mix_of(const float* from, int64_t size, const std::vector<float>& shares,
-                       float* to) {
-  typename V::Floats acc[U] = {};
-  for (size_t c = 0; c < shares.size(); ++c, from += size) {
-    for (int u = 0; u < U; ++u) acc[u] += V::load(from + u * V::kLanes) * shares[c];
+// to[p][i] = Σ_c shares[p][c]·from[c][i] for P of them and U vectors.
+template <class V, int P, int U>
+HLA_INLINE void mix_of(const float* from, int64_t size, const float* shares, int64_t count,
+                       float* const (&to)[P]) {
+  typename V::Floats acc[P][U] = {};
+  for (int64_t c = 0; c < count; ++c, from += size) {
+    typename V::Floats x[U];
+    for (int u = 0; u < U; ++u) x[u] = V::load(from + u * V::kLanes);
+    for (int p = 0; p < P; ++p) {
+      for (int u = 0; u < U; ++u) acc[p][u] += x[u] * shares[p * count + c];
+    }
   }
-  for (int u = 0; u < U; ++u) V::store(to + u * V::kLanes, acc[u]);
+  for (int p = 0; p < P; ++p) {
+    for (int u = 0; u < U; ++u) V::store(to[p] + u * V::kLanes, acc[p][u]);
+  }
 }
 
+// Of `size` numbers each of `count` vectors, `nodes` mixtures, `stride` apart.
 template <class V>
-HLA_INLINE void mix(const float* from, int64_t size, const std::vector<float>& shares, float* to) {
-  constexpr int kUnroll = 8;
-  int64_t i = 0;
-  for (; i + kUnroll * V::kLanes <= size; i += kUnroll * V::kLanes) {
-    mix_of<V, kUnroll>(from + i, size, shares, to + i);
-  }
-  for (; i + V::kLanes <= size; i += V::kLanes) mix_of<V, 1>(from + i, size, shares, to + i);
-  for (; i < size; ++i) {
-    float sum = 0;
-    for (size_t c = 0; c < shares.size(); ++c) {
-      sum += from[static_cast<int64_t>(c) * size + i] * shares[c];
+HLA_INLINE void mix(const float* from, int64_t size, const float* shares, int64_t count,
+                    int64_t nodes, float* to, int64_t stride) {
+  constexpr int kUnroll = 4;
+  const auto run = [&]<int P>(int64_t p) __attribute__((always_inline)) {
+    const float* own = shares + p * count;
+    int64_t i = 0;
+    const auto step = [&]<int U>() __attribute__((always_inline)) {
+      float* places[P];
+      for (int k = 0; k < P; ++k) places[k] = to + (p + k) * stride + i;
+      mix_of<V, P, U>(from + i, size, own, count, places);
+      i += U * V::kLanes;
+    };
+    while (i + kUnroll * V::kLanes <= size) step.template operator()<kUnroll>();
+    while (i + V::kLanes <= size) step.template operator()<1>();
+    for (; i < size; ++i) {
+      for (int k = 0; k < P; ++k) {
+        float sum = 0;
+        for (int64_t c = 0; c < count; ++c) sum += from[c * size + i] * own[k * count + c];
+        to[(p + k) * stride + i] = sum;
+      }
     }
-    to[i] = sum;
-  }
+  };
+  int64_t p = 0;
+  for (; p + 2 <= nodes; p += 2) run.template operator()<2>(p);
+  if (p < nodes) run.template operator()<1>(p);
 }
 
 // Of tiles [t, t + tiles), which lie in one scored block. `since`: tokens of the stretch before
@@ -837,46 +856,48 @@ HLA_INLINE void add_absorbed_scores(const Plan& plan, const TiledRope& rope, con
                       exact + turned_nodes * heads * map.stride);
   }
   if (in_scored == 0 && interpolation.two_steps) {
-    for (int64_t p = 0; p < nodes; ++p) {
-      const std::vector<float>& shares =
-          interpolation.queries[static_cast<size_t>(in_turned / maps.scored.size * nodes + p)];
-      mix<V>(exact, heads * map.stride, shares, between + p * heads * map.stride);
-      mix<V>(exact + turned_nodes * heads * map.stride, heads, shares,
-             between + nodes * heads * map.stride + p * heads);
+    const float* shares =
+        interpolation.queries.data() + in_turned / maps.scored.size * nodes * turned_nodes;
+    mix<V>(exact, heads * map.stride, shares, turned_nodes, nodes, between, heads * map.stride);
+    if (!map.bias.empty()) {
+      mix<V>(exact + turned_nodes * heads * map.stride, heads, shares, turned_nodes, nodes,
+             between + nodes * heads * map.stride, heads);
     }
   }
   const float* weights = interpolation.two_steps ? between : exact;
   const float* constants = weights + nodes * heads * map.stride;
   for (int64_t i = 0; i < nodes * heads; ++i) {
-    std::fill_n(by_query + i * tokens, tokens, constants[i]);
+    std::fill_n(by_query + i * tokens, tokens, map.bias.empty() ? 0.0F : constants[i]);
   }
   for (const Range& range : map.from) {
     for_parts(
         plan, chunk, t,
         range, [&](const Coordinates& from, int64_t n) __attribute__((always_inline)) {
-          products<V>(from, n, tiles, weights, nodes * heads, map.stride,
+          V::products(from, n, tiles, weights, nodes * heads, map.stride,
                       {by_query, tokens, kTile});
           weights += n;
         });
   }
-  for (int64_t i = 0; i < tiles; ++i, scores += maps.heads * kTile) {
-    const float* shares = interpolation.scores.data() + in_scored + i * kTile;
-    const float* from = by_query + i * kTile;
-    for (int64_t g = 0; g < maps.kv_heads; ++g) {
-      if (!maps.absorbs(g)) continue;
-      for (int64_t h = 0; h < group; ++h, from += tokens) {
-        float* to = scores + (g * group + h) * kTile;
-        for (int64_t at = 0; at < kTile; at += V::kLanes) {
-          auto sum = V::load(to + at);
-          for (int64_t p = 0; p < nodes; ++p) {
-            sum += V::load(shares + p * maps.scored.size + at) *
-                   V::load(from + p * heads * tokens + at);
+  with_count<kMostNodes>(
+      nodes, [&]<int P>() __attribute__((always_inline)) {
+        for (int64_t i = 0; i < tiles; ++i) {
+          const float* shares = interpolation.scores.data() + in_scored + i * kTile;
+          for (int64_t at = 0; at < kTile; at += V::kLanes) {
+            typename V::Floats share[P];
+            for (int p = 0; p < P; ++p) share[p] = V::load(shares + p * maps.scored.size + at);
+            const float* from = by_query + i * kTile + at;
+            for (int64_t g = 0; g < maps.kv_heads; ++g) {
+              if (!maps.absorbs(g)) continue;
+              float* to = scores + i * maps.heads * kTile + g * group * kTile + at;
+              for (int64_t h = 0; h < group; ++h, from += tokens, to += kTile) {
+                auto sum = V::load(to);
+                for (int p = 0; p < P; ++p) sum += share[p] * V::load(from + p * heads * tokens);
+                V::store(to, sum);
+              }
+            }
           }
-          V::store(to + at, sum);
         }
-      }
-    }
-  }
+      });
 }
 
 // Scores of one head, a tile every `stride`, become probabilities, not divided by their sum; those
@@ -1000,22 +1021,22 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
     for (int64_t t = 0, tiles = 0; t < chunk.tiles; t += tiles) {
       const int64_t since = chunk.position + t * kTile - piece.begin;
       tiles = std::min(chunk.tiles - t, kTilesAtOnce);
-      if (maps.absorbed.pairs() > 0) {
-        tiles = std::min(tiles, (maps.scored.size - since % maps.scored.size) / kTile);
-      }
       float* of_tiles = scores + t * by_tile;
       for (size_t g = 0; g < maps.stored.size(); ++g) {
         const DecodeMaps::Stored& group = maps.stored[g];
         Coordinates from = records_of(plan, chunk, t, group.range.begin);
         if (!plan.fetched_with_scores[g]) from.ahead = nullptr;
-        products<V>(from, group.range.size(), tiles, queries + plan.stored_query[g], group.heads,
+        V::products(from, group.range.size(), tiles, queries + plan.stored_query[g], group.heads,
                     group.range.size(), {of_tiles + group.head * kTile, kTile, by_tile});
       }
       if (maps.rebuilt.pairs() > 0) {
         add_rebuilt_scores<V>(plan, rope, chunk, t, tiles, queries, keys, of_tiles);
       }
-      if (maps.absorbed.pairs() > 0) {
-        add_absorbed_scores<V>(plan, rope, chunk, t, tiles, item.query, since, scratch, of_tiles);
+      for (int64_t i = 0, count = 0; i < tiles && maps.absorbed.pairs() > 0; i += count) {
+        const int64_t at = since + i * kTile;
+        count = std::min(tiles - i, (maps.scored.size - at % maps.scored.size) / kTile);
+        add_absorbed_scores<V>(plan, rope, chunk, t + i, count, item.query, at, scratch,
+                               of_tiles + i * by_tile);
       }
     }
     float* to = sums;
@@ -1107,13 +1128,29 @@ using AttendPiece = void (*)(const Plan&, const TiledRope&, const DecodeItem&, a
 
 using FewRows = void (*)(const LinearArguments&, int64_t begin, int64_t end);
 
-// Both for one instruction set.
+// Both for one instruction set. The loops that most of the time goes into are functions of their
+// own: as parts of attend_piece they would have to fetch their addresses from memory.
 #define HLA_DEFINE_VARIANT(name, attributes, bytes)                                               \
+  struct Loops_##name : Vector<bytes> {                                                           \
+    attributes __attribute__((noinline)) static void products(const Coordinates& from, int64_t n, \
+                                                              int64_t tiles, const float* w,      \
+                                                              int64_t rows, int64_t stride,       \
+                                                              const Rows& out) {                  \
+      products_of_all<Vector<bytes>>(from, n, tiles, w, rows, stride, out);                       \
+    }                                                                                             \
+    attributes __attribute__((noinline)) static void weighted_sums(const Coordinates& from,       \
+                                                                   int64_t n, int64_t tiles,      \
+                                                                   const float* p,                \
+                                                                   int64_t p_stride,              \
+                                                                   int64_t heads, float* sums) {  \
+      weighted_sums_of_all<Vector<bytes>>(from, n, tiles, p, p_stride, heads, sums);              \
+    }                                                                                             \
+  };                                                                                              \
   attributes void attend_##name(const Plan& plan, const TiledRope& rope, const DecodeItem& item,  \
                                 at::ScalarType cache_type, int64_t block_tokens,                  \
                                 const Piece& piece, Scratch& scratch, Partial& partial) {         \
-    attend_piece<Vector<bytes>>(plan, rope, item, cache_type, block_tokens, piece, scratch,       \
-                                partial);                                                         \
+    attend_piece<Loops_##name>(plan, rope, item, cache_type, block_tokens, piece, scratch,        \
+                               partial);                                                          \
   }                                                                                               \
   attributes void few_rows_##name(const LinearArguments& arguments, int64_t begin, int64_t end) { \
     few_rows<Vector<bytes>>(arguments, begin, end);                                               \

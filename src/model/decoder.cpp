@@ -9,9 +9,6 @@
 namespace hla {
 namespace {
 
-// Blocks of absorbed keys may reach so far beyond the last token.
-constexpr int64_t kBeyond = 256;
-
 RopeTables positions_of(const RopeTables& tables, int64_t begin, int64_t end) {
   return {tables.cos.slice(0, begin, end), tables.sin.slice(0, begin, end)};
 }
@@ -27,7 +24,8 @@ Decoder::Decoder(const LlamaForCausalLM& model, const DecoderOptions& options)
   const ModelConfig& config = model.config();
   const RopeFrequencies frequencies =
       rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings, max_length_);
-  const int64_t positions = (max_length_ + kTileTokens - 1) / kTileTokens * kTileTokens + kBeyond;
+  const int64_t positions =
+      (max_length_ + kTileTokens - 1) / kTileTokens * kTileTokens + kLongestTurnedBlock;
   if (model.device().is_cpu()) {
     const auto elements = static_cast<uint64_t>(positions * config.frequencies());
     // cos and sin, plain and in tiles, and the angles while they are made.

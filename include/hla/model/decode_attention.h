@@ -24,7 +24,7 @@ namespace hla {
 struct DecodeAttentionOptions {
   // Keys may be absorbed where the error of that, relative to |q||k| of a frequency, is at most
   // this.
-  double absorb_error = 5e-5;
+  double absorb_error = 1e-4;
   // A key becomes a coordinate where at least this share of its map is independent of the others'.
   double independence = 1e-2;
 };
@@ -52,7 +52,8 @@ class DecodeAttention {
   at::Tensor gather(const at::Tensor& contexts) const;
 
   // The averages (context_floats) of a query (H, d) over records (L, n), nothing rebuilt that need
-  // not be; `rope`: of positions 0…L + 255 at least. ATen operations only, for any device and type.
+  // not be; `rope`: of positions 0…L + kLongestTurnedBlock - 1 at
+  // least. ATen operations only, for any device and type.
   at::Tensor context(const at::Tensor& query, const at::Tensor& records,
                      const RopeTables& rope) const;
 

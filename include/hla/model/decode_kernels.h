@@ -28,6 +28,10 @@ inline int64_t total_size(const Ranges& ranges) {
   return sum;
 }
 
+// Of blocks of absorbed keys, which may reach so far beyond the last token.
+constexpr int64_t kLongestTurnedBlock = 512;  // tokens
+constexpr int kMostNodes = 6;
+
 // How scores and values come from a layer's records. The first 2·unrotated.size() coordinates are
 // pairs (2i, 2i+1) that are cached turned by the angle of their position and frequency; whatever
 // `Ranges` name below reads them turned back, and the other coordinates as they are.
@@ -65,8 +69,8 @@ struct DecodeMaps {
   // smaller blocks within are interpolated; from their products with a token, its score is.
   Keys absorbed;
   struct Blocks {
-    int64_t size = kTileTokens;  // tokens, a multiple of kTileTokens
-    std::vector<int32_t> nodes;  // in tokens from a block's beginning
+    int64_t size = kTileTokens;  // tokens, a multiple of kTileTokens, at most kLongestTurnedBlock
+    std::vector<int32_t> nodes;  // in tokens from a block's beginning, at most kMostNodes
   };
   Blocks turned;
   Blocks scored;  // turned.size is a multiple of scored.size
