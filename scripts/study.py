@@ -84,7 +84,7 @@ class Study:
             out = self.folder(name, tuned=True)
             settings = [f"model={self.folder(name)}", f"output={out}"]
             if self.arguments.quick:
-                settings += ["data.max_tokens=24576", "eval.windows=4", "data.context=512"]
+                settings += ["data.max_tokens=24576", "eval.windows=4", "data.context=512", "schedule.warmup_steps=5"]
             if self.arguments.learning_rate:
                 settings.append(f"optimizer.learning_rate={self.arguments.learning_rate}")
             if self.arguments.epochs:

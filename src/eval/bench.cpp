@@ -127,6 +127,7 @@ class Worker {
         if (command.tokens > 0) read_prompt(std::min(command.tokens, kFillTokens));
         decode(1, 1);
         truncate(command.depth);
+        release_free_memory();  // as `hla generate` does after the prompt
         add_costs(reply);
         return reply;
       case Command::kPrompt:

@@ -177,6 +177,7 @@ GenerateReport generate(const Decoder& decoder, const Tokenizer& tokenizer,
     sequence.take(decoder.next_logits({{&sequence.cache, sequence.pending}})[0]);
   }
   report.prompt_seconds = seconds_since(start);
+  release_free_memory();  // steps take far less than prompts
   start = Clock::now();
   for (;;) {
     throw_if_interrupted();
