@@ -123,11 +123,11 @@ class Worker {
         return reply;
       case Command::kDepth:
         fill(command.depth);
+        release_free_memory();  // as `hla generate` does after a prompt
         // Whatever a first run has to do is done before anything is timed.
         if (command.tokens > 0) read_prompt(std::min(command.tokens, kFillTokens));
         decode(1, 1);
         truncate(command.depth);
-        release_free_memory();  // as `hla generate` does after the prompt
         add_costs(reply);
         return reply;
       case Command::kPrompt:

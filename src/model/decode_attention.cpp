@@ -155,18 +155,16 @@ class DecodeAttention::Builder {
   struct Absorption {
     DecodeMaps::Blocks turned, scored;
 
-    // Products per token of `heads` query heads and `pairs` keys in all.
-    double cost(double heads, double pairs, double group, double columns) const {
+    // Products per token of `heads` query heads and `pairs` keys in all; those that interpolate
+    // queries count `interpolation` times.
+    double products(double heads, double pairs, double group, double columns,
+                    double interpolation) const {
       const auto turned_nodes = static_cast<double>(turned.nodes.size());
       const auto nodes = static_cast<double>(scored.nodes.size());
       const bool two_steps = turned.size != scored.size;
-      // Interpolated queries are read from memory and written to it, more than products are.
-      constexpr double kInterpolation = 1.5;
-      return columns *
-             (heads * nodes *
-                  (1 + (two_steps ? kInterpolation * turned_nodes / static_cast<double>(scored.size)
-                                  : 0.0)) +
-              2 * pairs * group * turned_nodes / static_cast<double>(turned.size));
+      const double interpolated = two_steps ? turned_nodes / static_cast<double>(scored.size) : 0.0;
+      return columns * (heads * nodes * (1 + interpolation * interpolated) +
+                        2 * pairs * group * turned_nodes / static_cast<double>(turned.size));
     }
   };
 
@@ -443,7 +441,7 @@ class DecodeAttention::Builder {
   struct Sharing {
     size_t rebuilt = 0;  // the first so many pairs; the others are absorbed
     Absorption absorption;
-    double cost = 0;  // products per token that is read
+    double cost = 0;  // products per token that is read, some weighted
   };
 
   // Of pairs, fastest first.
@@ -453,6 +451,8 @@ class DecodeAttention::Builder {
     const auto rebuilding = [&](size_t count) {
       return static_cast<double>(count) * (2 * columns + 4 + 2 * group);
     };
+    // Interpolated queries are read from memory and written to it, more than products are.
+    constexpr double kInterpolation = 1.5;
     Sharing best = {pairs.size(), {}, rebuilding(pairs.size())};
     std::vector<bool> absorbs(static_cast<size_t>(maps_.kv_heads), false);
     double heads = 0;    // query heads of kv heads that have absorbed pairs
@@ -463,9 +463,9 @@ class DecodeAttention::Builder {
       if (!absorbs[head]) heads += group;
       absorbs[head] = true;
       for (const Absorption& absorption : absorptions(fastest)) {
-        const double cost =
-            rebuilding(rebuilt) +
-            absorption.cost(heads, static_cast<double>(pairs.size() - rebuilt), group, columns);
+        const double cost = rebuilding(rebuilt) +
+                            absorption.products(heads, static_cast<double>(pairs.size() - rebuilt),
+                                                group, columns, kInterpolation);
         if (cost < best.cost) best = {rebuilt, absorption, cost};
       }
     }
@@ -766,9 +766,9 @@ double DecodeAttention::decode_cost() const {
   sum += static_cast<double>(maps().rebuilt.pairs()) *
          (2 * static_cast<double>(total_size(maps().rebuilt.from)) + 4 + 2 * group);
   if (maps().absorbed.pairs() > 0) {
-    sum += Builder::Absorption{maps().turned, maps().scored}.cost(
+    sum += Builder::Absorption{maps().turned, maps().scored}.products(
         static_cast<double>(maps().absorbing_heads()), static_cast<double>(maps().absorbed.pairs()),
-        group, static_cast<double>(total_size(maps().absorbed.from)));
+        group, static_cast<double>(total_size(maps().absorbed.from)), 1);
   }
   for (const DecodeMaps::Values& values : maps().values) {
     sum += static_cast<double>(values.heads * total_size(values.from));

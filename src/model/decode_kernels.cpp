@@ -799,7 +799,8 @@ HLA_INLINE void mix_of(const float* from, int64_t size, const float* shares, int
   }
 }
 
-// Of `size` numbers each of `count` vectors, `nodes` mixtures, `stride` apart.
+// to[p] = Σ_c shares[p][c]·from[c] for `nodes` of them, `stride` apart, of `count` vectors of
+// `size`; two at a time, so that a vector is read once for both.
 template <class V>
 HLA_INLINE void mix(const float* from, int64_t size, const float* shares, int64_t count,
                     int64_t nodes, float* to, int64_t stride) {

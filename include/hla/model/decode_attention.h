@@ -52,8 +52,8 @@ class DecodeAttention {
   at::Tensor gather(const at::Tensor& contexts) const;
 
   // The averages (context_floats) of a query (H, d) over records (L, n), nothing rebuilt that need
-  // not be; `rope`: of positions 0…L + kLongestTurnedBlock - 1 at
-  // least. ATen operations only, for any device and type.
+  // not be; `rope`: of positions 0…L + kLongestTurnedBlock - 1 at least. ATen operations only, for
+  // any device and type.
   at::Tensor context(const at::Tensor& query, const at::Tensor& records,
                      const RopeTables& rope) const;
 
