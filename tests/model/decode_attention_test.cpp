@@ -267,11 +267,14 @@ TEST(DecodeAttentionTest, KernelsInterpolateInTwoSteps) {
   DecodeMaps maps = layer.decode.maps();
   ASSERT_GT(maps.absorbed.pairs(), 0);
   maps.turned = {64, {1, 9, 24, 39, 54, 62}};
-  maps.scored = {16, {1, 5, 10, 14}};
   const at::Tensor x = layer.random_x(500);
   const at::Tensor records = layer.decode.project(x, layer.positions(0, 500)).records;
-  check_kernels(layer.decode, maps, {records}, {last_query(layer, x).contiguous()}, layer.rope,
-                layer.frequencies, at::kFloat, 2e-3);
+  for (const std::vector<int32_t>& nodes : {std::vector<int32_t>{1, 5, 10, 14}, {1, 8, 14}}) {
+    SCOPED_TRACE(nodes.size());
+    maps.scored = {16, nodes};
+    check_kernels(layer.decode, maps, {records}, {last_query(layer, x).contiguous()}, layer.rope,
+                  layer.frequencies, at::kFloat, 2e-3);
+  }
 }
 
 // Base models go through the same kernels; heads that share no key, or all of them, too.
