@@ -89,11 +89,12 @@ void add_bench(CLI::App& app) {
   command->add_option("--plot", arguments->plot, "Draw tokens/s against depth into FILE.svg");
   command->add_flag("--force", arguments->force, "Replace existing output files");
   command->footer(
-      "Every model runs in a process of its own, and they take turns. \"bound\" is the speed-up "
-      "that memory\ntraffic allows, (weights + cached records) of the first model over the row's; "
-      "\"share\" is how much of it\nwas reached, (speed-up - 1) / (bound - 1). \"memory\" and "
-      "\"peak\" are resident, at the end of the test and\nat most up to then. Positions beyond the "
-      "model's max_position_embeddings are timed as any others.\n\n"
+      "Every model runs in a process of its own, and they take turns of a prompt or a few steps; "
+      "\"to the first\" is\nthe median over the turns. \"bound\" is the speed-up that memory "
+      "traffic allows, (weights + cached records) of\nthe first model over the row's; \"share\" "
+      "is how much of it was reached, (speed-up - 1) / (bound - 1). \"memory\"\nand \"peak\" "
+      "are resident, at the end of the test and at most up to then. Positions beyond the model's\n"
+      "max_position_embeddings are timed as any others.\n\n"
       "Examples:\n"
       "  hla bench models/SmolLM2-135M-Instruct models/latent-50\n"
       "  hla bench models/SmolLM2-135M-Instruct models/latent-50 -d 0,2048,8192 -b 1,4 --plot "

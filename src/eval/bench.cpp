@@ -9,11 +9,13 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstring>
 #include <exception>
 #include <filesystem>
+#include <thread>
 
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
@@ -30,9 +32,17 @@ namespace {
 // Caches are filled by prompts of so many tokens, which bounds the activations.
 constexpr int64_t kFillTokens = 512;
 
+// Steps of decoding before it is another model's turn: some 0.1 to 1 s, short beside what
+// neighbours on the machine come and go by, long beside what a change of process costs.
+constexpr int64_t kTurnSteps = 8;
+// Between turns. An OpenMP thread without work spins for some milliseconds before it sleeps, and
+// would do so on a core that the next model wants.
+constexpr auto kPause = std::chrono::milliseconds(10);
+
 struct Command {
   enum Kind : int64_t { kDepth, kPrompt, kDecode, kBandwidth } kind;
   int64_t tokens, depth, batch;
+  int64_t done = 0;  // of kDecode: steps that the turns before took
 };
 
 struct Reply {
@@ -126,6 +136,7 @@ class Worker {
         release_free_memory();  // as `hla generate` does after a prompt
         // Whatever a first run has to do is done before anything is timed.
         if (command.tokens > 0) read_prompt(std::min(command.tokens, kFillTokens));
+        reserve(1, 1);
         decode(1, 1);
         truncate(command.depth);
         add_costs(reply);
@@ -137,7 +148,11 @@ class Worker {
         while (static_cast<int64_t>(caches_.size()) < command.batch) {
           caches_.push_back(caches_[0].clone());
         }
-        reply.seconds = decode(command.tokens, command.batch);
+        if (command.done == 0) {
+          release_free_memory();                   // a prompt's, as below
+          reserve(command.tokens, command.batch);  // for all turns
+        }
+        reply.seconds = decode(std::min(kTurnSteps, command.tokens - command.done), command.batch);
         break;
     }
     const int64_t batch = command.kind == Command::kDecode ? command.batch : 1;
@@ -151,7 +166,9 @@ class Worker {
     reply.weight_bytes = weight_bytes_;
     reply.rss_bytes = hla::rss_bytes();
     reply.peak_rss_bytes = hla::peak_rss_bytes();
-    truncate(command.depth);
+    if (command.kind == Command::kPrompt || command.done + kTurnSteps >= command.tokens) {
+      truncate(command.depth);
+    }
     return reply;
   }
 
@@ -213,7 +230,6 @@ class Worker {
   }
 
   double decode(int64_t steps, int64_t batch) {
-    reserve(steps, batch);
     const auto start = Clock::now();
     for (int64_t step = 0; step < steps; ++step) {
       std::vector<Decoder::Chunk> chunks;
@@ -382,9 +398,7 @@ const BenchRow& BenchReport::base_of(const BenchRow& row) const {
 double BenchReport::speedup(const BenchRow& row) const {
   const BenchRow& base = base_of(row);
   std::vector<double> ratios;
-  for (size_t i = 0; i < row.seconds.size(); ++i) {
-    ratios.push_back(base.seconds[i] / row.seconds[i]);
-  }
+  for (size_t i = 0; i < row.turns.size(); ++i) ratios.push_back(base.turns[i] / row.turns[i]);
   return median(ratios);
 }
 
@@ -461,6 +475,7 @@ nlohmann::json BenchReport::to_json() const {
                     {"depth", row.depth},
                     {"batch", row.batch},
                     {"seconds", row.seconds},
+                    {"turns", row.turns},
                     {"tokens_per_second", row.mean()},
                     {"tokens_per_second_deviation", row.deviation()},
                     {"speedup", speedup(row)},
@@ -567,18 +582,28 @@ BenchReport bench(const BenchOptions& options) {
     for (int64_t repetition = 0; repetition < options.repetitions; ++repetition) {
       report.bandwidths.push_back(meter.run({Command::kBandwidth, 0, 0, 0}).seconds);
       for (const Test& test : tests) {
-        for (size_t m = 0; m < options.models.size(); ++m) {
-          throw_if_interrupted();
-          const Reply reply = processes[m].run(test.command);
-          BenchRow& row = report.rows[test.first_row + m];
-          row.seconds.push_back(reply.seconds);
-          row.weight_bytes = reply.weight_bytes;
-          row.cache_bytes = reply.cache_bytes;
-          row.cached_bytes = reply.cached_bytes;
-          row.rss_bytes = reply.rss_bytes;
-          row.peak_rss_bytes = reply.peak_rss_bytes;
-          progress.advance(1, row.model + " " + test_name(row));
+        const bool decodes = test.command.kind == Command::kDecode;
+        for (int64_t done = 0; done < test.command.tokens;
+             done += decodes ? kTurnSteps : test.command.tokens) {
+          for (size_t m = 0; m < options.models.size(); ++m) {
+            throw_if_interrupted();
+            std::this_thread::sleep_for(kPause);
+            Command command = test.command;
+            command.done = done;
+            const Reply reply = processes[m].run(command);
+            BenchRow& row = report.rows[test.first_row + m];
+            row.turns.push_back(reply.seconds);
+            if (done == 0) row.seconds.push_back(0);
+            row.seconds.back() += reply.seconds;
+            row.weight_bytes = reply.weight_bytes;
+            row.cache_bytes = reply.cache_bytes;
+            row.cached_bytes = reply.cached_bytes;
+            row.rss_bytes = reply.rss_bytes;
+            row.peak_rss_bytes = reply.peak_rss_bytes;
+          }
         }
+        const BenchRow& row = report.rows[test.first_row];
+        progress.advance(report.models, test_name(row) + ", batch " + std::to_string(row.batch));
       }
     }
   }

@@ -43,19 +43,24 @@ struct Vector {
   // Halves are added up by shuffles: through memory it would take some 60 cycles.
   static HLA_INLINE float total(Floats x) {
     if constexpr (Bytes > 16) {
-      using Half = Vector<Bytes / 2>;
-      typename Half::Floats low, high;
-      if constexpr (Bytes == 64) {
-        low = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
-        high = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-      } else {
-        low = __builtin_shufflevector(x, x, 0, 1, 2, 3);
-        high = __builtin_shufflevector(x, x, 4, 5, 6, 7);
-      }
-      return Half::total(low + high);
+      return Vector<Bytes / 2>::total(folded(x));
     } else {
       x += __builtin_shufflevector(x, x, 2, 3, 0, 1);
       return x[0] + x[1];
+    }
+  }
+
+  // The totals of four at once, to the same bits, in a third of the instructions.
+  static HLA_INLINE void store_totals(float* to, Floats a, Floats b, Floats c, Floats d) {
+    if constexpr (Bytes > 16) {
+      Vector<Bytes / 2>::store_totals(to, folded(a), folded(b), folded(c), folded(d));
+    } else {
+      const Floats ab =
+          __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+      const Floats cd =
+          __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
+      store(to, __builtin_shufflevector(ab, cd, 0, 2, 4, 6) +
+                    __builtin_shufflevector(ab, cd, 1, 3, 5, 7));
     }
   }
 
@@ -83,6 +88,17 @@ struct Vector {
     const Floats result = reinterpret_cast<Floats>(reinterpret_cast<Bits>(e) +
                                                    (reinterpret_cast<Bits>(shifted) << 23));
     return argument == argument ? result : argument;
+  }
+
+ private:
+  // The sum of both halves.
+  static HLA_INLINE auto folded(Floats x) {
+    if constexpr (Bytes == 64) {
+      return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+             __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    } else {
+      return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+    }
   }
 };
 

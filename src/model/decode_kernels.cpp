@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <span>
+#include <utility>
 
 #include "cpu_vector.h"
 #include "hla/model/cpu_kernels.h"
@@ -1060,18 +1062,22 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
   }
   if (turns_sums) turn_places<V>(plan, rope, sums);
   // From (coordinate, head) by group to (head, coordinate).
-  partial.context.clear();
+  partial.context.resize(static_cast<size_t>(context));
+  float* to = partial.context.data();
   const float* from = sums;
   for (const DecodeMaps::Values& group : maps.values) {
+    const int64_t width = total_size(group.from);
     for (int64_t h = 0; h < group.heads; ++h) {
-      const float* lanes = from + h * V::kLanes;
-      for (const Range& range : group.from) {
-        for (int64_t i = range.begin; i < range.end; ++i, lanes += group.heads * V::kLanes) {
-          partial.context.push_back(V::total(V::load(lanes)));
-        }
+      const auto lanes = [&](int64_t i) {
+        return V::load(from + (i * group.heads + h) * V::kLanes);
+      };
+      int64_t i = 0;
+      for (; i + 4 <= width; i += 4, to += 4) {
+        V::store_totals(to, lanes(i), lanes(i + 1), lanes(i + 2), lanes(i + 3));
       }
+      for (; i < width; ++i) *to++ = V::total(lanes(i));
     }
-    from += total_size(group.from) * group.heads * V::kLanes;
+    from += width * group.heads * V::kLanes;
   }
 }
 
@@ -1177,44 +1183,53 @@ Variant variant(SimdLevel level) {
   return {attend_portable, few_rows_portable};
 }
 
-// Equal stretches of all tokens, cut at tiles, for so many threads.
-std::vector<std::vector<Piece>> cut(const std::vector<DecodeItem>& items, int64_t threads) {
+// Equal stretches of all tokens, cut at tiles, for so many threads: in order, and where each
+// thread's begin among them, with their number as the last.
+std::pair<std::vector<Piece>, std::vector<size_t>> cut(const std::vector<DecodeItem>& items,
+                                                       int64_t threads) {
+  const auto tiles_of = [](const DecodeItem& item) { return (item.length + kTile - 1) / kTile; };
   int64_t tiles = 0;
-  for (const DecodeItem& item : items) tiles += (item.length + kTile - 1) / kTile;
-  std::vector<std::vector<Piece>> result(static_cast<size_t>(threads));
-  int64_t before = 0;  // tiles of earlier items
-  for (size_t i = 0; i < items.size(); ++i) {
-    const int64_t count = (items[i].length + kTile - 1) / kTile;
-    for (int64_t thread = 0; thread < threads; ++thread) {
-      const int64_t begin = std::clamp(tiles * thread / threads - before, int64_t{0}, count);
-      const int64_t end = std::clamp(tiles * (thread + 1) / threads - before, int64_t{0}, count);
-      if (begin < end) {
-        result[static_cast<size_t>(thread)].push_back(
-            {i, begin * kTile, std::min(end * kTile, items[i].length)});
+  for (const DecodeItem& item : items) tiles += tiles_of(item);
+  std::vector<Piece> pieces;
+  std::vector<size_t> first = {0};
+  size_t item = 0;
+  int64_t done = 0;  // tiles of it
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    int64_t left = tiles * (thread + 1) / threads - tiles * thread / threads;
+    while (left > 0) {
+      const int64_t count = std::min(left, tiles_of(items[item]) - done);
+      if (count > 0) {
+        pieces.push_back(
+            {item, done * kTile, std::min((done + count) * kTile, items[item].length)});
       }
+      left -= count;
+      done += count;
+      if (done < tiles_of(items[item])) continue;
+      ++item;
+      done = 0;
     }
-    before += count;
+    first.push_back(pieces.size());
   }
-  return result;
+  return {std::move(pieces), std::move(first)};
 }
 
 // The contexts of an item from those of its pieces.
-void merge(const DecodeMaps& maps, const std::vector<const Partial*>& partials, float* context) {
+void merge(const DecodeMaps& maps, std::span<const Partial> partials, float* context) {
   int64_t offset = 0;
   for (const DecodeMaps::Values& group : maps.values) {
     const int64_t width = total_size(group.from);
     for (int64_t h = 0; h < group.heads; ++h, context += width, offset += width) {
       const auto head = static_cast<size_t>(group.head + h);
       float reference = kNoReference;
-      for (const Partial* partial : partials) {
-        reference = std::max(reference, partial->reference[head]);
+      for (const Partial& partial : partials) {
+        reference = std::max(reference, partial.reference[head]);
       }
       float sum = 0;
       std::fill_n(context, width, 0.0F);
-      for (const Partial* partial : partials) {
-        const float scale = std::exp(partial->reference[head] - reference);
-        sum += scale * partial->sum[head];
-        const float* from = partial->context.data() + offset;
+      for (const Partial& partial : partials) {
+        const float scale = std::exp(partial.reference[head] - reference);
+        sum += scale * partial.sum[head];
+        const float* from = partial.context.data() + offset;
         for (int64_t i = 0; i < width; ++i) context[i] += scale * from[i];
       }
       const float scale = 1 / sum;
@@ -1270,30 +1285,29 @@ void DecodeKernel::attend(const TiledRope& rope, const std::vector<DecodeItem>& 
   const AttendPiece run = variant(level).attend;
   int64_t tokens = 0;
   for (const DecodeItem& item : items) tokens += item.length;
-  // A short sequence is not worth waking a thread for.
-  constexpr int64_t kGrain = 32;
-  const int64_t threads = std::clamp<int64_t>(tokens / kGrain, 1, at::get_num_threads());
-  const std::vector<std::vector<Piece>> work = cut(items, threads);
-  std::vector<std::vector<Partial>> partials(work.size());
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  // Less is not worth waking a thread for. Averages are a good part of a token's products.
+  constexpr int64_t kGrain = 1 << 14;
+  const int64_t threads =
+      std::clamp<int64_t>(tokens * maps().context_floats() / kGrain, 1, at::get_num_threads());
+  const auto [pieces, first] = cut(items, threads);
+  static thread_local std::vector<Partial> partials;  // they keep their memory
+  partials.resize(std::max(partials.size(), pieces.size()));
+  const auto attend_to = [&, pieces = &pieces[0], first = &first[0], partials = &partials[0]](
+                             int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
-    for (int64_t thread = begin; thread < end; ++thread) {
-      const auto index = static_cast<size_t>(thread);
-      partials[index].resize(work[index].size());
-      for (size_t i = 0; i < work[index].size(); ++i) {
-        const Piece& piece = work[index][i];
-        const DecodeItem& item = items[piece.item];
-        run(*plan_, rope, item, cache_type, block_tokens, piece, scratch, partials[index][i]);
-      }
+    for (size_t i = first[begin]; i < first[end]; ++i) {
+      const Piece& piece = pieces[i];
+      run(*plan_, rope, items[piece.item], cache_type, block_tokens, piece, scratch, partials[i]);
     }
-  });
-  std::vector<std::vector<const Partial*>> by_item(items.size());
-  for (size_t thread = 0; thread < work.size(); ++thread) {
-    for (size_t i = 0; i < work[thread].size(); ++i) {
-      by_item[work[thread][i].item].push_back(&partials[thread][i]);
-    }
+  };
+  at::parallel_for(0, threads, 1, attend_to);
+  for (size_t begin = 0; begin < pieces.size();) {
+    size_t end = begin + 1;
+    while (end < pieces.size() && pieces[end].item == pieces[begin].item) ++end;
+    merge(maps(), std::span(partials).subspan(begin, end - begin),
+          items[pieces[begin].item].context);
+    begin = end;
   }
-  for (size_t i = 0; i < items.size(); ++i) merge(maps(), by_item[i], items[i].context);
 }
 
 bool is_few_rows(const at::Tensor& x, const at::Tensor& weight) {

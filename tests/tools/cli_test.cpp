@@ -705,6 +705,23 @@ TEST(CliTest, BenchComparesModels) {
   EXPECT_GT(json["attending"][1]["rebuilds_from"], 1);
 }
 
+TEST(CliTest, BenchTakesTurns) {
+  // To one token of the longest sequence, so that a test that left its tokens would fail the next.
+  const CommandResult result =
+      run_hla("bench " + stories() + " " + stories() + " -p 0 -n 11 -d 500 -r 2 --json -");
+  ASSERT_EQ(result.code, 0) << result.err;
+  for (const auto& row : nlohmann::json::parse(result.out)["results"]) {
+    const auto turns = row["turns"].get<std::vector<double>>();
+    const auto seconds = row["seconds"].get<std::vector<double>>();
+    ASSERT_EQ(turns.size(), 4u);  // of 8 and 3 steps, twice
+    ASSERT_EQ(seconds.size(), 2u);
+    for (size_t i = 0; i < 2; ++i) {
+      EXPECT_DOUBLE_EQ(turns[2 * i] + turns[2 * i + 1], seconds[i]);
+      EXPECT_GT(turns[2 * i + 1], 0);
+    }
+  }
+}
+
 TEST(CliTest, BenchRefuses) {
   const std::string command = "bench " + stories() + " ";
   EXPECT_EQ(run_hla("bench").code, 2);

@@ -1,7 +1,7 @@
 // Speed and memory of reading prompts and of decoding, of several models in one run.
 //
-// Every model has a process of its own, so that its memory can be told apart, and they take turns:
-// noise of the machine hits all alike.
+// Every model has a process of its own, so that its memory can be told apart, and they take turns,
+// of a prompt or of a few steps of decoding: noise of the machine hits all alike.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +38,7 @@ struct BenchRow {
   int64_t depth = 0;
   int64_t batch = 1;
   std::vector<double> seconds;  // by repetition
+  std::vector<double> turns;    // seconds; together they are the repetitions
   uint64_t weight_bytes = 0;    // read for every token
   uint64_t cache_bytes = 0;     // of the storages, at the end of the test
   uint64_t cached_bytes = 0;    // of them, that a step reads: records of `depth` tokens
@@ -67,7 +68,7 @@ struct BenchReport {
   int64_t models = 0;
 
   double bandwidth() const;  // the median
-  // Median over the repetitions of the first model's time over a row's.
+  // Median over the turns of the first model's time over a row's.
   double speedup(const BenchRow& row) const;
   // The speed-up that memory traffic allows: weights and cached records, of the first model over
   // the row's.
