@@ -1292,8 +1292,8 @@ void DecodeKernel::attend(const TiledRope& rope, const std::vector<DecodeItem>& 
   const auto [pieces, first] = cut(items, threads);
   static thread_local std::vector<Partial> partials;  // they keep their memory
   partials.resize(std::max(partials.size(), pieces.size()));
-  const auto attend_to = [&, pieces = &pieces[0], first = &first[0], partials = &partials[0]](
-                             int64_t begin, int64_t end) {
+  const auto attend_to = [&, pieces = pieces.data(), first = first.data(),
+                          partials = partials.data()](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     for (size_t i = first[begin]; i < first[end]; ++i) {
       const Piece& piece = pieces[i];
