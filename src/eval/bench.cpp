@@ -42,8 +42,14 @@ constexpr auto kPause = std::chrono::milliseconds(10);
 struct Command {
   enum Kind : int64_t { kDepth, kPrompt, kDecode, kBandwidth } kind;
   int64_t tokens, depth, batch;
-  int64_t done = 0;  // of kDecode: steps that the turns before took
+  int64_t done = 0;  // of the tokens, by the turns before
 };
+
+// Tokens of a command that are done after its turn; a prompt has one.
+int64_t end_of_turn(const Command& command) {
+  if (command.kind != Command::kDecode) return command.tokens;
+  return std::min(command.done + kTurnSteps, command.tokens);
+}
 
 struct Reply {
   int64_t error = 0;  // exit code; then `text_size` bytes follow
@@ -149,10 +155,10 @@ class Worker {
           caches_.push_back(caches_[0].clone());
         }
         if (command.done == 0) {
-          release_free_memory();                   // a prompt's, as below
+          release_free_memory();                   // a prompt's, as above
           reserve(command.tokens, command.batch);  // for all turns
         }
-        reply.seconds = decode(std::min(kTurnSteps, command.tokens - command.done), command.batch);
+        reply.seconds = decode(end_of_turn(command) - command.done, command.batch);
         break;
     }
     const int64_t batch = command.kind == Command::kDecode ? command.batch : 1;
@@ -166,9 +172,7 @@ class Worker {
     reply.weight_bytes = weight_bytes_;
     reply.rss_bytes = hla::rss_bytes();
     reply.peak_rss_bytes = hla::peak_rss_bytes();
-    if (command.kind == Command::kPrompt || command.done + kTurnSteps >= command.tokens) {
-      truncate(command.depth);
-    }
+    if (end_of_turn(command) == command.tokens) truncate(command.depth);
     return reply;
   }
 
@@ -582,18 +586,14 @@ BenchReport bench(const BenchOptions& options) {
     for (int64_t repetition = 0; repetition < options.repetitions; ++repetition) {
       report.bandwidths.push_back(meter.run({Command::kBandwidth, 0, 0, 0}).seconds);
       for (const Test& test : tests) {
-        const bool decodes = test.command.kind == Command::kDecode;
-        for (int64_t done = 0; done < test.command.tokens;
-             done += decodes ? kTurnSteps : test.command.tokens) {
+        for (Command turn = test.command; turn.done < turn.tokens; turn.done = end_of_turn(turn)) {
           for (size_t m = 0; m < options.models.size(); ++m) {
             throw_if_interrupted();
             std::this_thread::sleep_for(kPause);
-            Command command = test.command;
-            command.done = done;
-            const Reply reply = processes[m].run(command);
+            const Reply reply = processes[m].run(turn);
             BenchRow& row = report.rows[test.first_row + m];
             row.turns.push_back(reply.seconds);
-            if (done == 0) row.seconds.push_back(0);
+            if (turn.done == 0) row.seconds.push_back(0);
             row.seconds.back() += reply.seconds;
             row.weight_bytes = reply.weight_bytes;
             row.cache_bytes = reply.cache_bytes;
