@@ -58,8 +58,7 @@ Tape record(const DecoderLayer& layer, const at::Tensor& hidden, const RopeTable
 at::Tensor minus_drawn_label(const at::Tensor& logits, const at::Tensor& uniform) {
   at::Tensor p = logits.to(at::kFloat).softmax(-1);
   const at::Tensor u = uniform.unsqueeze(1).to(p.device());
-  const at::Tensor label = p.cumsum(-1).lt(u).sum(-1, /*keepdim=*/true).clamp_max(p.size(1) - 1);
-  p.scatter_add_(1, label, at::full_like(u, -1));
+  p.scatter_add_(1, drawn_labels(p, u), at::full_like(u, -1));
   return p.to(logits.scalar_type());
 }
 
@@ -226,6 +225,10 @@ bool is_fused(const at::Tensor& example) {
 }
 
 }  // namespace
+
+at::Tensor drawn_labels(const at::Tensor& p, const at::Tensor& uniform) {
+  return p.cumsum(-1).lt(uniform).sum(-1, /*keepdim=*/true).clamp_max(p.size(1) - 1);
+}
 
 int64_t label_stride(int64_t tokens) {
   constexpr int64_t kLongest = 4;

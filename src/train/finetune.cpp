@@ -174,10 +174,10 @@ class Run {
     if (config_.train.max_steps > 0) {
       report_.planned_steps = std::min(report_.planned_steps, config_.train.max_steps);
     }
-    if (report_.planned_steps == 0) throw_usage("[train.epochs] expected a step at least");
     steps_.loss = report_.planned_steps;
     if (teacher_) steps_.attention = config_.distill.attention_steps;
     report_.planned_steps = steps_.total();
+    if (report_.planned_steps == 0) throw_usage("[train.epochs] expected a step at least");
   }
 
   // What the progress line says of it.

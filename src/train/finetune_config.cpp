@@ -182,10 +182,17 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        0},
       {"distill.attention_steps",
        "steps before all others, in which each layer's attention learns the teacher's on the "
-       "teacher's inputs: cheap, with a schedule of their own",
+       "teacher's inputs, errors weighted by what they cost the teacher's predictions: cheap, and "
+       "with a schedule of their own",
        &c.distill.attention_steps,
        {},
        0},
+      {"distill.attention_learning_rate",
+       "of these steps, at its highest; 0: optimizer.learning_rate",
+       &c.distill.attention_learning_rate,
+       {},
+       0,
+       1},
       {"optimizer.learning_rate", "of AdamW, at its highest", &c.optimizer.learning_rate, {}, 0, 1},
       {"optimizer.beta1", "decay of the mean gradient", &c.optimizer.beta1, {}, 0, 0.9999999},
       {"optimizer.beta2", "decay of the mean square", &c.optimizer.beta2, {}, 0, 0.9999999},

@@ -124,6 +124,7 @@ int64_t Trainer::tuned_parameters() const {
 uint64_t Trainer::bytes() const {
   uint64_t bytes = 0;
   for (const auto& [name, master] : masters_) bytes += 4 * master.nbytes();
+  if (steps_.attention > 0) bytes += OutputCurvature::bytes(model_.config());
   // The model's own gradients; and its weights and the original ones.
   for (const Tuned& tuned : tuned_) {
     if (!tuned.master.is_same(tuned.weight)) bytes += 2 * tuned.weight.nbytes();
@@ -157,6 +158,11 @@ void Trainer::save(const std::filesystem::path& file) const {
     tensors.emplace_back("square/" + name, state.exp_avg_sq());
     tensors.emplace_back("steps/" + name, at::scalar_tensor(state.step(), at::kLong));
   }
+  if (done_ < steps_.attention) {
+    for (const auto& [name, tensor] : curvature_.tensors()) {
+      tensors.emplace_back("curvature/" + name, tensor);
+    }
+  }
   const auto number = [](double x) { return at::scalar_tensor(x, at::kDouble); };
   tensors.emplace_back("loss_scale", number(scale_.value));
   tensors.emplace_back("good_steps", number(static_cast<double>(scale_.good_steps)));
@@ -184,6 +190,13 @@ void Trainer::load(const std::filesystem::path& file, int64_t steps) {
     optimizer_->state()[master.unsafeGetTensorImpl()] = std::move(state);
   }
   problems.throw_if_any();
+  curvature_ = {};
+  if (reader.has("curvature/tokens")) {
+    const auto tensor = [&](const std::string& name) {
+      return load_tensor(reader, "curvature/" + name).to(model_.device());
+    };
+    curvature_.set(tensor, model_.layers().size());
+  }
   const auto number = [&](const char* name) { return load_tensor(reader, name).item<double>(); };
   scale_.value = number("loss_scale");
   scale_.good_steps = static_cast<int64_t>(number("good_steps"));
@@ -237,9 +250,12 @@ void Trainer::add_loss(const TrainingRows::Batch& batch, double labels, Step& lo
 void Trainer::add_attention(const TrainingRows::Batch& batch, double labels, Step& losses) {
   const at::Tensor tokens = learnt_tokens(batch.labels, model_.device());
   if (tokens.numel() == 0) return;
+  if (!curvature_.is_complete()) {
+    curvature_.add(*teacher_, batch.ids, tokens, static_cast<uint64_t>(config_.data.seed) << 32);
+  }
   const double share = static_cast<double>(tokens.numel()) / labels;
-  losses.hidden +=
-      share * match_attention(model_, *teacher_, batch.ids, tokens, scale_.value * share);
+  losses.hidden += share * match_attention(model_, *teacher_, curvature_, batch.ids, tokens,
+                                           scale_.value * share);
 }
 
 // Where, on the way through the model, the first number that is not finite comes up.
@@ -280,6 +296,16 @@ void Trainer::write_weights() {
   for (LowRank& low_rank : low_rank_) low_rank.update.apply();
 }
 
+double Trainer::learning_rate() const {
+  const double full = config_.optimizer.learning_rate;
+  if (done_ >= steps_.attention) {
+    return full * learning_rate_ratio(config_.schedule, done_ - steps_.attention, steps_.loss);
+  }
+  const double of_attention = config_.distill.attention_learning_rate;
+  return (of_attention > 0 ? of_attention : full) *
+         learning_rate_ratio(config_.schedule, done_, steps_.attention);
+}
+
 Trainer::Step Trainer::step(const std::vector<TrainingRows::Batch>& batches) {
   Step result;
   result.on_attention = done_ < steps_.attention;
@@ -310,11 +336,7 @@ Trainer::Step Trainer::step(const std::vector<TrainingRows::Batch>& batches) {
     throw Error(ExitCode::kNonFinite, where + "NaN or Inf in the gradient of " + broken);
   }
   const FinetuneConfig::Optimizer& optimizer = config_.optimizer;
-  result.learning_rate =
-      optimizer.learning_rate *
-      (result.on_attention
-           ? learning_rate_ratio(config_.schedule, done_, steps_.attention)
-           : learning_rate_ratio(config_.schedule, done_ - steps_.attention, steps_.loss));
+  result.learning_rate = learning_rate();
   ++done_;
   if (result.skipped) {
     ++skipped_;

@@ -247,6 +247,35 @@ TEST(FinetuneTest, HealsFromATeacher) {
   EXPECT_NE(read_file(folder / "out" / "loss.svg").find("evaluation"), std::string::npos);
 }
 
+// Steps on attention alone; killed among them, it ends with the bytes of a run left alone.
+TEST(FinetuneTest, MatchesAttentionOnly) {
+  const TempDir folder;
+  const std::string base = (folder / "latent").string();
+  ASSERT_EQ(run_hla("convert " + stories() + " " + base + " --no-calib --kv-ratio 0.25").code, 0);
+  std::string settings;
+  for (const std::string& setting : quick(base, folder / "out")) settings += " --set " + setting;
+  settings += " --set distill.teacher=" + stories() +
+              " --set distill.attention_steps=8 --set distill.attention_learning_rate=1e-2"
+              " --set train.epochs=0 --set checkpoint.every_steps=2 --set eval.every_steps=8";
+  ASSERT_EQ(run_hla("finetune" + settings).code, 0);
+  std::filesystem::rename(folder / "out", folder / "whole");
+  const nlohmann::json report = read_json_file(folder / "whole" / "finetune.json");
+  EXPECT_LT(report["evaluations"].back()["kl"], 0.9 * report["evaluations"][0]["kl"].get<double>());
+
+  const std::string state = (folder / ".out.hla-partial" / "steps.json").string();
+  const testing::CommandResult killed = testing::run_command(
+      std::string(HLA_BINARY) + " finetune" + settings +
+      " & pid=$!; for i in $(seq 3000); do grep -q '\"step\": *4' " + state +
+      " 2>/dev/null && break; kill -0 $pid 2>/dev/null || break; sleep 0.01; done; kill -9 $pid;"
+      " wait $pid");
+  EXPECT_FALSE(std::filesystem::exists(folder / "out"));
+  const testing::CommandResult rest = run_hla("finetune" + settings);
+  ASSERT_EQ(rest.code, 0) << rest.err;
+  EXPECT_NE(rest.err.find("going on after step"), std::string::npos) << rest.err;
+  EXPECT_EQ(read_file(folder / "out" / "model.safetensors"),
+            read_file(folder / "whole" / "model.safetensors"));
+}
+
 // A checkpoint that was damaged is passed over for the one before it.
 TEST(FinetuneTest, GoesOnFromAnOlderCheckpoint) {
   const TempDir folder;

@@ -34,6 +34,9 @@ constexpr int64_t kSampledTokens = 4096;
 // long as there are kSampledTokens labels. On SmolLM2 that is no worse (docs/experiments.md).
 int64_t label_stride(int64_t tokens);
 
+// Labels (n, 1) that p (n, V), which adds up to 1, gives to uniform numbers (n, 1) from 0 to 1.
+at::Tensor drawn_labels(const at::Tensor& p, const at::Tensor& uniform);
+
 // Of what is collected of all layers.
 uint64_t curvature_bytes(const ModelConfig& config, bool sample);
 // Memory that collecting it takes beside the weights and the above, for sequences of `length`;

@@ -44,6 +44,7 @@ struct FinetuneConfig {
     double temperature = 1;
     double hidden = 0;
     int64_t attention_steps = 0;
+    double attention_learning_rate = 0;
   } distill;
   struct Optimizer {
     double learning_rate = 5e-5;

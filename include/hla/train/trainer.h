@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "hla/model/llama.h"
+#include "hla/train/distillation.h"
 #include "hla/train/finetune_config.h"
 #include "hla/train/loss_scale.h"
 #include "hla/train/low_rank.h"
@@ -103,6 +104,7 @@ class Trainer {
   void add_loss(const TrainingRows::Batch& batch, double labels, Step& losses);
   void add_attention(const TrainingRows::Batch& batch, double labels, Step& losses);
   std::string first_broken(const std::vector<TrainingRows::Batch>& batches) const;
+  double learning_rate() const;  // of the next step
   void collect_gradients();
   void write_weights();
   // The name of a master whose gradient is not finite, else its norm.
@@ -115,6 +117,7 @@ class Trainer {
   int64_t done_ = 0;
   int64_t skipped_ = 0;
   LossScale scale_;
+  OutputCurvature curvature_;  // of the teacher; collected in the first steps on attention
   std::vector<Tuned> tuned_;
   std::vector<LowRank> low_rank_;
   std::vector<std::pair<std::string, at::Tensor>> masters_;  // all that AdamW works on, by name
