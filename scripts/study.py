@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The comparison that scripts/study.sh runs; see there. Standard library only.
 
-Every step is one hla command, kept in the report; what a killed run has finished is not done again.
+Every step is one hla command, kept in the report. What it made is used again by the same command on the same inputs.
 """
 import argparse
 import csv
@@ -52,6 +52,8 @@ class Study:
                 sys.exit(f"study: unknown conversion {name}; one of: {', '.join(CONVERSIONS)}")
         self.names = ["base"] + self.conversions
         self.commands = []
+        self.record = self.work / "steps.json"  # by what a step made: its command, and those of its inputs
+        self.steps = json.loads(self.record.read_text()) if self.record.exists() else {}
 
     def folder(self, name, tuned=False):
         if name == "base" and not tuned:
@@ -59,16 +61,24 @@ class Study:
         return str(self.work / (name + ("-tuned" if tuned else "")))
 
     def run(self, command, done):
-        """Runs `hla` unless the file or folder `done` is there already."""
-        self.commands.append(" ".join(str(x) for x in command))
+        """Runs `hla`, which makes the file or folder `done`, unless the same command has made it before."""
+        words = [str(x) for x in command]
+        self.commands.append(" ".join(words))
+        inputs = {word.removeprefix("model=") for word in words} - {str(done)}
+        step = {"command": words, "inputs": {name: self.steps[name] for name in sorted(inputs) if name in self.steps}}
         if Path(done).exists():
-            print(f"study: {done}: already there", flush=True)
-            return
+            if self.steps.get(str(done)) == step:
+                print(f"study: {done}: already there", flush=True)
+                return
+            print(f"study: {done}: there, but of another command; made anew", flush=True)
+            shutil.rmtree(done) if Path(done).is_dir() else Path(done).unlink()
         start = time.monotonic()
         print("study: " + self.commands[-1], flush=True)
-        status = subprocess.run([self.arguments.hla, *map(str, command)]).returncode
+        status = subprocess.run([self.arguments.hla, *words]).returncode
         if status:
             sys.exit(f"study: exit status {status} of: hla {self.commands[-1]}")
+        self.steps[str(done)] = step
+        self.record.write_text(json.dumps(self.steps, indent=1))
         print(f"study: {time.monotonic() - start:.0f} s", flush=True)
 
     def convert(self):

@@ -267,7 +267,8 @@ void add_convert(CLI::App& app) {
       "--plan", arguments->plan,
       "Sizes of every layer, as --dry-run --json writes them, instead of the above");
   command->add_flag("--dry-run", arguments->dry_run,
-                    "Only say what would be made: plan, cache, disk, memory and time");
+                    "Only say what would be made: plan, cache, disk, memory and time; before ranks "
+                    "are measured, where they are");
   command->add_option("--json", arguments->json, "Write the report to FILE as JSON; - for stdout");
   command->add_option("--plot", arguments->plot,
                       "Write error by layer and rank by frequency to FILE as SVG");
@@ -286,7 +287,7 @@ void add_convert(CLI::App& app) {
   command->add_flag("--restart", options.restart,
                     "Start over where an unfinished conversion to OUT lies, instead of going on");
   command->add_flag("--force", options.force, "Replace an existing OUT (or --json or --plot file)");
-  add_device_options(*command, arguments->device);
+  add_device_options(*command, arguments->device, "the checkpoint's own");
   command->footer(
       "--dtype is the type of the written weights (auto: the checkpoint's own); the factorisation\n"
       "itself is always done in fp64.\n\n"

@@ -55,13 +55,11 @@ CLI::Option* add_list_option(CLI::App& command, const std::string& name,
       description);
 }
 
-void add_device_options(CLI::App& command, DeviceOptions& options) {
+void add_device_options(CLI::App& command, DeviceOptions& options, const std::string& auto_dtype) {
   command.add_option("--device", options.device, "auto, cpu, cuda or cuda:N")
       ->capture_default_str();
   command
-      .add_option("--dtype", options.dtype,
-                  "auto, fp32, bf16, fp16 or fp64; auto is fp32 on the CPU and the checkpoint's "
-                  "own on CUDA")
+      .add_option("--dtype", options.dtype, "auto, fp32, bf16, fp16 or fp64; auto is " + auto_dtype)
       ->capture_default_str();
   command.add_option("--threads", options.threads, "CPU threads; 0: one per core")
       ->check(CLI::NonNegativeNumber)

@@ -16,8 +16,10 @@ struct DeviceOptions {
   int threads = 0;  // 0: as many as LibTorch takes, one per core
 };
 
-// Registers --device, --dtype and --threads.
-void add_device_options(CLI::App& command, DeviceOptions& options);
+// Registers --device, --dtype and --threads; `auto_dtype` says what the dtype is by default.
+void add_device_options(
+    CLI::App& command, DeviceOptions& options,
+    const std::string& auto_dtype = "fp32 on the CPU and the checkpoint's own on CUDA");
 
 // Applies --threads and resolves device and dtype.
 LoadOptions resolve(const DeviceOptions& options);

@@ -21,7 +21,7 @@ void Problems::throw_if_any(std::string_view hint, size_t max_shown) const {
     }
   }
   if (!hint.empty()) message += "\n  hint: " + std::string(hint);
-  throw Error(ExitCode::kBadInput, message);
+  throw Error(code_, message);
 }
 
 }  // namespace hla

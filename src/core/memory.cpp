@@ -12,16 +12,21 @@
 namespace hla {
 namespace {
 
-// Value in bytes of a "Key:   123 kB" line, or 0.
-uint64_t read_kb_line(const char* path, const std::string& key) {
+// The number behind `key` at the beginning of a line, or 0.
+uint64_t read_line(const char* path, const std::string& key) {
   std::ifstream file(path);
   std::string line;
   while (std::getline(file, line)) {
     if (line.compare(0, key.size(), key) == 0) {
-      return std::strtoull(line.c_str() + key.size(), nullptr, 10) * 1024;
+      return std::strtoull(line.c_str() + key.size(), nullptr, 10);
     }
   }
   return 0;
+}
+
+// Of a "Key:   123 kB" line, in bytes.
+uint64_t read_kb_line(const char* path, const std::string& key) {
+  return read_line(path, key) * 1024;
 }
 
 // Room left in this process's cgroup (v2), or "unlimited".
@@ -33,6 +38,8 @@ uint64_t cgroup_room() {
   uint64_t current = 0;
   // "max" (no limit) fails to parse as a number, as does a missing file.
   if (!(max_file >> max) || !(current_file >> current)) return kUnlimited;
+  // Files that were read or written count until something else needs their memory.
+  current -= std::min(current, read_line("/sys/fs/cgroup/memory.stat", "inactive_file "));
   return max > current ? max - current : 0;
 }
 

@@ -83,7 +83,7 @@ std::optional<double> target_ratio(const ModelConfig& base, const ConvertOptions
 
 // The sizes of every layer alike, with the ratio of a target instead of kv_ratio.
 LayerPlan plan_layer(const ModelConfig& base, const ConvertOptions& options, int64_t element_size) {
-  Problems problems("[convert] options");
+  Problems problems("[convert] options", ExitCode::kUsage);
   const std::optional<double> target = target_ratio(base, options, element_size, problems);
   LayerPlan plan;
   const int64_t kv = base.kv_size();
@@ -190,7 +190,7 @@ HlaLayerConfig planned_layer(const LayerPlan& plan, HlaRope rope) {
 ConversionPlan plan_from_file(const ModelConfig& base, const ConvertOptions& options) {
   if (options.kv_ratio || options.k_rank || options.v_rank || options.q_rank ||
       options.fast_frequencies || options.fast_floats) {
-    throw_bad_input(
+    throw_usage(
         "[convert] options: --plan has the sizes of all layers; it cannot be combined with "
         "--kv-ratio, --k-rank, --v-rank, --q-rank, --fast-frequencies or --fast-floats");
   }
@@ -237,9 +237,9 @@ ConversionPlan plan_conversion(const ModelConfig& base, const ConvertOptions& op
   }
   const int64_t least = FloatBudget::least(layers, base.base_cache_floats());
   if (plan.target_floats < least) {
-    throw_bad_input("[convert] options: expected a target of at least " + std::to_string(least) +
-                    " cached floats per token for all layers together, got " +
-                    std::to_string(plan.target_floats));
+    throw_usage("[convert] options: expected a target of at least " + std::to_string(least) +
+                " cached floats per token for all layers together, got " +
+                std::to_string(plan.target_floats));
   }
   return plan;
 }

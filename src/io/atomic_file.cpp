@@ -188,6 +188,8 @@ bool try_lock(int fd) { return ::flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != E
 
 void sync_folder(const fs::path& folder) { sync_path(folder, true); }
 
+void sync_file(const fs::path& path) { sync_path(path, false); }
+
 fs::path folder_target(const fs::path& path) {
   fs::path target = absolute_target(path);
   if (!target.has_relative_path()) refuse(path, "is the root folder");

@@ -174,8 +174,8 @@ fs::path resolve_model_path(const std::string& path_or_id) {
   if (at != std::string::npos && !all_safe(split(revision, '/'))) {
     throw_bad_input(missing + " (and \"" + revision + "\" is not a revision)");
   }
-  const std::string download = "\n  hint: huggingface-cli download " + id +
-                               (revision.empty() ? "" : " --revision " + revision);
+  const std::string download =
+      "\n  hint: hf download " + id + (revision.empty() ? "" : " --revision " + revision);
   const fs::path cache = hub_cache_folder();
   if (cache.empty()) {
     throw_bad_input(missing + ", and no model cache to look it up in: HF_HOME and HOME are unset");

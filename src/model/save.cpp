@@ -7,6 +7,7 @@
 
 #include "hla/core/error.h"
 #include "hla/core/version.h"
+#include "hla/io/atomic_file.h"
 #include "hla/model/device.h"
 
 namespace hla {
@@ -43,6 +44,7 @@ void copy_side_files(const Checkpoint& base, const std::filesystem::path& folder
     std::error_code error;
     std::filesystem::copy_file(file, folder / name, error);
     if (error) throw_runtime(file.string() + ": cannot copy: " + error.message());
+    detail::sync_file(folder / name);
   }
 }
 

@@ -315,7 +315,7 @@ struct Dataset {
   std::string field = "text";
   // Documents read where the caller sets no limit: a file may have millions.
   std::optional<int64_t> default_documents = {};
-  std::string download;  // arguments of `huggingface-cli download --repo-type dataset`
+  std::string download;  // arguments of `hf download --repo-type dataset`
 };
 
 // `config`: the dataset's folder in the repository Salesforce/wikitext.
@@ -524,10 +524,9 @@ Source source_of_dataset(const std::string& name, const std::string& split,
   }
   Source source;
   source.name = name + ", split " + wanted;
-  const std::string hint =
-      dataset.download.empty()
-          ? "\n  hint: set HLA_DATA_DIR to the data/ folder of the repository"
-          : "\n  hint: huggingface-cli download --repo-type dataset " + dataset.download;
+  const std::string hint = dataset.download.empty()
+                               ? "\n  hint: set HLA_DATA_DIR to the data/ folder of the repository"
+                               : "\n  hint: hf download --repo-type dataset " + dataset.download;
   Search search = find_dataset(dataset, wanted);
   if (search.files.empty()) {
     std::string message = "dataset " + source.name + ": not found";

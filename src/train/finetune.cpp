@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -26,6 +27,7 @@
 #include "hla/model/device.h"
 #include "hla/model/hla_attention.h"
 #include "hla/model/save.h"
+#include "hla/text/unicode.h"
 #include "hla/train/metrics.h"
 #include "hla/train/trainer.h"
 
@@ -57,17 +59,9 @@ class Run {
     output_dtype_ = is_half(stored) ? dtype_ : *load.dtype;
     model_ = load_model(checkpoint_, load);
     balance_factors();
-    const int64_t longest = std::max(config_.data.context, config_.eval.context);
-    if (longest > model_->config().max_position_embeddings) {
-      throw_bad_input("[data.context] expected at most " +
-                      std::to_string(model_->config().max_position_embeddings) +
-                      " tokens, the model's max_position_embeddings, got " +
-                      std::to_string(longest));
-    }
-    ProtocolOptions windows;
-    windows.context = config_.eval.context > 0 ? config_.eval.context : config_.data.context;
-    if (config_.eval.windows > 0) windows.limit = config_.eval.windows;
-    plan_ = plan_windows(valid_tokens_, model_->config(), windows);
+    check_contexts(*model_, "the model's");
+    if (teacher_) check_contexts(*teacher_, "the teacher's");
+    plan_evaluation();
     make_rows();
   }
 
@@ -77,7 +71,8 @@ class Run {
     Trainer trainer(*model_, config_, steps_, teacher_.get(), dtype_);
     report_.tuned_parameters = trainer.tuned_parameters();
     if (model_->device().is_cpu()) {
-      preflight_memory(trainer.bytes(), "weights, gradients and moments of " + config_.model);
+      preflight_memory(trainer.bytes() - loaded_bytes(),
+                       "weights, gradients and moments of " + config_.model);
     }
     const nlohmann::json* saved = work.result(kCheckpoint);
     const uint64_t metrics_bytes = saved != nullptr ? take_up(work, *saved, trainer) : 0;
@@ -86,7 +81,9 @@ class Run {
     progress.advance(report_.steps);
     report_.stopped_by = "steps";
     for (;;) {
-      if (evaluation_is_due()) evaluate(work, trainer);
+      if (evaluation_is_due()) {
+        say_what_is_left(work, [&] { evaluate(work, trainer); });
+      }
       if (is_out_of_patience()) report_.stopped_by = "patience";
       if (report_.steps == report_.planned_steps || report_.stopped_by == "patience") break;
       progress.advance(1, step(work, trainer));
@@ -117,6 +114,18 @@ class Run {
     return config;
   }
 
+  // Of what the trainer will hold, that is in memory already: weights that were converted when they
+  // were loaded. The others are where their file is mapped, until they are tuned.
+  uint64_t loaded_bytes() const {
+    uint64_t bytes = 0;
+    for (const auto& parameter : model_->parameters()) {
+      if (stored_dtype(checkpoint_) != at::kFloat && parameter.requires_grad()) {
+        bytes += static_cast<uint64_t>(parameter.numel()) * sizeof(float);
+      }
+    }
+    return bytes;
+  }
+
   CorpusOptions texts() const { return {.text_field = config_.data.text_field}; }
 
   void balance_factors() {
@@ -124,6 +133,31 @@ class Run {
     for (const auto& module : model_->modules()) {
       if (auto* attention = module->as<HlaAttention>()) attention->balance();
     }
+  }
+
+  void check_contexts(const LlamaForCausalLM& model, const std::string& whose) const {
+    const int64_t most = model.config().max_position_embeddings;
+    for (const auto& [key, context] : {std::pair("[data.context]", config_.data.context),
+                                       std::pair("[eval.context]", config_.eval.context)}) {
+      if (context <= most) continue;
+      throw_bad_input(std::string(key) + " expected at most " + std::to_string(most) + " tokens, " +
+                      whose + " max_position_embeddings, got " + std::to_string(context));
+    }
+  }
+
+  void plan_evaluation() {
+    ProtocolOptions windows;
+    windows.context = config_.eval.context > 0 ? config_.eval.context : config_.data.context;
+    if (config_.eval.windows > 0) windows.limit = config_.eval.windows;
+    if (*windows.context < 2) throw_usage("[eval.context] expected 2 tokens at least, or 0, got 1");
+    const auto tokens = static_cast<int64_t>(valid_tokens_.joined()->size());
+    if (tokens < *windows.context) {
+      throw_bad_input("[data.valid] expected at least a window of " +
+                      std::to_string(*windows.context) +
+                      " tokens (eval.context, else data.context), got " + std::to_string(tokens) +
+                      " in " + config_.data.valid);
+    }
+    plan_ = plan_windows(valid_tokens_, model_->config(), windows);
   }
 
   void load_teacher(const LoadOptions& load) {
@@ -180,22 +214,35 @@ class Run {
     if (report_.planned_steps == 0) throw_usage("[train.epochs] expected a step at least");
   }
 
+  // Where numbers that are not finite come up, adds what a user can go on with.
+  void say_what_is_left(const WorkDir& work, const std::function<void()>& action) const {
+    try {
+      action();
+    } catch (const Error& error) {
+      if (error.code() != ExitCode::kNonFinite) throw;
+      std::string message = error.what();
+      const nlohmann::json* saved = work.result(kCheckpoint);
+      message += "\n  the last checkpoint is ";
+      if (saved == nullptr) {
+        message += "none";
+      } else {
+        const int64_t step = saved->back().at("step");
+        message += "of step " + std::to_string(step) + ", in " + work.scratch().string();
+      }
+      if (best() > 0) {
+        const int64_t step = evaluation(best()).step;
+        message += "\n  the best model so far, of step " + std::to_string(step) + ", is " +
+                   model_folder(work, step).string() + "; --restart removes it";
+      }
+      throw Error(ExitCode::kNonFinite, message);
+    }
+  }
+
   // What the progress line says of it.
   std::string step(const WorkDir& work, Trainer& trainer) {
     const auto start = Clock::now();
     Trainer::Step step;
-    try {
-      step = trainer.step(next_batches());
-    } catch (const Error& error) {
-      if (error.code() != ExitCode::kNonFinite) throw;
-      const nlohmann::json* saved = work.result(kCheckpoint);
-      throw Error(ExitCode::kNonFinite,
-                  std::string(error.what()) + "; the last checkpoint is " +
-                      (saved == nullptr
-                           ? "none"
-                           : "of step " + std::to_string(saved->back().at("step").get<int64_t>()) +
-                                 ", in " + work.scratch().string()));
-    }
+    say_what_is_left(work, [&] { step = trainer.step(next_batches()); });
     ++report_.steps;
     const double seconds = seconds_since(start);
     nlohmann::json line = {{"step", report_.steps},
@@ -316,9 +363,14 @@ class Run {
   // The best of the evaluations after a step, 0 before there is one.
   int64_t best() const { return best_.empty() ? 0 : best_.front(); }
 
+  // Steps on attention before the others are not done for what evaluations measure.
   bool is_out_of_patience() const {
-    const auto since_best = static_cast<int64_t>(report_.evaluations.size()) - 1 - best();
-    return config_.eval.patience > 0 && best() > 0 && since_best >= config_.eval.patience;
+    if (config_.eval.patience == 0 || best() == 0) return false;
+    const int64_t first = steps_.loss > 0 ? steps_.attention : 0;
+    const auto since_best =
+        std::count_if(report_.evaluations.begin() + best() + 1, report_.evaluations.end(),
+                      [&](const FinetuneEvaluation& one) { return one.step > first; });
+    return since_best >= config_.eval.patience;
   }
 
   const FinetuneEvaluation& evaluation(int64_t number) const {
@@ -327,6 +379,7 @@ class Run {
 
   // Writes the model where it is among the best so far.
   void evaluate(const WorkDir& work, const Trainer& trainer) {
+    release_free_memory();  // which does not count as available
     const PerplexityResult result = score(*model_, {plan_}, {.progress = false}, teacher_.get())[0];
     throw_if_interrupted();
     FinetuneEvaluation now = {report_.steps, result.nll, result.perplexity.value};
@@ -362,7 +415,7 @@ class Run {
     const Decoder decoder(*model_);
     std::vector<std::string> texts;
     for (Continuation& one : generate(decoder, *tokenizer_, prompts, options).continuations) {
-      texts.push_back(std::move(one.text));
+      texts.push_back(sanitize_utf8(one.text));  // of a model that is far off
     }
     return texts;
   }

@@ -9,6 +9,7 @@
 #include "hla/core/join.h"
 #include "hla/core/nearest.h"
 #include "hla/io/json_file.h"
+#include "hla/text/unicode.h"
 
 namespace hla {
 namespace {
@@ -37,6 +38,10 @@ void set_text(const ConfigField& field, std::string& target, const json& value,
     return;
   }
   const auto text = value.get<std::string>();
+  if (!is_valid_utf8(text)) {
+    problems.add(field.key + ": expected UTF-8, got " + sanitize_utf8(text));
+    return;
+  }
   const auto& choices = field.choices;
   if (!choices.empty() && std::find(choices.begin(), choices.end(), text) == choices.end()) {
     problems.add(field.key + ": expected one of " + join(choices, ", ") + ", got " + text);
@@ -54,7 +59,13 @@ void set_list(const ConfigField& field, std::vector<std::string>& target, const 
     problems.add(field.key + ": expected a list of texts, got " + json_excerpt(value));
     return;
   }
-  target = list.get<std::vector<std::string>>();
+  auto entries = list.get<std::vector<std::string>>();
+  for (const std::string& text : entries) {
+    if (is_valid_utf8(text)) continue;
+    problems.add(field.key + ": expected UTF-8, got " + sanitize_utf8(text));
+    return;
+  }
+  target = std::move(entries);
 }
 
 void set(const ConfigField& field, const json& value, Problems& problems) {
@@ -293,7 +304,7 @@ ResolvedConfig resolve_config(const std::optional<std::filesystem::path>& file,
     }
     problems.throw_if_any(hint);
   }
-  Problems problems("--set");
+  Problems problems("--set", ExitCode::kUsage);
   for (const std::string& assignment : assignments) {
     const size_t equals = assignment.find('=');
     if (equals == std::string::npos) {
@@ -305,11 +316,7 @@ ResolvedConfig resolve_config(const std::optional<std::filesystem::path>& file,
     set(*field, assigned_value(*field, assignment.substr(equals + 1)), problems);
     resolved.origin[field->key] = "--set";
   }
-  try {
-    problems.throw_if_any(hint);
-  } catch (const Error& error) {
-    throw_usage(error.what());
-  }
+  problems.throw_if_any(hint);
   return resolved;
 }
 

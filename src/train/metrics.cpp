@@ -7,6 +7,8 @@
 
 #include "hla/core/error.h"
 #include "hla/core/join.h"
+#include "hla/core/log.h"
+#include "hla/io/atomic_file.h"
 
 namespace hla {
 namespace {
@@ -37,13 +39,20 @@ PlotSeries means(std::string label, const std::vector<double>& x, const std::vec
 }  // namespace
 
 Metrics::Metrics(std::filesystem::path file, uint64_t bytes) : path_(std::move(file)) {
-  // Lines of steps that are now done again.
+  std::string kept;
   if (bytes > 0) {
-    std::filesystem::resize_file(path_, bytes);
-    file_.open(path_, std::ios::app);
-  } else {
-    file_.open(path_, std::ios::trunc);
+    std::ifstream old(path_, std::ios::binary);
+    kept.resize(bytes);
+    old.read(kept.data(), static_cast<std::streamsize>(bytes));
+    if (static_cast<uint64_t>(old.gcount()) < bytes) {
+      kept.resize(static_cast<size_t>(old.gcount()));
+      kept.resize(kept.rfind('\n') + 1);  // npos + 1 is 0
+      log_warning(path_.string() + ": is shorter than it was; some steps have no metrics");
+    }
   }
+  // Without lines of steps that are now done again.
+  file_.open(path_, std::ios::trunc | std::ios::binary);
+  file_ << kept << std::flush;
   if (!file_) throw_runtime(path_.string() + ": cannot be written");
 }
 
@@ -52,7 +61,10 @@ void Metrics::add(const nlohmann::json& line) {
   if (!file_) throw_runtime(path_.string() + ": write failed");
 }
 
-int64_t Metrics::bytes() { return static_cast<int64_t>(file_.tellp()); }
+int64_t Metrics::bytes() {
+  detail::sync_file(path_);
+  return static_cast<int64_t>(file_.tellp());
+}
 
 std::vector<nlohmann::json> Metrics::lines() {
   std::vector<nlohmann::json> result;

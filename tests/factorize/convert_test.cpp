@@ -531,7 +531,7 @@ TEST(EstimateTest, IsWhatTheConversionMakes) {
             ExitCode::kUsage);
   options.kv_ratio = 2;
   EXPECT_EQ(error_of([&] { estimate_conversion(stories(), folder / "new", options); }).code(),
-            ExitCode::kBadInput);
+            ExitCode::kUsage);
 }
 
 TEST(EstimateTest, SaysThatRanksAreMeasuredLater) {
@@ -563,11 +563,12 @@ TEST(EstimateTest, GrowsWithWhatItIsOf) {
 
 TEST(ConvertTest, RanksOutOfRange) {
   const TempDir folder;
-  const auto message = [&](const std::function<void(ConvertOptions&)>& change) {
+  const auto message = [&](const std::function<void(ConvertOptions&)>& change,
+                           ExitCode code = ExitCode::kUsage) {
     ConvertOptions options = quiet();
     change(options);
     const Error error = error_of([&] { convert(stories(), folder / "out", options); });
-    EXPECT_EQ(error.code(), ExitCode::kBadInput);
+    EXPECT_EQ(error.code(), code) << error.what();
     EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
     return std::string(error.what());
   };
@@ -586,11 +587,14 @@ TEST(ConvertTest, RanksOutOfRange) {
               o.k_rank = 8;
             }).find("cannot be combined"),
             std::string::npos);
-  const auto target = [&](const std::function<void(ConvertOptions&)>& change) {
-    return message([&](ConvertOptions& o) {
-      o.calib = calibrated().calib;
-      change(o);
-    });
+  const auto target = [&](const std::function<void(ConvertOptions&)>& change,
+                          ExitCode code = ExitCode::kUsage) {
+    return message(
+        [&](ConvertOptions& o) {
+          o.calib = calibrated().calib;
+          change(o);
+        },
+        code);
   };
   EXPECT_NE(target([](auto& o) { o.target_ratio = 0.0; }).find("--target-ratio: expected"),
             std::string::npos);
@@ -600,11 +604,14 @@ TEST(ConvertTest, RanksOutOfRange) {
             std::string::npos);
   const TempDir texts;
   testing::write_file(texts / "short.txt", std::string(2000, 'a'));
-  EXPECT_NE(target([&](auto& o) {
-              o.target_ppl_increase = 0.1;
-              o.calib_length = 256;
-              o.calib = {texts / "short.txt"};
-            }).find("last tenth"),
+  EXPECT_NE(target(
+                [&](auto& o) {
+                  o.target_ppl_increase = 0.1;
+                  o.calib_length = 256;
+                  o.calib = {texts / "short.txt"};
+                },
+                ExitCode::kBadInput)
+                .find("last tenth"),
             std::string::npos);
   EXPECT_NE(target([](auto& o) { o.target_ppl_increase = -0.1; }).find("above 0"),
             std::string::npos);

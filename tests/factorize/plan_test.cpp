@@ -83,7 +83,7 @@ TEST(PlanTest, FileGoesWithTheOptions) {
   options.plan = folder / "plan.json";
   EXPECT_EQ(plan_conversion(stories(), options, 4).layers.size(), 5u);
   options.k_rank = 8;
-  EXPECT_EQ(error_of([&] { plan_conversion(stories(), options, 4); }).code(), ExitCode::kBadInput);
+  EXPECT_EQ(error_of([&] { plan_conversion(stories(), options, 4); }).code(), ExitCode::kUsage);
   options.k_rank.reset();
   options.rope = HlaRope::kOriginal;
   EXPECT_EQ(error_of([&] { plan_conversion(stories(), options, 4); }).code(), ExitCode::kBadInput);

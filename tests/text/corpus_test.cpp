@@ -281,7 +281,7 @@ TEST_F(CachedDatasetTest, NotFoundSaysWhereItLooked) {
   for (const std::string& part :
        {std::string("wikitext-2-raw, split validation: not found"), data_.path().string(),
         (cache_ / "datasets--Salesforce--wikitext").string(),
-        std::string("huggingface-cli download --repo-type dataset Salesforce/wikitext")}) {
+        std::string("hf download --repo-type dataset Salesforce/wikitext")}) {
     EXPECT_THAT(message, HasSubstr(part));
   }
   // Another configuration, and a link to a blob that is gone.

@@ -204,7 +204,7 @@ TEST(CliTest, PplReadsTextsOfAnyKind) {
       run_command("HF_HOME=" + folder.path().string() + " " + std::string(HLA_BINARY) + " ppl " +
                   stories() + " --dataset ptb");
   EXPECT_EQ(missing.code, 3);
-  EXPECT_NE(missing.err.find("huggingface-cli download"), std::string::npos) << missing.err;
+  EXPECT_NE(missing.err.find("hf download"), std::string::npos) << missing.err;
   // It warns of a text that is not what it looks like.
   std::string unk = " = Title = \n";
   for (int i = 0; i < 60; ++i) unk += " the <unk> was a <unk> @-@ like <unk> . \n";

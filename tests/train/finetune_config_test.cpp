@@ -80,6 +80,9 @@ TEST(FinetuneConfigTest, NamesEveryProblem) {
   write_file(folder / "twice.json", R"({"data": {"seed": 1}, "data.seed": 2})");
   EXPECT_EQ(error_of([&] { resolve_config(folder / "twice.json", {}); }).code(),
             ExitCode::kBadInput);
+  for (const std::string text : {"output=caf\xe9", "data.train=[\"caf\xe9\"]"}) {
+    EXPECT_EQ(error_of([&] { resolve_config({}, {text}); }).code(), ExitCode::kUsage) << text;
+  }
   const Error usage = error_of([] { resolve_config({}, {"eval.patence=1", "model"}); });
   EXPECT_EQ(usage.code(), ExitCode::kUsage);
   EXPECT_NE(std::string(usage.what()).find("did you mean eval.patience?"), std::string::npos);

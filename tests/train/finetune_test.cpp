@@ -320,8 +320,58 @@ TEST(FinetuneTest, EndsWhenItGetsNoBetter) {
   EXPECT_LT(report.steps, report.planned_steps);
 }
 
+// Evaluations among steps on attention may get worse: what they measure is tuned afterwards.
+TEST(FinetuneTest, PatienceBeginsBehindStepsOnAttention) {
+  const TempDir folder;
+  const FinetuneReport report =
+      tune(quick(stories(), folder / "out"),
+           {"distill.teacher=" + stories(), "distill.attention_steps=6",
+            "distill.attention_learning_rate=0.3", "schedule.warmup_steps=6", "eval.every_steps=1",
+            "eval.patience=2"});
+  int worse = 0;
+  for (size_t i = 2; i <= 6; ++i) {
+    worse += report.evaluations[i].nll > report.evaluations[1].nll ? 1 : 0;
+  }
+  EXPECT_GE(worse, 4);
+  EXPECT_GT(report.steps, 7);
+}
+
+TEST(FinetuneTest, SaysWhatIsLeftWhereNumbersAreNotFinite) {
+  const TempDir folder;
+  const std::string base = (folder / "latent").string();
+  ASSERT_EQ(run_hla("convert " + stories() + " " + base + " --no-calib --kv-ratio 0.25").code, 0);
+  const Error error = error_of([&] {
+    tune(quick(base, folder / "out"),
+         {"distill.teacher=" + stories(), "distill.attention_steps=2",
+          "distill.attention_learning_rate=1e-33", "optimizer.learning_rate=1",
+          "optimizer.weight_decay=1e30", "eval.every_steps=1"});
+  });
+  EXPECT_EQ(error.code(), ExitCode::kNonFinite);
+  const std::string message = error.what();
+  EXPECT_NE(message.find("the last checkpoint is of step 3"), std::string::npos) << message;
+  EXPECT_NE(message.find("the best model so far, of step "), std::string::npos) << message;
+  const std::filesystem::path scratch = folder / ".out.hla-partial" / "scratch";
+  EXPECT_TRUE(std::filesystem::exists(scratch / "model-1" / "model.safetensors") ||
+              std::filesystem::exists(scratch / "model-2" / "model.safetensors"));
+}
+
 TEST(FinetuneTest, Refuses) {
   const TempDir folder;
+  const std::string narrow = (folder / "narrow").string();
+  ASSERT_EQ(run_hla("convert " + stories() + " " + narrow + " --no-calib").code, 0);
+  nlohmann::json config = read_json_file(folder / "narrow" / "config.json");
+  config["max_position_embeddings"] = 32;
+  testing::write_file(folder / "narrow" / "config.json", config.dump());
+  testing::write_file(folder / "short.txt", "Once upon a time.");
+  const auto message_of = [&](const std::string& setting) {
+    return std::string(error_of([&] { tune(quick(stories(), folder / "out"), {setting}); }).what());
+  };
+  EXPECT_NE(message_of("distill.teacher=" + narrow).find("the teacher's max_position_embeddings"),
+            std::string::npos);
+  EXPECT_EQ(message_of("eval.context=4096").find("[eval.context] expected at most"), 0u);
+  EXPECT_EQ(message_of("data.valid=" + (folder / "short.txt").string())
+                .find("[data.valid] expected at least a window of 64 tokens"),
+            0u);
   const auto code_of = [&](const std::string& setting) {
     return error_of([&] { tune(quick(stories(), folder / "out"), {setting}); }).code();
   };

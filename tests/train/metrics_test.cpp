@@ -29,6 +29,19 @@ TEST(MetricsTest, GoesOnBehindWhatIsKept) {
   EXPECT_EQ(metrics.lines()[1]["loss"], 3.0);
 }
 
+// As after a power cut.
+TEST(MetricsTest, GoesOnBehindWholeLinesOfWhatIsLeft) {
+  const TempDir folder;
+  const auto path = folder / "metrics.jsonl";
+  testing::write_file(path, "{\"step\":1}\n{\"st");
+  Metrics metrics(path, 22);
+  metrics.add({{"step", 3}});
+  EXPECT_EQ(read_file(path), "{\"step\":1}\n{\"step\":3}\n");
+  EXPECT_EQ(metrics.lines().size(), 2u);
+  std::filesystem::remove(path);
+  EXPECT_TRUE(Metrics(path, 22).lines().empty());
+}
+
 TEST(MetricsTest, TableHasAColumnForEveryKey) {
   EXPECT_EQ(metrics_csv({{{"step", 0}, {"eval_loss", 2.5}}, {{"step", 1}, {"loss", 2.0}}}),
             "step,eval_loss,loss\n0,2.5,\n1,,2.0\n");

@@ -42,15 +42,17 @@ class Error : public std::runtime_error {
 //   problems.throw_if_any("fix the file or download it again");
 class Problems {
  public:
-  explicit Problems(std::string subject) : subject_(std::move(subject)) {}
+  explicit Problems(std::string subject, ExitCode code = ExitCode::kBadInput)
+      : subject_(std::move(subject)), code_(code) {}
   void add(std::string problem) { problems_.push_back(std::move(problem)); }
   bool empty() const { return problems_.empty(); }
   const std::vector<std::string>& list() const { return problems_; }
-  // Throws kBadInput with one line per problem (the first `max_shown` of them) and the hint.
+  // Throws the code with one line per problem (the first `max_shown` of them) and the hint.
   void throw_if_any(std::string_view hint = "", size_t max_shown = 20) const;
 
  private:
   std::string subject_;
+  ExitCode code_;
   std::vector<std::string> problems_;
 };
 

@@ -60,6 +60,8 @@ void sync_fd(int fd, const std::filesystem::path& path);
 bool try_lock(int fd);
 
 void sync_folder(const std::filesystem::path& folder);
+// Of a file that others wrote.
+void sync_file(const std::filesystem::path& path);
 
 // The absolute path of an output folder that may not exist yet. Throws kUsage for the root and for
 // a missing parent.

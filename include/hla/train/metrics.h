@@ -14,12 +14,12 @@ namespace hla {
 
 class Metrics {
  public:
-  // Goes on behind the first `bytes` of the file, which must be there if that is above 0. Throws
+  // Goes on behind the first `bytes` of the file, or, where it has fewer, its whole lines. Throws
   // kRuntime for failed I/O, as the others do.
   Metrics(std::filesystem::path file, uint64_t bytes);
 
   void add(const nlohmann::json& line);  // an object
-  int64_t bytes();                       // so far
+  int64_t bytes();                       // so far, which are on disk then
   // Everything so far, in order.
   std::vector<nlohmann::json> lines();
 
