@@ -66,7 +66,8 @@ void add_finetune(CLI::App& app) {
                     "Begin anew instead of going on with an unfinished run");
   command->footer(
       "A run that was killed or interrupted goes on when the same command is given again, and ends "
-      "with the same\nweights; until then it lies in .OUTPUT.hla-partial.\n\n"
+      "with the same\nweights (on a GPU as far as its operations are deterministic); until then it "
+      "lies in\n.OUTPUT.hla-partial.\n\n"
       "Examples:\n"
       "  hla finetune --print-config\n"
       "  hla finetune --config configs/stories260K-smoke.json\n"

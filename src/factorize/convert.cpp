@@ -65,14 +65,6 @@ AttentionWeights attention_weights(const Checkpoint& checkpoint, const ModelConf
   return weights;
 }
 
-uint64_t folder_bytes(const std::filesystem::path& folder) {
-  uint64_t bytes = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    if (entry.is_regular_file()) bytes += entry.file_size();
-  }
-  return bytes;
-}
-
 std::string layer_step(int64_t layer) { return "layer " + std::to_string(layer); }
 constexpr const char* kFirstStep = "before the layers";
 constexpr const char* kLastStep = "after the layers";
@@ -198,13 +190,7 @@ class Conversion {
     }
     if (calibration_) needed += 2 * calibration_->state_bytes();  // of two layers at a time
     if (loss_pass_) needed += loss_pass_->disk_bytes();
-    const uint64_t present = folder_bytes(work_.output());
-    needed -= std::min(needed, present);
-    const uint64_t free = free_space(out);
-    if (free < needed) {
-      throw_runtime(out.string() + ": needs about " + format_bytes(needed) + " of disk, " +
-                    format_bytes(free) + " are free");
-    }
+    hla::preflight_disk(out, needed, work_.output());
   }
 
   // Tensors that complete steps have written.

@@ -367,4 +367,17 @@ uint64_t free_space(const fs::path& path) {
   return static_cast<uint64_t>(info.f_bavail) * static_cast<uint64_t>(info.f_frsize);
 }
 
+void preflight_disk(const fs::path& path, uint64_t needed, const fs::path& work) {
+  uint64_t present = 0;
+  for (const auto& entry : fs::recursive_directory_iterator(work)) {
+    if (entry.is_regular_file()) present += entry.file_size();
+  }
+  needed -= std::min(needed, present);
+  const uint64_t free = free_space(work);
+  if (free < needed) {
+    throw_runtime(path.string() + ": needs about " + format_bytes(needed) + " of disk, " +
+                  format_bytes(free) + " are free");
+  }
+}
+
 }  // namespace hla

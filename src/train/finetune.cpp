@@ -74,6 +74,7 @@ class Run {
       preflight_memory(trainer.bytes() - loaded_bytes(),
                        "weights, gradients and moments of " + config_.model);
     }
+    preflight_disk(config_.output, disk_bytes(trainer), work.scratch());
     const nlohmann::json* saved = work.result(kCheckpoint);
     const uint64_t metrics_bytes = saved != nullptr ? take_up(work, *saved, trainer) : 0;
     metrics_.emplace(work.scratch() / kMetrics, metrics_bytes);
@@ -124,6 +125,22 @@ class Run {
       }
     }
     return bytes;
+  }
+
+  // Checkpoints and models, a new one of either beside those that are kept.
+  uint64_t disk_bytes(const Trainer& trainer) const {
+    uint64_t model = 0;
+    for (const auto& parameter : model_->parameters()) {
+      model += static_cast<uint64_t>(parameter.numel()) * c10::elementSize(output_dtype_);
+    }
+    const int64_t evaluations = report_.planned_steps / evaluation_interval() + 1;
+    const int64_t every = config_.checkpoint.every_steps;
+    const int64_t checkpoints = evaluations + (every > 0 ? report_.planned_steps / every : 0);
+    const auto copies = [](int64_t kept, int64_t made) {
+      return static_cast<uint64_t>(std::min(kept, made - 1) + 1);
+    };
+    return copies(config_.checkpoint.keep_last, checkpoints) * trainer.checkpoint_bytes() +
+           copies(config_.checkpoint.keep_best, evaluations) * model;
   }
 
   CorpusOptions texts() const { return {.text_field = config_.data.text_field}; }
@@ -252,7 +269,7 @@ class Run {
                            {"seconds", seconds}};
     if (!step.on_attention) line["loss"] = step.loss;
     if (step.on_attention) line["attention_error"] = step.hidden;
-    if (teacher_ && !step.on_attention) line["kl"] = step.kl;
+    if (teacher_ && !step.on_attention && config_.distill.kl > 0) line["kl"] = step.kl;
     if (teacher_ && !step.on_attention && config_.distill.hidden > 0) line["hidden"] = step.hidden;
     if (model_->dtype() == at::kHalf) {
       line["loss_scale"] = step.loss_scale;
@@ -351,13 +368,16 @@ class Run {
     return metrics_bytes;
   }
 
+  int64_t evaluation_interval() const {
+    return config_.eval.every_steps > 0 ? config_.eval.every_steps : steps_an_epoch_;
+  }
+
   // Before the first step, every so many, and after the last.
   bool evaluation_is_due() const {
     if (!report_.evaluations.empty() && report_.evaluations.back().step == report_.steps) {
       return false;
     }
-    const int64_t every = config_.eval.every_steps > 0 ? config_.eval.every_steps : steps_an_epoch_;
-    return report_.steps % every == 0 || report_.steps == report_.planned_steps;
+    return report_.steps % evaluation_interval() == 0 || report_.steps == report_.planned_steps;
   }
 
   // The best of the evaluations after a step, 0 before there is one.

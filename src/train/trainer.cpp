@@ -136,6 +136,12 @@ uint64_t Trainer::bytes() const {
   return bytes;
 }
 
+uint64_t Trainer::checkpoint_bytes() const {
+  uint64_t bytes = steps_.attention > 0 ? OutputCurvature::bytes(model_.config()) : 0;
+  for (const auto& [name, master] : masters_) bytes += 3 * master.nbytes();
+  return bytes;
+}
+
 std::pair<std::string, double> Trainer::gradient_norm() const {
   double square = 0;
   for (const auto& [name, master] : masters_) {
@@ -208,8 +214,9 @@ void Trainer::load(const std::filesystem::path& file, int64_t steps) {
 void Trainer::add_loss(const TrainingRows::Batch& batch, double labels, Step& losses) {
   const FinetuneConfig::Distill& distill = config_.distill;
   const bool by_layer = teacher_ != nullptr && distill.hidden > 0;
+  const bool by_token = teacher_ != nullptr && distill.kl > 0;
   Activations teacher;
-  if (teacher_ != nullptr) {
+  if (by_layer || by_token) {
     const at::NoGradGuard no_gradients;
     teacher = run_layers(*teacher_, batch.ids, {.layers = by_layer});
   }
@@ -217,8 +224,8 @@ void Trainer::add_loss(const TrainingRows::Batch& batch, double labels, Step& lo
       run_layers(model_, batch.ids,
                  {.layers = by_layer, .recompute = config_.train.activations == "recomputed"});
   TokenLossOptions options = {.scale = scale_.value / labels};
-  if (teacher_ != nullptr) {
-    options.text_weight = distill.text;
+  if (teacher_ != nullptr) options.text_weight = distill.text;
+  if (by_token) {
     options.teacher = teacher_;
     options.teacher_hidden = teacher.hidden;
     options.kl_weight = distill.kl;

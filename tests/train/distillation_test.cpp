@@ -192,6 +192,22 @@ TEST(OutputCurvatureTest, GoesOnFromItsTensors) {
   }
 }
 
+// Nor is a teacher read in steps that give it no weight.
+TEST(DistillationTest, WithoutWeightATeacherChangesNothing) {
+  const auto teacher = load_committed("gqa");
+  const TrainingRows::Batch batch = random_batch(2);
+  FinetuneConfig config;
+  config.distill.kl = 0;
+  const auto taught = student();
+  const auto alone = student();
+  const Trainer::Step step = Trainer(*taught, config, {.loss = 1}, teacher.get()).step({batch});
+  EXPECT_EQ(step.kl, 0);
+  EXPECT_EQ(step.loss, Trainer(*alone, config, {.loss = 1}).step({batch}).loss);
+  for (const auto& parameter : alone->named_parameters()) {
+    EXPECT_TRUE(parameter.value().equal(taught->named_parameters()[parameter.key()]));
+  }
+}
+
 // Steps on attention leave all else alone, and the moments begin anew behind them.
 TEST(DistillationTest, AttentionComesFirst) {
   const auto teacher = load_committed("gqa");

@@ -47,6 +47,11 @@ class AtomicFile {
 // when it does not exist yet. Throws kRuntime if that cannot be found out.
 uint64_t free_space(const std::filesystem::path& path);
 
+// Throws kRuntime where so many bytes do not fit beside what there is; `path` names the output.
+// What an earlier run left in the folder `work` is part of them.
+void preflight_disk(const std::filesystem::path& path, uint64_t needed,
+                    const std::filesystem::path& work);
+
 namespace detail {
 
 // write(2) until all is written. Throws kRuntime naming `path` and the reason.

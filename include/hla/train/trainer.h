@@ -58,7 +58,7 @@ class Trainer {
 
   struct Step {
     double loss = 0;           // mean over the labels, nats
-    double kl = 0;             // likewise, of KL(teacher‖model); with a teacher
+    double kl = 0;             // likewise, of KL(teacher‖model), where distill.kl is above 0
     double hidden = 0;         // hidden_loss(), or match_attention() in a step on attention
     double gradient_norm = 0;  // of the mean loss, before it is shortened
     double learning_rate = 0;
@@ -82,6 +82,7 @@ class Trainer {
 
   int64_t tuned_parameters() const;  // elements; of updates of low rank those of their factors
   uint64_t bytes() const;  // of tuned weights, gradients and moments, when steps have been done
+  uint64_t checkpoint_bytes() const;  // of what save() writes, but for small things
   int64_t skipped_steps() const { return skipped_; }
 
  private:
