@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include "hla/core/error.h"
+#include "hla/factorize/linalg.h"
 #include "hla/factorize/loss_curvature.h"
 #include "hla/train/recompute.h"
 #include "hla/train/token_loss.h"
@@ -115,15 +116,13 @@ void OutputCurvature::add(const LlamaForCausalLM& teacher, const at::Tensor& ids
       own_labels(teacher, last.detach(), tokens, seed + static_cast<uint64_t>(tokens_));
   const TokenLoss loss = token_loss(teacher, last, labels, {.scale = kScale});
   const auto by = torch::autograd::grad({last}, outputs, {loss.by_hidden});
-  for (size_t i = 0; i < by.size(); ++i) {
-    const at::Tensor g = rows_of(by[i], counted);
-    const at::Tensor sum = g.t().matmul(g);
-    if (i < sums_.size()) {
-      sums_[i] += sum;
-    } else {
-      sums_.push_back(sum);
+  if (sums_.empty()) {
+    const int64_t columns = teacher.config().hidden_size;
+    for (size_t i = 0; i < by.size(); ++i) {
+      sums_.push_back(at::zeros({columns, columns}, by[i].options().dtype(at::kFloat)));
     }
   }
+  for (size_t i = 0; i < by.size(); ++i) add_gram(sums_[i], rows_of(by[i], counted));
   tokens_ += counted.numel();
 }
 
@@ -145,8 +144,9 @@ at::Tensor OutputCurvature::relative_cost(size_t layer, const at::Tensor& x,
   // Directions that no gradient had may matter to other texts.
   constexpr double kRidge = 0.05;
   const at::Tensor mean_square = sum.trace().clamp_min(1e-30) / static_cast<double>(sum.size(0));
+  const at::Tensor weights = sum / mean_square;
   const auto cost = [&](const at::Tensor& error) {
-    return (error.matmul(sum / mean_square) * error).sum() + kRidge * error.square().sum();
+    return (error.matmul(weights) * error).sum() + kRidge * error.square().sum();
   };
   const at::Tensor expected = rows_of(target, counted);
   return cost(rows_of(x, counted) - expected) / cost(expected).clamp_min(1e-30);

@@ -118,11 +118,11 @@ class Run {
   // Of what the trainer will hold, that is in memory already: weights that were converted when they
   // were loaded. The others are where their file is mapped, until they are tuned.
   uint64_t loaded_bytes() const {
+    if (stored_dtype(checkpoint_) == at::kFloat) return 0;
     uint64_t bytes = 0;
     for (const auto& parameter : model_->parameters()) {
-      if (stored_dtype(checkpoint_) != at::kFloat && parameter.requires_grad()) {
-        bytes += static_cast<uint64_t>(parameter.numel()) * sizeof(float);
-      }
+      if (!parameter.requires_grad()) continue;
+      bytes += static_cast<uint64_t>(parameter.numel()) * sizeof(float);
     }
     return bytes;
   }

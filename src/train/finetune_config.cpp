@@ -31,6 +31,13 @@ void flatten(const json& object, const std::string& prefix, std::map<std::string
   }
 }
 
+// What is recorded beside a run is JSON.
+bool check_utf8(const ConfigField& field, const std::string& text, Problems& problems) {
+  if (is_valid_utf8(text)) return true;
+  problems.add(field.key + ": expected UTF-8, got " + sanitize_utf8(text));
+  return false;
+}
+
 void set_text(const ConfigField& field, std::string& target, const json& value,
               Problems& problems) {
   if (!value.is_string()) {
@@ -38,10 +45,7 @@ void set_text(const ConfigField& field, std::string& target, const json& value,
     return;
   }
   const auto text = value.get<std::string>();
-  if (!is_valid_utf8(text)) {
-    problems.add(field.key + ": expected UTF-8, got " + sanitize_utf8(text));
-    return;
-  }
+  if (!check_utf8(field, text, problems)) return;
   const auto& choices = field.choices;
   if (!choices.empty() && std::find(choices.begin(), choices.end(), text) == choices.end()) {
     problems.add(field.key + ": expected one of " + join(choices, ", ") + ", got " + text);
@@ -61,9 +65,7 @@ void set_list(const ConfigField& field, std::vector<std::string>& target, const 
   }
   auto entries = list.get<std::vector<std::string>>();
   for (const std::string& text : entries) {
-    if (is_valid_utf8(text)) continue;
-    problems.add(field.key + ": expected UTF-8, got " + sanitize_utf8(text));
-    return;
+    if (!check_utf8(field, text, problems)) return;
   }
   target = std::move(entries);
 }

@@ -44,6 +44,13 @@ std::vector<std::string> quick(const std::string& model, const std::filesystem::
           "eval.windows=4"};
 }
 
+// The settings as options of `hla finetune`.
+std::string as_options(const std::vector<std::string>& settings) {
+  std::string options;
+  for (const std::string& setting : settings) options += " --set " + setting;
+  return options;
+}
+
 FinetuneReport tune(std::vector<std::string> settings, const std::vector<std::string>& more = {}) {
   settings.insert(settings.end(), more.begin(), more.end());
   return finetune(resolve_config({}, settings), {.progress = false});
@@ -181,10 +188,8 @@ TEST(FinetuneTest, GoesOnAfterKills) {
 
 TEST(FinetuneTest, SavesOnSignalsAndRefusesOtherSettings) {
   const TempDir folder;
-  std::string settings;
-  for (const std::string& setting : quick(stories(), folder / "out"))
-    settings += " --set " + setting;
-  settings += " --set train.epochs=50";
+  const std::string settings =
+      as_options(quick(stories(), folder / "out")) + " --set train.epochs=50";
   const std::string metrics = (folder / ".out.hla-partial" / "scratch" / "metrics.jsonl").string();
   const testing::CommandResult stopped =
       testing::run_command(std::string(HLA_BINARY) + " finetune" + settings +
@@ -252,11 +257,10 @@ TEST(FinetuneTest, MatchesAttentionOnly) {
   const TempDir folder;
   const std::string base = (folder / "latent").string();
   ASSERT_EQ(run_hla("convert " + stories() + " " + base + " --no-calib --kv-ratio 0.25").code, 0);
-  std::string settings;
-  for (const std::string& setting : quick(base, folder / "out")) settings += " --set " + setting;
-  settings += " --set distill.teacher=" + stories() +
-              " --set distill.attention_steps=8 --set distill.attention_learning_rate=1e-2"
-              " --set train.epochs=0 --set checkpoint.every_steps=2 --set eval.every_steps=8";
+  const std::string settings =
+      as_options(quick(base, folder / "out")) + " --set distill.teacher=" + stories() +
+      " --set distill.attention_steps=8 --set distill.attention_learning_rate=1e-2"
+      " --set train.epochs=0 --set checkpoint.every_steps=2 --set eval.every_steps=8";
   ASSERT_EQ(run_hla("finetune" + settings).code, 0);
   std::filesystem::rename(folder / "out", folder / "whole");
   const nlohmann::json report = read_json_file(folder / "whole" / "finetune.json");
@@ -279,11 +283,8 @@ TEST(FinetuneTest, MatchesAttentionOnly) {
 // A checkpoint that was damaged is passed over for the one before it.
 TEST(FinetuneTest, GoesOnFromAnOlderCheckpoint) {
   const TempDir folder;
-  std::string settings;
-  for (const std::string& setting : quick(stories(), folder / "out")) {
-    settings += " --set " + setting;
-  }
-  settings += " --set train.max_steps=8 --set checkpoint.every_steps=2";
+  const std::string settings = as_options(quick(stories(), folder / "out")) +
+                               " --set train.max_steps=8 --set checkpoint.every_steps=2";
   ASSERT_EQ(run_hla("finetune" + settings).code, 0);
   const std::string whole = read_file(folder / "out" / "model.safetensors");
   std::filesystem::rename(folder / "out", folder / "whole");
@@ -363,8 +364,11 @@ TEST(FinetuneTest, Refuses) {
   config["max_position_embeddings"] = 32;
   testing::write_file(folder / "narrow" / "config.json", config.dump());
   testing::write_file(folder / "short.txt", "Once upon a time.");
+  const auto refusal = [&](const std::string& setting) {
+    return error_of([&] { tune(quick(stories(), folder / "out"), {setting}); });
+  };
   const auto message_of = [&](const std::string& setting) {
-    return std::string(error_of([&] { tune(quick(stories(), folder / "out"), {setting}); }).what());
+    return std::string(refusal(setting).what());
   };
   EXPECT_NE(message_of("distill.teacher=" + narrow).find("the teacher's max_position_embeddings"),
             std::string::npos);
@@ -372,9 +376,7 @@ TEST(FinetuneTest, Refuses) {
   EXPECT_EQ(message_of("data.valid=" + (folder / "short.txt").string())
                 .find("[data.valid] expected at least a window of 64 tokens"),
             0u);
-  const auto code_of = [&](const std::string& setting) {
-    return error_of([&] { tune(quick(stories(), folder / "out"), {setting}); }).code();
-  };
+  const auto code_of = [&](const std::string& setting) { return refusal(setting).code(); };
   EXPECT_EQ(code_of("model="), ExitCode::kUsage);
   EXPECT_EQ(code_of("output="), ExitCode::kUsage);
   EXPECT_EQ(code_of("data.train=[]"), ExitCode::kUsage);
