@@ -26,10 +26,9 @@ struct BenchArguments {
 };
 
 void run_bench(const BenchArguments& arguments) {
-  check_output_target("--json", arguments.json, arguments.force);
-  check_output_target("--csv", arguments.csv, arguments.force);
-  check_output_target("--plot", arguments.plot, arguments.force);
-  if (arguments.plot == "-") throw_usage("[--plot] expected a file, got -");
+  check_output_targets(
+      {{"--json", arguments.json}, {"--csv", arguments.csv}, {"--plot", arguments.plot}},
+      arguments.force);
   BenchOptions options = arguments.bench;
   options.load = [&arguments] { return resolve(arguments.device); };
   options.cache_dtype = parse_dtype(arguments.cache_dtype);

@@ -111,6 +111,31 @@ void run_dry(const ConvertArguments& arguments, const Checkpoint& checkpoint) {
   }
 }
 
+// Options that were given and that others leave without a meaning.
+void refuse_without_effect(const ConvertArguments& arguments, const CLI::App& command) {
+  const auto refuse = [&](const char* reason, const std::vector<std::string>& options) {
+    for (const std::string& option : options) {
+      if (command.count(option) > 0) throw_usage("[" + option + "] has no effect with " + reason);
+    }
+  };
+  const std::vector<std::string> of_weighting = {"--key-weighting", "--value-weighting",
+                                                 "--value-weight"};
+  if (arguments.no_calib) {
+    refuse("--no-calib", {"--calib-tokens", "--calib-length", "--low-memory"});
+    if (arguments.objective != to_string(Objective::kAttention)) {
+      refuse("--no-calib", {"--objective"});
+    }
+  }
+  if (arguments.rope == to_string(HlaRope::kPaper)) {
+    refuse("--rope paper", of_weighting);
+    refuse("--rope paper",
+           {"--calib", "--calib-tokens", "--calib-length", "--objective", "--low-memory"});
+    if (!arguments.plan.empty()) refuse("--plan, which has it", {"--rotary-fraction"});
+  } else {
+    refuse("another --rope than paper", {"--rotary-fraction"});
+  }
+}
+
 // Of the cache, to be shared out over the layers.
 constexpr double kDefaultRatio = 0.5;
 
@@ -161,9 +186,7 @@ void run_convert(ConvertArguments& arguments) {
   if (!has_size(options) && options.objective() == Objective::kLoss) {
     options.target_ratio = kDefaultRatio;
   }
-  check_output_target("--json", arguments.json, options.force);
-  check_output_target("--plot", arguments.plot, options.force);
-  if (arguments.plot == "-") throw_usage("[--plot] expected a file, got -");
+  check_output_targets({{"--json", arguments.json}, {"--plot", arguments.plot}}, options.force);
   if (arguments.dry_run && !arguments.plot.empty()) {
     throw_usage("--plot and --dry-run exclude each other: nothing is converted");
   }
@@ -301,7 +324,8 @@ void add_convert(CLI::App& app) {
       "  hla convert models/SmolLM2-135M-Instruct models/close --target-ppl-increase 5%\n"
       "  hla convert models/SmolLM2-135M-Instruct models/out --dry-run\n"
       "  hla convert org/name out --k-rank 96 --v-rank 128 --calib my.txt --calib-tokens 32768");
-  command->callback([arguments, objective, of_attention, &app] {
+  command->callback([arguments, objective, of_attention, command, &app] {
+    refuse_without_effect(*arguments, *command);
     for (const CLI::Option* option : of_attention) {
       if (option->count() == 0) continue;
       if (objective->count() > 0 && arguments->objective != to_string(Objective::kAttention)) {

@@ -15,6 +15,7 @@
 #include "hla/io/mapped_file.h"
 #include "hla/model/device.h"
 #include "hla/text/chat.h"
+#include "hla/text/unicode.h"
 #include "options.h"
 
 namespace hla::tools {
@@ -37,6 +38,10 @@ struct GenerateArguments {
   bool force = false;
 };
 
+void require_utf8(const std::string& prompt, const std::string& name) {
+  if (!is_valid_utf8(prompt)) throw_bad_input(name + ": expected UTF-8, got other bytes");
+}
+
 // One prompt a line; of a *.jsonl file a JSON string, or an object with "prompt".
 std::vector<std::string> read_prompts(const std::string& path) {
   const bool json_lines = path.ends_with(".jsonl");
@@ -47,6 +52,7 @@ std::vector<std::string> read_prompts(const std::string& path) {
     ++number;
     if (line.ends_with('\r')) line.pop_back();
     if (line.empty()) continue;
+    require_utf8(line, path + ", line " + std::to_string(number));
     if (!json_lines) {
       prompts.push_back(line);
       continue;
@@ -65,8 +71,13 @@ std::vector<std::string> read_prompts(const std::string& path) {
 
 std::vector<std::string> prompts_of(const GenerateArguments& arguments) {
   if (!arguments.prompts.empty()) return read_prompts(arguments.prompts);
-  if (arguments.prompt) return {*arguments.prompt};
-  return {std::string(std::istreambuf_iterator<char>(std::cin), {})};
+  if (arguments.prompt) {
+    require_utf8(*arguments.prompt, "[--prompt]");
+    return {*arguments.prompt};
+  }
+  std::string prompt(std::istreambuf_iterator<char>(std::cin), {});
+  require_utf8(prompt, "stdin");
+  return {std::move(prompt)};
 }
 
 double per_second(int64_t count, double seconds) {
@@ -111,6 +122,7 @@ void run_generate(const GenerateArguments& arguments) {
   validate(arguments.generate.sampling);
   const std::optional<at::ScalarType> cache_dtype = parse_dtype(arguments.cache_dtype);
   const std::vector<std::string> prompts = prompts_of(arguments);
+  if (arguments.system) require_utf8(*arguments.system, "[--system]");
   if (arguments.stream && prompts.size() > 1) {
     throw_usage("--stream shows one continuation as it comes: give one prompt");
   }
@@ -122,6 +134,7 @@ void run_generate(const GenerateArguments& arguments) {
   std::vector<std::vector<int32_t>> ids;
   if (arguments.chat) {
     const ChatTemplate chat = ChatTemplate::load(checkpoint.path());
+    chat.check(*tokenizer, *checkpoint.tokenizer_path());
     for (const std::string& prompt : prompts) {
       ids.push_back(tokenizer->encode(chat.prompt(prompt, arguments.system),
                                       /*add_special_tokens=*/false));
@@ -130,7 +143,10 @@ void run_generate(const GenerateArguments& arguments) {
     for (const std::string& prompt : prompts) ids.push_back(tokenizer->encode(prompt));
   }
   const auto model = load_model(checkpoint, resolve(arguments.device));
-  const Decoder decoder(*model, {.max_length = arguments.max_length, .cache_dtype = cache_dtype});
+  const int64_t limit =
+      arguments.max_length > 0 ? arguments.max_length : model->config().max_position_embeddings;
+  const Decoder decoder(
+      *model, {.max_length = longest_sequence(ids, options, limit), .cache_dtype = cache_dtype});
 
   const bool to_stdout = arguments.json == "-";
   OnText on_text;

@@ -71,12 +71,6 @@ int run(int argc, char** argv) {
   return 0;
 }
 
-bool is_out_of_memory(const c10::Error& error) {
-  return dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
-         std::string_view(error.what_without_backtrace()).find("can't allocate memory") !=
-             std::string_view::npos;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -93,8 +87,7 @@ int main(int argc, char** argv) {
   } catch (const hla::Error& error) {
     code = report(error.code(), error.what());
   } catch (const c10::Error& error) {
-    code = is_out_of_memory(error) ? report(ExitCode::kOutOfMemory, error.what_without_backtrace())
-                                   : report(ExitCode::kRuntime, error.what_without_backtrace());
+    code = report(hla::exit_code_of(error), error.what_without_backtrace());
   } catch (const std::bad_alloc&) {
     code = report(ExitCode::kOutOfMemory, "out of memory");
   } catch (const std::exception& error) {

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <charconv>
 #include <filesystem>
 #include <iostream>
@@ -85,6 +86,25 @@ void check_output_target(const std::string& option, const std::string& target, b
   if (force) return;
   if (std::filesystem::is_regular_file(target, error)) {
     throw_usage("[" + option + "] " + target + " exists: use --force to replace it");
+  }
+}
+
+void check_output_targets(const std::vector<std::pair<std::string, std::string>>& targets,
+                          bool force) {
+  std::vector<std::string> seen;
+  for (const auto& [option, target] : targets) {
+    check_output_target(option, target, force);
+    if (target.empty()) continue;
+    if (target == "-" && option != "--json" && option != "--csv") {
+      throw_usage("[" + option + "] expected a file, got -");
+    }
+    const std::string place =
+        target == "-" ? target : std::filesystem::absolute(target).lexically_normal().string();
+    if (std::find(seen.begin(), seen.end(), place) != seen.end()) {
+      throw_usage("[" + option + "] expected a target of its own, got " + target +
+                  " a second time");
+    }
+    seen.push_back(place);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "hla/model/load.h"
@@ -39,5 +40,8 @@ CLI::Option* add_list_option(CLI::App& command, const std::string& name,
 void write_json_result(const std::string& target, const nlohmann::json& value, bool force);
 void write_text_result(const std::string& target, const std::string& text, bool force);
 void check_output_target(const std::string& option, const std::string& target, bool force);
+// Of several options at once: no two may name the same place, and none but --json and --csv stdout.
+void check_output_targets(const std::vector<std::pair<std::string, std::string>>& targets,
+                          bool force);
 
 }  // namespace hla::tools

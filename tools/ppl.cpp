@@ -70,24 +70,10 @@ EvaluationOptions evaluation_options(const PplArguments& arguments) {
 }
 
 // Before the work begins, not after it.
-void check_outputs(const PplArguments& arguments) {
-  std::vector<std::string> targets;
-  for (const auto& [option, target] : {std::pair{"--json", arguments.json},
-                                       {"--csv", arguments.csv},
-                                       {"--plot", arguments.plot}}) {
-    check_output_target(option, target, arguments.force);
-    if (target.empty()) continue;
-    if (std::find(targets.begin(), targets.end(), target) != targets.end()) {
-      throw_usage(std::string("[") + option + "] expected a target of its own, got " + target +
-                  " a second time");
-    }
-    targets.push_back(target);
-  }
-  if (arguments.plot == "-") throw_usage("[--plot] expected a file, got -");
-}
-
 void run_ppl(const PplArguments& arguments) {
-  check_outputs(arguments);
+  check_output_targets(
+      {{"--json", arguments.json}, {"--csv", arguments.csv}, {"--plot", arguments.plot}},
+      arguments.force);
   const EvaluationOptions options = evaluation_options(arguments);
   const Corpus corpus = load_corpus(arguments);
   if (corpus.kind == Corpus::Kind::kText && arguments.corpus.max_documents) {

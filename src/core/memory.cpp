@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <limits>
 
@@ -11,6 +12,8 @@
 
 namespace hla {
 namespace {
+
+constexpr uint64_t kUnlimited = std::numeric_limits<uint64_t>::max();
 
 // The number behind `key` at the beginning of a line, or 0.
 uint64_t read_line(const char* path, const std::string& key) {
@@ -29,18 +32,23 @@ uint64_t read_kb_line(const char* path, const std::string& key) {
   return read_line(path, key) * 1024;
 }
 
-// Room left in this process's cgroup (v2), or "unlimited".
-uint64_t cgroup_room() {
-  constexpr uint64_t kUnlimited = std::numeric_limits<uint64_t>::max();
-  std::ifstream max_file("/sys/fs/cgroup/memory.max");
-  std::ifstream current_file("/sys/fs/cgroup/memory.current");
-  uint64_t max = 0;
-  uint64_t current = 0;
+struct GroupFiles {
+  const char* limit;
+  const char* usage;
+  const char* inactive;  // key of memory.stat
+};
+
+// Room left in one group, or "unlimited".
+uint64_t room_of(const std::filesystem::path& group, const GroupFiles& files) {
+  std::ifstream limit_file(group / files.limit);
+  std::ifstream usage_file(group / files.usage);
+  uint64_t limit = 0;
+  uint64_t usage = 0;
   // "max" (no limit) fails to parse as a number, as does a missing file.
-  if (!(max_file >> max) || !(current_file >> current)) return kUnlimited;
+  if (!(limit_file >> limit) || !(usage_file >> usage)) return kUnlimited;
   // Files that were read or written count until something else needs their memory.
-  current -= std::min(current, read_line("/sys/fs/cgroup/memory.stat", "inactive_file "));
-  return max > current ? max - current : 0;
+  usage -= std::min(usage, read_line((group / "memory.stat").c_str(), files.inactive));
+  return limit > usage ? limit - usage : 1;
 }
 
 }  // namespace
@@ -50,7 +58,33 @@ uint64_t rss_bytes() { return read_kb_line("/proc/self/status", "VmRSS:"); }
 uint64_t peak_rss_bytes() { return read_kb_line("/proc/self/status", "VmHWM:"); }
 
 uint64_t available_memory_bytes() {
-  return std::min(read_kb_line("/proc/meminfo", "MemAvailable:"), cgroup_room());
+  return std::min(read_kb_line("/proc/meminfo", "MemAvailable:"),
+                  cgroup_room_bytes("/sys/fs/cgroup", "/proc/self/cgroup"));
+}
+
+uint64_t cgroup_room_bytes(const std::filesystem::path& mount,
+                           const std::filesystem::path& membership) {
+  constexpr GroupFiles kV2 = {"memory.max", "memory.current", "inactive_file "};
+  constexpr GroupFiles kV1 = {"memory.limit_in_bytes", "memory.usage_in_bytes",
+                              "total_inactive_file "};
+  uint64_t room = kUnlimited;
+  std::ifstream file(membership);
+  for (std::string line; std::getline(file, line);) {  // "0::/path", or of v1 "4:memory:/path"
+    const size_t first = line.find(':');
+    const size_t second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const bool v2 = controllers == ",,";
+    if (!v2 && controllers.find(",memory,") == std::string::npos) continue;
+    const std::filesystem::path top = v2 ? mount : mount / "memory";
+    // A container may see its own group as the top, and be told the path from the host's.
+    auto path = std::filesystem::path(line.substr(second + 1)).lexically_normal();
+    for (;; path = path.parent_path()) {
+      room = std::min(room, room_of(top / path.relative_path(), v2 ? kV2 : kV1));
+      if (!path.has_relative_path()) break;
+    }
+  }
+  return room;
 }
 
 void release_free_memory() { malloc_trim(0); }

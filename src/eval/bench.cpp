@@ -109,7 +109,7 @@ class Worker {
       : checkpoint_(Checkpoint::open(path)), model_(load_model(checkpoint_, options.load())) {
     int64_t longest = 0;
     for (const int64_t depth : options.depths) longest = std::max(longest, depth);
-    longest += std::max(options.prompt_tokens, options.generated_tokens);
+    longest += std::max({options.prompt_tokens, options.generated_tokens, int64_t{1}});
     if (model_->device().is_cpu()) {
       const int64_t batch = *std::max_element(options.batches.begin(), options.batches.end());
       const at::ScalarType dtype = options.cache_dtype.value_or(model_->dtype());
@@ -142,6 +142,7 @@ class Worker {
         release_free_memory();  // as `hla generate` does after a prompt
         // Whatever a first run has to do is done before anything is timed.
         if (command.tokens > 0) read_prompt(std::min(command.tokens, kFillTokens));
+        truncate(command.depth);
         reserve(1, 1);
         decode(1, 1);
         truncate(command.depth);
@@ -284,6 +285,8 @@ void serve(int file, const std::string& path, const BenchOptions& options) {
     }
   } catch (const Error& error) {
     fail(error.code(), error.what());
+  } catch (const c10::Error& error) {
+    fail(exit_code_of(error), path + ": " + error.what_without_backtrace());
   } catch (const std::bad_alloc&) {
     fail(ExitCode::kOutOfMemory, path + ": out of memory");
   } catch (const std::exception& error) {
@@ -342,6 +345,27 @@ class Process {
   pid_t id_ = 0;
   int file_ = -1;
 };
+
+// Names of the models' folders; paths where two have the same one, numbered where they are one.
+std::vector<std::string> names_of(const std::vector<std::string>& models) {
+  std::vector<std::string> names;
+  for (const std::string& model : models) {
+    const std::filesystem::path path(model);
+    const auto folder = path.has_filename() ? path.filename() : path.parent_path().filename();
+    names.push_back(folder.empty() ? model : folder.string());
+  }
+  const std::vector<std::string> short_names = names;
+  for (size_t i = 0; i < models.size(); ++i) {
+    const auto same = std::count(short_names.begin(), short_names.end(), short_names[i]);
+    if (same > 1) names[i] = models[i];
+  }
+  for (size_t i = 0; i < models.size(); ++i) {
+    const auto before =
+        std::count(models.begin(), models.begin() + static_cast<long>(i), models[i]);
+    if (before > 0) names[i] += " (" + std::to_string(before + 1) + ")";
+  }
+  return names;
+}
 
 double median(std::vector<double> values) {
   if (values.empty()) return 0;
@@ -545,10 +569,7 @@ BenchReport bench(const BenchOptions& options) {
   };
   BenchReport report;
   report.models = static_cast<int64_t>(options.models.size());
-  for (const std::string& model : options.models) {
-    const std::string name = std::filesystem::path(model).filename().string();
-    report.costs.push_back({.model = name.empty() ? model : name});
-  }
+  for (const std::string& name : names_of(options.models)) report.costs.push_back({.model = name});
   const size_t tests_a_depth = (options.prompt_tokens > 0 ? 1 : 0) +
                                (options.generated_tokens > 0 ? options.batches.size() : 0);
   Progress progress(

@@ -80,7 +80,10 @@ class Evaluator {
     std::shared_ptr<LlamaForCausalLM> teacher;
     if (options_.reference) {
       const Prepared prepared = prepare(*options_.reference, models.front().config);
-      for (const Prepared& model : models) check_same_ids(model, prepared);
+      for (const Prepared& model : models) {
+        check_same_ids(model, prepared);
+        if (options_.by_layer) check_same_layers(model.config, prepared.config);
+      }
       teacher = load_model(prepared.checkpoint, options_.load);
     }
     warn_of_differences(models);
@@ -187,11 +190,12 @@ class Evaluator {
                     [](const PerplexityResult& r) { return r.tokens_scored == 0; })) {
       return;
     }
+    // Now, so that it is not lost if layers in turn fail.
+    result_.models.push_back(std::move(evaluation));
     if (options_.by_layer && interrupt_signal() == 0) {
-      evaluation.by_layer =
+      result_.models.back().by_layer =
           ablate_layers(*model, *teacher, prepared.plans.front(), options_.scoring.progress);
     }
-    result_.models.push_back(std::move(evaluation));
   }
 
   const Corpus& corpus_;

@@ -11,6 +11,7 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"
 #include "hla/core/stopwatch.h"
+#include "hla/eval/protocol.h"
 #include "hla/io/json_file.h"
 #include "hla/text/text_stream.h"
 
@@ -118,6 +119,24 @@ class Sequence {
   StopFilter filter_;
 };
 
+// A longer prompt is read bit by bit, which bounds the activations.
+constexpr size_t kPromptTokens = 2048;
+
+// Logits (V) of what follows a prompt.
+at::Tensor read_prompt(const Decoder& decoder, SequenceCache& cache,
+                       const std::vector<int32_t>& ids) {
+  cache.reserve(static_cast<int64_t>(ids.size()));
+  for (auto at = ids.begin();;) {
+    throw_if_interrupted();
+    const auto size = std::min(kPromptTokens, static_cast<size_t>(ids.end() - at));
+    const auto end = at + static_cast<std::ptrdiff_t>(size);
+    const Decoder::Chunk chunk = {&cache, {at, end}};
+    if (end == ids.end()) return decoder.next_logits({chunk})[0];
+    decoder.read({chunk});
+    at = end;
+  }
+}
+
 void check_prompts(const Decoder& decoder, const std::vector<std::vector<int32_t>>& prompts,
                    const GenerateOptions& options) {
   uint64_t bytes = 0;
@@ -130,6 +149,7 @@ void check_prompts(const Decoder& decoder, const std::vector<std::vector<int32_t
                       " tokens, got " + std::to_string(length) +
                       " (max_position_embeddings; --max-length N goes beyond)");
     }
+    check_ids(prompts[i], decoder.model().config(), name);
     const int64_t room = decoder.max_length() - length;
     bytes += sequence_cache_bytes(decoder.model().config(), decoder.cache_dtype(),
                                   length + std::min(options.max_new_tokens, room));
@@ -138,6 +158,15 @@ void check_prompts(const Decoder& decoder, const std::vector<std::vector<int32_t
 }
 
 }  // namespace
+
+int64_t longest_sequence(const std::vector<std::vector<int32_t>>& prompts,
+                         const GenerateOptions& options, int64_t limit) {
+  size_t longest = 0;
+  for (const std::vector<int32_t>& prompt : prompts) longest = std::max(longest, prompt.size());
+  const int64_t room = std::max<int64_t>(limit - static_cast<int64_t>(longest), 0);
+  if (options.max_new_tokens >= room) return limit;
+  return std::max<int64_t>(static_cast<int64_t>(longest) + options.max_new_tokens, 1);
+}
 
 std::string to_string(StopReason reason) {
   switch (reason) {
@@ -172,9 +201,8 @@ GenerateReport generate(const Decoder& decoder, const Tokenizer& tokenizer,
   auto start = Clock::now();
   for (Sequence& sequence : sequences) {
     if (sequence.done) continue;
-    throw_if_interrupted();
     report.prompt_tokens += static_cast<int64_t>(sequence.pending.size());
-    sequence.take(decoder.next_logits({{&sequence.cache, sequence.pending}})[0]);
+    sequence.take(read_prompt(decoder, sequence.cache, sequence.pending));
   }
   report.prompt_seconds = seconds_since(start);
   release_free_memory();  // steps take far less than prompts

@@ -444,20 +444,27 @@ std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
       sums, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
 }
 
+void check_same_layers(const ModelConfig& student, const ModelConfig& teacher) {
+  if (student.num_hidden_layers == teacher.num_hidden_layers &&
+      student.hidden_size == teacher.hidden_size) {
+    return;
+  }
+  const auto shape = [](const ModelConfig& config) {
+    return std::to_string(config.num_hidden_layers) + " layers of " +
+           std::to_string(config.hidden_size);
+  };
+  throw_bad_input(
+      "[--by-layer] teacher and student: expected equally many layers of one width, got " +
+      shape(teacher) + " and " + shape(student));
+}
+
 std::vector<LayerAblation> ablate_layers(const LlamaForCausalLM& student,
                                          const LlamaForCausalLM& teacher, const WindowPlan& plan,
                                          bool show_progress) {
   const c10::InferenceMode no_gradients;
   check_same_vocabulary(student.config(), teacher.config());
+  check_same_layers(student.config(), teacher.config());
   const size_t layers = teacher.layers().size();
-  if (student.layers().size() != layers ||
-      student.config().hidden_size != teacher.config().hidden_size) {
-    throw_bad_input(
-        "[--by-layer] teacher and student: expected equally many layers of one width, got " +
-        std::to_string(layers) + " layers of " + std::to_string(teacher.config().hidden_size) +
-        " and " + std::to_string(student.layers().size()) + " of " +
-        std::to_string(student.config().hidden_size));
-  }
   const std::vector<Unit> units = make_units({plan});
   const int64_t longest = longest_input(units);
   // The teacher's hidden states before every layer are kept.

@@ -56,15 +56,6 @@ Limits resolve_limits(const ModelConfig& config, const ProtocolOptions& options)
   return limits;
 }
 
-void check_ids(const std::vector<int32_t>& ids, const ModelConfig& config) {
-  const auto outside = std::find_if(ids.begin(), ids.end(),
-                                    [&](int32_t id) { return id < 0 || id >= config.vocab_size; });
-  if (outside == ids.end()) return;
-  throw_bad_input("tokenizer: id " + std::to_string(*outside) +
-                  " does not fit the model's vocabulary of " + std::to_string(config.vocab_size) +
-                  "\n  hint: the tokenizer belongs to another model");
-}
-
 [[noreturn]] void throw_short(int64_t tokens, int64_t needed, const std::string& what) {
   throw_bad_input("text: expected at least " + what + " (" + std::to_string(needed) +
                   " tokens), got " + std::to_string(tokens) +
@@ -217,6 +208,16 @@ const std::vector<Protocol>& all_protocols() {
   return protocols;
 }
 
+void check_ids(const std::vector<int32_t>& ids, const ModelConfig& config,
+               const std::string& subject) {
+  const auto outside = std::find_if(ids.begin(), ids.end(),
+                                    [&](int32_t id) { return id < 0 || id >= config.vocab_size; });
+  if (outside == ids.end()) return;
+  throw_bad_input(subject + ": id " + std::to_string(*outside) +
+                  " does not fit the model's vocabulary of " + std::to_string(config.vocab_size) +
+                  "\n  hint: the tokenizer belongs to another model");
+}
+
 std::string to_string(Protocol protocol) {
   switch (protocol) {
     case Protocol::kGptq:
@@ -291,7 +292,7 @@ WindowPlan plan_windows(TokenizedCorpus& corpus, const ModelConfig& config,
       plan_llama_cpp(corpus, options, plan);
       break;
   }
-  for (const TokenStream& stream : plan.streams) check_ids(*stream, config);
+  for (const TokenStream& stream : plan.streams) check_ids(*stream, config, "tokenizer");
   return plan;
 }
 

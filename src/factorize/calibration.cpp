@@ -10,13 +10,12 @@
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"
-#include "hla/core/sha256.h"
 #include "hla/factorize/scratch_tensors.h"
 #include "hla/factorize/statistics.h"
-#include "hla/io/mapped_file.h"
 #include "hla/model/device.h"
 #include "hla/model/hla_attention.h"
 #include "hla/model/load.h"
+#include "hla/text/corpus.h"
 
 namespace hla {
 namespace {
@@ -95,9 +94,9 @@ Calibration::Calibration(const Checkpoint& base, const ModelConfig& config,
 void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tokenizer) {
   const int64_t length = std::min(options.calib_length, config_.max_position_embeddings);
   const auto read = [&](const std::filesystem::path& path) {
-    const auto text = MappedFile::open(path);
-    texts_.push_back({path, sha256_hex(text->text())});
-    return tokenizer.encode(text->text());
+    const Corpus corpus = open_corpus(path.string());
+    texts_.push_back({path, corpus.sha256});
+    return tokenizer.encode(corpus.raw());
   };
   // `count` of all sequences, from one of `parts` texts.
   const auto share = [](int64_t count, size_t part, size_t parts) {

@@ -190,7 +190,7 @@ class Conversion {
     }
     if (calibration_) needed += 2 * calibration_->state_bytes();  // of two layers at a time
     if (loss_pass_) needed += loss_pass_->disk_bytes();
-    hla::preflight_disk(out, needed, work_.output());
+    hla::preflight_disk(out, needed, work_.root());
   }
 
   // Tensors that complete steps have written.
@@ -429,6 +429,8 @@ class Conversion {
 ConvertReport convert(const Checkpoint& base, const std::filesystem::path& out,
                       const ConvertOptions& options) {
   const c10::InferenceMode no_gradients;
+  WorkDir::check_inputs(out, {base.path()});
+  WorkDir::check_inputs(out, options.inputs());
   return Conversion(base, out, options).run();
 }
 

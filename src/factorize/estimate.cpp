@@ -215,6 +215,8 @@ ConversionEstimate estimate_conversion(const Checkpoint& base, const std::filesy
   estimate.element_size = static_cast<int64_t>(c10::elementSize(dtype));
   estimate.plan = plan_conversion(estimate.base, options, estimate.element_size);
   WorkDir::check_target(out, options.force);
+  WorkDir::check_inputs(out, {base.path()});
+  WorkDir::check_inputs(out, options.inputs());
   estimate.hla = planned_config(estimate.base, estimate.plan);
   estimate.base_parameters = parameter_count(estimate.base);
   estimate.hla_parameters = parameter_count(estimate.hla);

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "hla/core/error.h"
+#include "hla/core/log.h"
 #include "hla/factorize/linalg.h"
 #include "hla/factorize/loss_factors.h"
 
@@ -362,6 +363,14 @@ PaperFactors paper_factors(const at::Tensor& up, const at::Tensor& down) {
   return {c * lambda, bh.matmul(down)};
 }
 
+bool has_fast_key_bias(const ModelConfig& config, const AttentionWeights& weights,
+                       int64_t fast_frequencies) {
+  if (!weights.k_bias.defined()) return false;
+  const at::Tensor rows =
+      key_rows(config.num_key_value_heads, config.head_dim, 0, fast_frequencies);
+  return weights.k_bias.index_select(0, rows).count_nonzero().item<int64_t>() > 0;
+}
+
 LayerFactors factorize_layer(const ModelConfig& config, const AttentionWeights& weights,
                              const LayerStatistics& statistics, HlaRope rope, const LayerPlan& plan,
                              const FactorOptions& options) {
@@ -397,7 +406,12 @@ LayerFactors factorize_layer(const ModelConfig& config, const AttentionWeights& 
       return weights.k_bias.index_select(0, key_rows(kv_heads, config.head_dim, begin, end));
     };
     const int64_t split = rope == HlaRope::kPaper ? config.frequencies() : fast;
-    if (out.config.k_floats() > 0) out.tensors["k_up.bias"] = key_bias(0, split);
+    if (out.config.k_floats() > 0) {
+      out.tensors["k_up.bias"] = key_bias(0, split);
+    } else if (has_fast_key_bias(config, weights, split)) {
+      log_warning("a fast latent of rank 0 leaves out the keys' biases of " +
+                  std::to_string(split) + " frequencies");
+    }
     if (plan.kv_rank > 0) {
       out.tensors["kv_up.bias"] = at::cat({key_bias(split, config.frequencies()), weights.v_bias});
     }

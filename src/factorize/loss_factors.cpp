@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -30,7 +31,10 @@ class LossProblem {
                      key_rows(kv_heads, config.head_dim, fast, config.frequencies()),
                      at::arange(kv, 2 * kv, at::TensorOptions(at::kLong))});
     w = at::cat({weights.k, weights.v}).index_select(0, order);
-    m = add_ridge(statistics.loss_output, kOutputRidge)
+    // No errors cost anything where nothing is read of the layer (W_o is zero): then all alike.
+    const bool read = statistics.loss_output.diagonal().sum().item<double>() > 0;
+    m = (read ? add_ridge(statistics.loss_output, kOutputRidge)
+              : at::eye(2 * kv, statistics.loss_output.options()))
             .index_select(0, order)
             .index_select(1, order);
     sigma = add_ridge(statistics.loss_input);
@@ -179,12 +183,13 @@ at::Tensor tails(const at::Tensor& g, const LowRank& factors, const OutputWeight
   return at::constant_pad_nd(products, {0, 1}).flip(1).cumsum(1).flip(1);
 }
 
-// Ranks of the fast latent, 0…most, that are tried.
+// Ranks of the fast latent, 0…most, that are tried, 0 as the last.
 std::vector<int64_t> fast_candidates(int64_t most) {
   constexpr int64_t kCandidates = 8;
   const int64_t step = std::max<int64_t>(1, (most + kCandidates - 1) / kCandidates);
   std::vector<int64_t> ranks;
   for (int64_t rank = most; rank > 0; rank -= step) ranks.push_back(rank);
+  if (most > 0 && ranks.back() > 1) ranks.push_back(1);
   ranks.push_back(0);
   return ranks;
 }
@@ -238,6 +243,8 @@ LossCurve predict_loss(const ModelConfig& config, const AttentionWeights& weight
   const OutputWeight weight = problem.rest_weight();
   const auto fast = fast_latent(problem, rope);
   const auto none = LossCurve::Point{.loss = std::numeric_limits<double>::infinity()};
+  // Without a latent the fast keys lose their biases, too, which are not in the products.
+  const bool biased = has_fast_key_bias(config, weights, fast_frequencies);
   LossCurve curve;
   curve.points.resize(static_cast<size_t>(most_shared + fast_floats * most_fast), none);
   for (const int64_t rank : fast_candidates(most_fast)) {
@@ -254,6 +261,7 @@ LossCurve predict_loss(const ModelConfig& config, const AttentionWeights& weight
     const double* values = loss.const_data_ptr<double>();
     for (int64_t shared = 1; shared <= most_shared; ++shared) {
       LossCurve::Point& best = curve.points[static_cast<size_t>(fast_floats * rank + shared - 1)];
+      if (rank == 0 && biased && std::isfinite(best.loss)) continue;
       if (values[shared] < best.loss) best = {rank, shared, values[shared]};
     }
   }

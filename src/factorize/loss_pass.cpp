@@ -31,9 +31,13 @@ LossPass::LossPass(const Checkpoint& base, const Calibration& calibration,
       layers_(calibration.config().num_hidden_layers),
       sample_(sample),
       kept_(kept) {
+  // The choice binds where steps of it are complete. All layers at once are one step: a run that
+  // was killed in it, maybe for its memory, may go on in the other way.
   const nlohmann::json* begun = work.result(kChoiceStep);
-  at_once_ = begun != nullptr ? begun->get<bool>()
-                              : !options.low_memory && loss_pass_fits(calibration, sample);
+  const bool bound =
+      begun != nullptr && (!begun->get<bool>() || work.result(kAtOnceStep) != nullptr);
+  at_once_ =
+      bound ? begun->get<bool>() : !options.low_memory && loss_pass_fits(calibration, sample);
   if (!at_once_) preflight_loss_by_layer(calibration, sample);
 }
 
@@ -43,7 +47,7 @@ uint64_t LossPass::disk_bytes() const {
 }
 
 void LossPass::run() {
-  work_.step(kChoiceStep, [this] { return nlohmann::json(at_once_); });
+  work_.complete(kChoiceStep, at_once_);
   if (at_once_) {
     run_at_once();
   } else {

@@ -45,6 +45,7 @@ With `hla`: `hla ppl <this folder>` measures it, `hla info <this folder>` descri
 )";
 
 std::string objective_text(const nlohmann::json& report) {
+  if (report["rope"] == "paper") return "The factors are a plain SVD of the weights.";
   if (report["objective"] == "loss") {
     return "The factors keep small what the model's loss feels of an error in keys and values.";
   }

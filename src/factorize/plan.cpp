@@ -3,8 +3,10 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <string_view>
 
 #include "hla/core/error.h"
 #include "hla/factorize/budget.h"
@@ -28,7 +30,7 @@ int64_t default_fast_frequencies(const ModelConfig& base) {
                              base.frequencies());
 }
 
-int64_t share(double ratio, int64_t whole) {
+int64_t nearest_share(double ratio, int64_t whole) {
   return std::llround(ratio * static_cast<double>(whole));
 }
 
@@ -94,6 +96,11 @@ LayerPlan plan_layer(const ModelConfig& base, const ConvertOptions& options, int
   const bool paper = options.rope == HlaRope::kPaper;
   const bool by_rank = options.k_rank || options.v_rank;
   const double ratio = target ? *target : options.kv_ratio.value_or(0.5);
+  // Bytes are a limit, ratios are met as closely as whole floats allow.
+  const auto share = [&](double part, int64_t whole) {
+    return options.target_bytes ? static_cast<int64_t>(part * static_cast<double>(whole) + 1e-9)
+                                : nearest_share(part, whole);
+  };
 
   if (!(ratio > 0 && ratio <= 1)) {
     problems.add(std::string(options.target_ratio ? "--target-ratio" : "--kv-ratio") +
@@ -132,6 +139,12 @@ LayerPlan plan_layer(const ModelConfig& base, const ConvertOptions& options, int
     plan.k_rank = options.k_rank.value_or(std::max<int64_t>(2, share(ratio, max_single)));
     plan.kv_rank = options.v_rank.value_or(std::max<int64_t>(1, share(ratio, max_single)));
     plan.q_rank = options.q_rank.value_or(std::min(base.q_size(), base.hidden_size) / 2);
+    const int64_t bytes = base.num_hidden_layers * (plan.k_rank + plan.kv_rank) * element_size;
+    if (options.target_bytes && bytes > *options.target_bytes) {
+      problems.add("--target-bytes-per-token: --rope paper needs at least " +
+                   std::to_string(bytes) + ", got " + std::to_string(*options.target_bytes));
+      problems.throw_if_any();
+    }
     return plan;
   }
   if (by_rank) {
@@ -229,7 +242,7 @@ ConversionPlan plan_conversion(const ModelConfig& base, const ConvertOptions& op
                          .measured_ranks = options.measures_ranks()};
   if (!plan.measured_ranks) return plan;
   if (options.target_ratio) {
-    plan.target_floats = share(*options.target_ratio, layers * base.base_cache_floats());
+    plan.target_floats = nearest_share(*options.target_ratio, layers * base.base_cache_floats());
   } else if (options.target_bytes) {
     plan.target_floats = *options.target_bytes / element_size;
   } else {
@@ -269,6 +282,19 @@ ModelConfig planned_config(const ModelConfig& base, const ConversionPlan& plan) 
   parse_model_config(hla_config_json(config), "plan");
   return config;
 }
+
+namespace {
+
+constexpr std::array<std::string_view, 5> kLayerKeys = {"fast_frequencies", "k_rank",
+                                                        "complex_rank", "kv_rank", "q_rank"};
+
+std::string joined(const std::array<std::string_view, 5>& names) {
+  std::string text;
+  for (const std::string_view name : names) text += (text.empty() ? "" : ", ") + std::string(name);
+  return text;
+}
+
+}  // namespace
 
 nlohmann::json to_json(const ConversionPlan& plan) {
   nlohmann::json layers = nlohmann::json::array();
@@ -319,6 +345,19 @@ ConversionPlan conversion_plan_from_json(const nlohmann::json& root, const Model
       return value;
     };
     const bool latent = plan.rope == HlaRope::kLatent;
+    for (const auto& [key, value] : layers[i].items()) {
+      if (std::ranges::find(kLayerKeys, key) == kLayerKeys.end()) {
+        problems.add(where + "." + key + ": unknown; there are " + joined(kLayerKeys));
+      }
+    }
+    const auto require = [&](const char* key) {
+      if (!has_key(layers[i], key)) problems.add(where + "." + key + ": missing");
+    };
+    require("fast_frequencies");
+    require("kv_rank");
+    if (layers[i].value("fast_frequencies", nlohmann::json()) != 0) {
+      require(latent ? "complex_rank" : "k_rank");
+    }
     LayerPlan layer;
     layer.fast_frequencies = number("fast_frequencies", base.frequencies());
     const int64_t fast_rows = 2 * kv_heads * layer.fast_frequencies;

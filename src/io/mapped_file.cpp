@@ -15,7 +15,11 @@ namespace hla {
 namespace {
 
 [[noreturn]] void fail(const std::filesystem::path& path, int error) {
-  throw_bad_input(path.string() + ": cannot read: " + std::strerror(error));
+  const std::string message = path.string() + ": cannot read: " + std::strerror(error);
+  // What is not the file's fault may be well the next time.
+  if (error == ENOMEM) throw Error(ExitCode::kOutOfMemory, message);
+  if (error == EMFILE || error == ENFILE || error == EIO) throw_runtime(message);
+  throw_bad_input(message);
 }
 
 // Closes the descriptor on every way out; the mapping outlives it.

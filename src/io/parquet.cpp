@@ -4,11 +4,9 @@
 #include "hla/core/interrupt.h"
 
 #ifdef HLA_WITH_PARQUET
-#include <dlfcn.h>
-
 #include <exception>
-#include <vector>
 
+#include "hla/core/plugin.h"
 #include "hla/io/mapped_file.h"
 #include "parquet_plugin.h"
 #endif
@@ -23,40 +21,14 @@ namespace fs = std::filesystem;
 
 using ReadFunction = decltype(&hla_parquet_read);
 
-// Beside the program, in the lib/ beside its folder, or where it was built.
-std::vector<fs::path> library_places() {
-  std::vector<fs::path> places;
-  const fs::path name = fs::path(HLA_PARQUET_LIBRARY).filename();
-  std::error_code error;
-  const fs::path program = fs::read_symlink("/proc/self/exe", error);
-  if (!error) {
-    places.push_back(program.parent_path() / name);
-    places.push_back(program.parent_path().parent_path() / "lib" / name);
-  }
-  places.emplace_back(HLA_PARQUET_LIBRARY);
-  return places;
-}
-
 ReadFunction load_library() {
-  std::string looked_at;
-  for (const fs::path& place : library_places()) {
-    std::error_code error;
-    looked_at += (looked_at.empty() ? "" : ", ") + place.string();
-    if (!fs::is_regular_file(place, error)) continue;
-    // RTLD_LOCAL keeps the OpenSSL that libparquet exports to itself. It stays loaded.
-    void* library = dlopen(place.c_str(), RTLD_NOW | RTLD_LOCAL);
-    void* function = library == nullptr ? nullptr : dlsym(library, HLA_PARQUET_SYMBOL);
-    if (function == nullptr) {
-      const char* reason = dlerror();
-      throw_runtime("cannot load the Parquet reader " + place.string() + ": " +
-                    (reason == nullptr ? "unknown reason" : reason) +
-                    "\n  hint: was pyarrow removed or updated since the build? Run "
-                    "scripts/setup.sh, or build again");
-    }
-    return reinterpret_cast<ReadFunction>(function);
-  }
-  throw_runtime("the Parquet reader was not found at " + looked_at +
-                "\n  hint: keep libhla_parquet.so beside the program");
+  // It keeps the OpenSSL that libparquet exports to itself.
+  return reinterpret_cast<ReadFunction>(
+      load_plugin({.what = "the Parquet reader",
+                   .built = HLA_PARQUET_LIBRARY,
+                   .symbol = HLA_PARQUET_SYMBOL,
+                   .hint = "was pyarrow removed or updated since the build? Run scripts/setup.sh, "
+                           "or build again"}));
 }
 
 struct Call {

@@ -43,7 +43,16 @@ ShardedWriter::ShardedWriter(std::filesystem::path folder, std::vector<Shard> sh
                              std::map<std::string, std::string> metadata, size_t written)
     : folder_(std::move(folder)), shards_(std::move(shards)), metadata_(std::move(metadata)) {
   while (next_shard_ < shards_.size() && written >= shards_[next_shard_].entries.size()) {
-    written -= shards_[next_shard_++].entries.size();
+    const Shard& shard = shards_[next_shard_++];
+    written -= shard.entries.size();
+    const std::filesystem::path path = folder_ / shard.name;
+    std::error_code error;
+    if (std::filesystem::file_size(path, error) !=
+        SafetensorsWriter::file_bytes(shard.entries, metadata_)) {
+      throw_runtime(path.string() + ": expected the file as it was written, got " +
+                    (error ? error.message() : "one of another size") +
+                    "\n  hint: --restart begins anew");
+    }
   }
   if (next_shard_ < shards_.size()) open_next(written);
 }

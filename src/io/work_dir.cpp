@@ -23,6 +23,16 @@ using nlohmann::json;
 
 constexpr const char* kStepsName = "steps.json";
 constexpr int kFormat = 1;
+// The last step: the output is about to get its name. Its result says which folder that is.
+constexpr const char* kCommitStep = "commit";
+
+// A folder, whatever its name; null where there is none.
+json identity(const fs::path& folder) {
+  struct stat info = {};
+  if (::stat(folder.c_str(), &info) != 0) return nullptr;
+  return {{"device", static_cast<uint64_t>(info.st_dev)},
+          {"inode", static_cast<uint64_t>(info.st_ino)}};
+}
 
 // Where two fingerprints differ, as a message shows it: "options/kv_ratio, base/files".
 std::string differences(const json& before, const json& now) {
@@ -43,6 +53,20 @@ std::string differences(const json& before, const json& now) {
 
 void WorkDir::check_target(const fs::path& target, bool force) {
   detail::require_replaceable(detail::folder_target(target), target, force);
+}
+
+void WorkDir::check_inputs(const fs::path& target, const std::vector<fs::path>& inputs) {
+  std::error_code error;
+  if (!fs::exists(target, error)) return;
+  for (const fs::path& input : inputs) {
+    if (input.empty()) continue;
+    for (fs::path place = fs::weakly_canonical(input, error); place.has_relative_path();
+         place = place.parent_path()) {
+      if (!fs::equivalent(place, target, error)) continue;
+      throw_usage(target.string() + ": holds " + input.string() +
+                  ", which is read; it is not replaced, even with --force");
+    }
+  }
 }
 
 WorkDir::WorkDir(const fs::path& target, bool force)
@@ -85,7 +109,9 @@ void WorkDir::lock() {
 
 WorkDir::~WorkDir() {
   std::error_code ignored;
-  if (!keep_ || steps_.empty()) {
+  if (!begun_) {
+    fs::remove(root_, ignored);  // if it is empty: what an earlier run left is not ours to judge
+  } else if (!keep_ || steps_.empty()) {
     fs::remove_all(root_, ignored);
   } else {
     log_info("kept the " + std::to_string(steps_.size()) + " steps that are complete in " +
@@ -131,13 +157,19 @@ bool WorkDir::take_up(Others others) {
     }
     return start_over(reason);
   }
-  steps_ = state["steps"];
+  // A run that was killed just after the output got its name: what lies here now is the old one.
+  const json& steps = state["steps"];
+  if (steps.contains(kCommitStep) && steps[kCommitStep] != identity(output_)) {
+    return start_over("what was begun there is finished");
+  }
+  steps_ = steps;
   log_info(root_.string() + ": going on after " + std::to_string(steps_.size()) +
            " complete steps");
   return true;
 }
 
 void WorkDir::begin(json fingerprint, bool restart, Others others) {
+  begun_ = true;
   fingerprint_ = std::move(fingerprint);
   if (restart || !take_up(others)) {
     std::error_code error;
@@ -161,6 +193,7 @@ void WorkDir::complete(const std::string& step, json result) {
 }
 
 void WorkDir::commit() {
+  complete(kCommitStep, identity(output_));
   detail::commit_folder(output_, target_, shown_, force_);
   keep_ = false;
 }

@@ -352,6 +352,12 @@ ModelConfig parse_model_config(const json& root, const std::string& source) {
     if (config.head_dim % 2 != 0) {
       problems.add("head_dim: expected an even number, got " + std::to_string(config.head_dim));
     }
+    // A projection's rows; all else fits where these do.
+    if (config.num_attention_heads > kMaxSize / std::max<int64_t>(config.head_dim, 1)) {
+      problems.add("num_attention_heads " + std::to_string(config.num_attention_heads) +
+                   " of head_dim " + std::to_string(config.head_dim) +
+                   ": expected at most 2^31 numbers together");
+    }
     if (config.num_key_value_heads > 0 &&
         config.num_attention_heads % config.num_key_value_heads != 0) {
       problems.add("num_attention_heads " + std::to_string(config.num_attention_heads) +

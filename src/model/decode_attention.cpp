@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <numbers>
 #include <numeric>
@@ -72,54 +73,107 @@ struct Pair {
   int64_t head, frequency;
 };
 
-// A latent with the keys that come from it unrotated, fp64 on the CPU, in the basis that makes
-// coordinates of as many keys as it can.
-struct Basis {
+// The keys that become coordinates, and those that do not.
+struct Choice {
   std::vector<Pair> stored;    // by kv head, fastest first: coordinates 2i, 2i+1
   std::vector<Pair> leftover;  // fastest first
-  at::Tensor inverse;          // (r, r): latent = inverse · (coordinates - offset)
-  at::Tensor forward;          // (r, r): coordinates = forward · latent + offset
-  at::Tensor offset;           // (r)
 };
 
-// rows (K, 2, F, r), bias (K, 2, F) or undefined; `first`: number of frequency 0 of F. Pairs of the
-// first `whole` kv heads are taken before those of others.
-Basis choose_basis(const at::Tensor& rows, const at::Tensor& bias, int64_t first,
-                   double independence, int64_t whole) {
-  const int64_t kv_heads = rows.size(0);
-  const int64_t count = rows.size(2);
-  const int64_t rank = rows.size(3);
-  Basis basis;
-  at::Tensor directions = at::empty({rank, rank}, at::kDouble);  // orthonormal, those taken so far
-  int64_t taken = 0;
-  const auto take = [&](int64_t g, int64_t f) {
-    const int64_t before = taken;
-    bool independent = taken + 2 <= rank;
-    for (int64_t part = 0; part < 2 && independent; ++part) {
-      const at::Tensor row = rows[g][part][f];
-      at::Tensor rest = row;
-      for (int twice = 0; twice < 2 && taken > 0; ++twice) {
-        const at::Tensor known = directions.slice(0, 0, taken);
-        rest = rest - known.t().mv(known.mv(rest));
-      }
-      const double norm = rest.norm().item<double>();
-      independent = norm > independence * row.norm().item<double>();
-      if (independent) directions[taken++].copy_(rest / norm);
-    }
-    if (!independent) taken = before;
-    (independent ? basis.stored : basis.leftover).push_back({g, first + f});
-  };
+// A latent with the keys that come from it unrotated, fp64 on the CPU, in the basis that makes
+// coordinates of as many keys as it can.
+struct Basis : Choice {
+  at::Tensor inverse;  // (r, r): latent = inverse · (coordinates - offset)
+  at::Tensor forward;  // (r, r): coordinates = forward · latent + offset
+  at::Tensor offset;   // (r)
+};
+
+// Takes keys one after the other as long as they are independent of those before. `gram`: products
+// (2·K·F, 2·K·F) of their rows (K, 2, F, rank); `first`: number of frequency 0 of F. Pairs of the
+// first `whole` kv heads come before those of others.
+Choice choose_pairs(const at::Tensor& gram, int64_t kv_heads, int64_t rank, int64_t first,
+                    double independence, int64_t whole) {
+  const int64_t count = gram.size(0) / (2 * kv_heads);
+  std::vector<Pair> order;
+  std::vector<int64_t> rows;
   for (const bool of_whole : {true, false}) {
     for (int64_t f = 0; f < count; ++f) {
       for (int64_t g = 0; g < kv_heads; ++g) {
-        if ((g < whole) == of_whole) take(g, f);
+        if ((g < whole) != of_whole) continue;
+        order.push_back({g, first + f});
+        for (int64_t part = 0; part < 2; ++part) rows.push_back((2 * g + part) * count + f);
       }
     }
   }
-  std::stable_sort(basis.leftover.begin(), basis.leftover.end(),
+  const at::Tensor index = at::tensor(rows, at::kLong);
+  const at::Tensor products = gram.index_select(0, index).index_select(1, index);
+  // The Cholesky factor of the products of rows that were taken: what is left of a row beside them
+  // is what is left of its square. Block by block, so that most of it is matrix products.
+  constexpr int64_t kBlock = 64;
+  at::Tensor factor = at::zeros({rank, rank}, at::kDouble);
+  std::vector<int64_t> taken;
+  Choice choice;
+  const auto total = static_cast<int64_t>(rows.size());
+  for (int64_t begin = 0; begin < total; begin += kBlock) {
+    const int64_t size = std::min(kBlock, total - begin);
+    const auto before = static_cast<int64_t>(taken.size());
+    at::Tensor rest = products.slice(0, begin, begin + size).slice(1, begin, begin + size).clone();
+    at::Tensor known = at::empty({0, size}, at::kDouble);
+    if (before > 0) {
+      known = at::linalg_solve_triangular(
+          factor.slice(0, 0, before).slice(1, 0, before),
+          products.index_select(0, at::tensor(taken, at::kLong)).slice(1, begin, begin + size),
+          /*upper=*/false);
+      rest -= known.t().matmul(known);
+    }
+    const auto left = rest.accessor<double, 2>();
+    std::vector<int64_t> accepted;         // rows of the block
+    std::vector<std::vector<double>> own;  // their rows of the factor, from `before` on
+    for (int64_t row = 0; row < size; row += 2) {
+      const size_t accepted_before = accepted.size();
+      bool independent = before + static_cast<int64_t>(accepted.size()) + 2 <= rank;
+      for (int64_t i = row; i < row + 2 && independent; ++i) {
+        std::vector<double> entries;
+        double square = left[i][i];
+        for (size_t a = 0; a < accepted.size(); ++a) {
+          double entry = left[accepted[a]][i];
+          for (size_t c = 0; c < a; ++c) entry -= own[a][c] * entries[c];
+          entries.push_back(entry / own[a][a]);
+          square -= entries[a] * entries[a];
+        }
+        const double whole_square = products[begin + i][begin + i].item<double>();
+        independent = square > independence * independence * whole_square;
+        if (!independent) break;
+        entries.push_back(std::sqrt(square));
+        own.push_back(std::move(entries));
+        accepted.push_back(i);
+      }
+      if (!independent) {
+        accepted.resize(accepted_before);
+        own.resize(accepted_before);
+      }
+      const Pair& pair = order[static_cast<size_t>((begin + row) / 2)];
+      (independent ? choice.stored : choice.leftover).push_back(pair);
+    }
+    for (size_t a = 0; a < accepted.size(); ++a) {
+      const at::Tensor line = factor[static_cast<int64_t>(taken.size())];
+      line.slice(0, 0, before).copy_(known.select(1, accepted[a]));
+      line.slice(0, before, before + static_cast<int64_t>(own[a].size()))
+          .copy_(at::tensor(own[a], at::kDouble));
+      taken.push_back(begin + accepted[a]);
+    }
+  }
+  std::stable_sort(choice.leftover.begin(), choice.leftover.end(),
                    [](const Pair& a, const Pair& b) { return a.frequency < b.frequency; });
-  std::stable_sort(basis.stored.begin(), basis.stored.end(),
+  std::stable_sort(choice.stored.begin(), choice.stored.end(),
                    [](const Pair& a, const Pair& b) { return a.head < b.head; });
+  return choice;
+}
+
+// rows (K, 2, F, r), bias (K, 2, F) or undefined; `first`: number of frequency 0 of F.
+Basis make_basis(Choice choice, const at::Tensor& rows, const at::Tensor& bias, int64_t first) {
+  const int64_t rank = rows.size(3);
+  Basis basis;
+  static_cast<Choice&>(basis) = std::move(choice);
   basis.forward = at::eye(rank, at::kDouble);
   basis.inverse = basis.forward;
   basis.offset = at::zeros({rank}, at::kDouble);
@@ -148,6 +202,12 @@ Basis choose_basis(const at::Tensor& rows, const at::Tensor& bias, int64_t first
 }
 
 }  // namespace
+
+double default_independence(at::ScalarType model, at::ScalarType cache) {
+  constexpr double kNoKey = 2;  // no row is longer than itself
+  if (c10::elementSize(model) < 4) return kNoKey;
+  return c10::elementSize(cache) < 4 ? 0.3 : 1e-2;
+}
 
 class DecodeAttention::Builder {
  public:
@@ -475,19 +535,24 @@ class DecodeAttention::Builder {
   // The basis of the kv latent whose leftovers cost least: with so many kv heads' keys whole, and
   // the others sharing what is left.
   Basis cheapest_basis(const at::Tensor& rows, const at::Tensor& bias, int64_t first) {
-    Basis best;
-    double least = 0;
-    for (int64_t whole = 0; whole < maps_.kv_heads; ++whole) {
-      Basis basis = choose_basis(rows, bias, first, options_.independence, whole);
-      const double cost = cheapest_sharing(basis.leftover).cost;
-      const bool complete = basis.leftover.empty();
-      if (whole == 0 || cost < least) {
+    constexpr int64_t kTries = 8;
+    const at::Tensor flat = rows.flatten(0, 2);
+    const at::Tensor gram = flat.matmul(flat.t());
+    Choice best;
+    double least = std::numeric_limits<double>::infinity();
+    const int64_t step = (maps_.kv_heads + kTries - 1) / kTries;
+    for (int64_t whole = 0; whole < maps_.kv_heads; whole += step) {
+      Choice choice =
+          choose_pairs(gram, maps_.kv_heads, rows.size(3), first, options_.independence, whole);
+      const double cost = cheapest_sharing(choice.leftover).cost;
+      const bool complete = choice.leftover.empty();
+      if (cost < least) {
         least = cost;
-        best = std::move(basis);
+        best = std::move(choice);
       }
       if (complete) break;
     }
-    return best;
+    return make_basis(std::move(best), rows, bias, first);
   }
 
   // The coordinates that any of the rows reads, in stretches.
@@ -562,6 +627,25 @@ DecodeAttention::DecodeAttention(const Attention& attention, const ModelConfig& 
     builder.of_llama();
   }
   kernel_ = DecodeKernel(builder.take_maps());
+  const at::Tensor like = attention.parameters().front();
+  for (const DecodeMaps::Stored& stored : maps().stored) {
+    stored_index_.push_back(index_tensor(stored.index, like.device()));
+  }
+  if (!absorbed_.matrix.defined()) return;
+  // Both interpolations at once.
+  std::vector<at::Tensor> shares;
+  for (int64_t token = 0; token < maps().turned.size; ++token) {
+    const int64_t begin = token / maps().scored.size * maps().scored.size;
+    const auto between = interpolation_weights(maps().scored.nodes, token - begin);
+    at::Tensor sum = at::zeros({static_cast<int64_t>(maps().turned.nodes.size())});
+    for (size_t p = 0; p < between.size(); ++p) {
+      sum +=
+          at::tensor(interpolation_weights(maps().turned.nodes, begin + maps().scored.nodes[p])) *
+          between[p];
+    }
+    shares.push_back(sum);
+  }
+  shares_ = at::stack(shares).to(like.device(), like.scalar_type());
 }
 
 // The first `pairs` pairs (2i, 2i+1) of x (N, n), turned by the positions' angles, or back.
@@ -675,10 +759,9 @@ at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& r
   for (size_t i = 0; i < maps().stored.size(); ++i) {
     const DecodeMaps::Stored& stored = maps().stored[i];
     const at::Tensor heads = q.slice(0, stored.head, stored.head + stored.heads);
-    const at::Tensor weights =
-        down_.defined() && stored_matrices_[i].defined()
-            ? heads.matmul(stored_matrices_[i])
-            : heads.index_select(1, at::tensor(stored.index, at::kInt).to(q.device(), at::kLong));
+    const at::Tensor weights = down_.defined() && stored_matrices_[i].defined()
+                                   ? heads.matmul(stored_matrices_[i])
+                                   : heads.index_select(1, stored_index_[i]);
     scores.slice(0, stored.head, stored.head + stored.heads)
         .add_(weights.matmul(records.slice(1, stored.range.begin, stored.range.end).t()));
   }
@@ -704,20 +787,6 @@ at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& r
     const int64_t block = maps().turned.size;
     const int64_t blocks = (length + block - 1) / block;
     const at::Tensor begins = at::arange(blocks, records.options().dtype(at::kLong)) * block;
-    // (block, nodes): both interpolations at once.
-    std::vector<at::Tensor> both;
-    for (int64_t token = 0; token < block; ++token) {
-      const int64_t begin = token / maps().scored.size * maps().scored.size;
-      const auto between = interpolation_weights(maps().scored.nodes, token - begin);
-      at::Tensor sum = at::zeros({static_cast<int64_t>(maps().turned.nodes.size())});
-      for (size_t p = 0; p < between.size(); ++p) {
-        sum +=
-            at::tensor(interpolation_weights(maps().turned.nodes, begin + maps().scored.nodes[p])) *
-            between[p];
-      }
-      both.push_back(sum);
-    }
-    const at::Tensor shares = at::stack(both).to(q.device(), q.scalar_type());
     // (blocks, block, columns): tokens beyond the last are zeros, and cut off in the end.
     const at::Tensor latent = at::constant_pad_nd(columns(plain, maps().absorbed.from),
                                                   {0, 0, 0, blocks * block - length})
@@ -741,7 +810,7 @@ at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& r
         if (absorbed_.bias.defined()) {
           added = added + part.matmul(absorbed_.bias.slice(0, range.begin, range.end)).unsqueeze(2);
         }
-        added = (added * shares.select(1, static_cast<int64_t>(p))).transpose(0, 1).flatten(1);
+        added = (added * shares_.select(1, static_cast<int64_t>(p))).transpose(0, 1).flatten(1);
         scores.slice(0, g * group, (g + 1) * group).add_(added.slice(1, 0, length));
       }
     }

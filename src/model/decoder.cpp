@@ -36,9 +36,12 @@ Decoder::Decoder(const LlamaForCausalLM& model, const DecoderOptions& options)
                       at::arange(positions, at::TensorOptions(at::kLong).device(model.device())),
                       model.dtype());
   if (uses_kernels()) tiled_rope_ = TiledRope(rope_, frequencies);
+  const DecodeAttentionOptions attention = {.absorb_error = options.absorb_error,
+                                            .independence = options.independence.value_or(
+                                                default_independence(model.dtype(), cache_dtype_))};
   for (const auto& layer : model.layers()) {
-    attention_.push_back(std::make_unique<DecodeAttention>(
-        layer->self_attn(), config, frequencies.inv_freq, options.attention));
+    attention_.push_back(std::make_unique<DecodeAttention>(layer->self_attn(), config,
+                                                           frequencies.inv_freq, attention));
   }
 }
 
@@ -76,9 +79,12 @@ at::Tensor Decoder::contexts(int64_t layer, const std::vector<Reader>& readers,
   const auto count = static_cast<int64_t>(readers.size());
   if (!uses_kernels()) {
     std::vector<at::Tensor> rows;
+    const LayerCache* cache = nullptr;
+    at::Tensor records;  // of the cache; a chunk's tokens read the same one
     for (const Reader& reader : readers) {
-      const at::Tensor records = reader.cache->records().slice(0, 0, reader.length);
-      rows.push_back(attention.context(q[reader.token], records.to(q.scalar_type()), rope_));
+      if (reader.cache != cache) records = reader.cache->records().to(q.scalar_type());
+      cache = reader.cache;
+      rows.push_back(attention.context(q[reader.token], records.slice(0, 0, reader.length), rope_));
     }
     return at::stack(rows);
   }
@@ -144,7 +150,9 @@ at::Tensor Decoder::attend(int64_t layer, const std::vector<Chunk>& chunks, cons
 at::Tensor Decoder::read(const std::vector<Chunk>& chunks) const {
   std::vector<int64_t> ids;
   std::vector<int64_t> positions;
+  if (chunks.empty()) throw_bad_input("[decoder] expected sequences to read, got none");
   for (const Chunk& chunk : chunks) {
+    if (chunk.ids.empty()) throw_bad_input("[decoder] expected tokens of a sequence, got none");
     const int64_t begin = chunk.cache->length();
     const int64_t end = begin + static_cast<int64_t>(chunk.ids.size());
     if (end > max_length_) {

@@ -38,6 +38,14 @@ int compute_capability_major(int device) {
 
 }  // namespace
 
+ExitCode exit_code_of(const c10::Error& error) {
+  const bool out_of_memory =
+      dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
+      std::string_view(error.what_without_backtrace()).find("can't allocate memory") !=
+          std::string_view::npos;
+  return out_of_memory ? ExitCode::kOutOfMemory : ExitCode::kRuntime;
+}
+
 bool has_cuda_library() {
   Dl_info info = {};
   if (dladdr(reinterpret_cast<const void*>(&at::get_num_threads), &info) == 0) return false;

@@ -473,6 +473,9 @@ class BpeTokenizer : public Tokenizer {
     if (found == ids_.end()) return std::nullopt;
     return found->second;
   }
+  bool has_id(int32_t id) const override {
+    return id >= 0 && id < vocab_size() && present_[static_cast<size_t>(id)];
+  }
   std::string id_to_token(int32_t id) const override {
     check(id);
     return tokens_[static_cast<size_t>(id)];
@@ -496,7 +499,7 @@ class BpeTokenizer : public Tokenizer {
   };
 
   void check(int32_t id) const {
-    if (id < 0 || id >= vocab_size() || !present_[static_cast<size_t>(id)]) {
+    if (!has_id(id)) {
       throw_bad_input("tokenizer: id " + std::to_string(id) + " is not in the vocabulary");
     }
   }

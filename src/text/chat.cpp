@@ -47,7 +47,8 @@ ChatTemplate ChatTemplate::parse(const std::string& jinja, const std::string& na
       "{{'<|im_start|>'+message['role']+''+message['content']+'<|im_end|>'+''}}";
   if (compact.find(turn) == std::string::npos ||
       compact.find("{%ifadd_generation_prompt%}{{'<|im_start|>assistant'}}{%endif%}") ==
-          std::string::npos) {
+          std::string::npos ||
+      compact.find("bos_token") != std::string::npos) {  // none is put in front
     refuse();
   }
   ChatTemplate result;
@@ -66,6 +67,14 @@ ChatTemplate ChatTemplate::parse(const std::string& jinja, const std::string& na
   }
   result.default_system_ = text.substr(content, end - content);
   return result;
+}
+
+void ChatTemplate::check(const Tokenizer& tokenizer, const std::filesystem::path& path) const {
+  for (const char* token : {kStart, kEnd}) {
+    if (tokenizer.token_to_id(token)) continue;
+    throw_bad_input("[chat] " + path.string() + ": expected the template's token " + token +
+                    ", got a tokenizer without it");
+  }
 }
 
 ChatTemplate ChatTemplate::load(const std::filesystem::path& folder) {

@@ -7,23 +7,32 @@ namespace hla {
 namespace {
 
 // Tokens before the window's own text. One is enough for a tokenizer that looks at the start of a
-// text; special tokens decode to nothing, so a few more.
+// text, where it has some; special tokens decode to nothing, so a few more.
 constexpr size_t kContext = 4;
-// A character has at most four bytes: what these do not complete is not one.
-constexpr size_t kLongestCharacter = 4;
 
-bool ends_with_replacement(std::string_view text) { return text.ends_with("\xEF\xBF\xBD"); }
+constexpr std::string_view kReplacement = "\xEF\xBF\xBD";
+
+// Bytes of the text that no later token changes: all but what may be the bytes of a character that
+// is not complete, of which there are three at most, each of them or all together shown as U+FFFD.
+size_t decided(std::string_view text) {
+  for (int i = 0; i < 3 && text.ends_with(kReplacement); ++i) {
+    text.remove_suffix(kReplacement.size());
+  }
+  return text.size();
+}
+
+bool continues_character(char byte) { return (static_cast<unsigned char>(byte) & 0xC0) == 0x80; }
 
 }  // namespace
 
 TextStream::TextStream(const Tokenizer& tokenizer, const std::vector<int32_t>& before)
-    : tokenizer_(tokenizer) {
-  const size_t kept = std::min(before.size(), kContext);
-  ids_.assign(before.end() - static_cast<std::ptrdiff_t>(kept), before.end());
-  given_ = kept;
+    : tokenizer_(tokenizer), ids_(before) {
+  std::erase_if(ids_, [&](int32_t id) { return !tokenizer_.has_id(id); });
+  shorten_window();
 }
 
 std::string TextStream::push(int32_t id) {
+  if (!tokenizer_.has_id(id)) return "";
   ids_.push_back(id);
   return take(/*all=*/false);
 }
@@ -31,15 +40,29 @@ std::string TextStream::push(int32_t id) {
 std::string TextStream::finish() { return take(/*all=*/true); }
 
 std::string TextStream::take(bool all) {
-  const auto given = ids_.begin() + static_cast<std::ptrdiff_t>(given_);
-  const std::string before = tokenizer_.decode({ids_.begin(), given});
   const std::string text = tokenizer_.decode(ids_);
-  const bool incomplete = ends_with_replacement(text) && ids_.size() - given_ < kLongestCharacter;
-  if ((incomplete && !all) || text.size() <= before.size()) return "";
-  const size_t context = std::min(ids_.size(), kContext);
-  ids_.erase(ids_.begin(), ids_.end() - static_cast<std::ptrdiff_t>(context));
-  given_ = context;
-  return text.substr(before.size());
+  const size_t end = all ? text.size() : decided(text);
+  // What came before may have ended within a character.
+  while (given_ < end && continues_character(text[given_])) ++given_;
+  if (end <= given_) return "";
+  std::string taken = text.substr(given_, end - given_);
+  given_ = end;
+  if (end == text.size()) shorten_window();
+  return taken;
+}
+
+void TextStream::shorten_window() {
+  const auto last = [&](size_t count) {
+    return std::vector<int32_t>(ids_.end() - static_cast<std::ptrdiff_t>(count), ids_.end());
+  };
+  size_t context = std::min(kContext, ids_.size());
+  std::string text = tokenizer_.decode(last(context));
+  while (text.empty() && context < ids_.size()) {
+    context = std::min(2 * context, ids_.size());
+    text = tokenizer_.decode(last(context));
+  }
+  ids_ = last(context);
+  given_ = text.size();
 }
 
 }  // namespace hla

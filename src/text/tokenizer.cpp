@@ -48,6 +48,29 @@ TokenizerSettings read_settings(const fs::path& folder) {
   return settings;
 }
 
+// Tokens that a folder adds to those of its tokenizer.model: {"token": id} or
+// {"id": {"content": "token"}}.
+std::vector<std::string> tokens_beyond(const fs::path& folder, int64_t vocab_size) {
+  std::vector<std::string> tokens;
+  std::error_code error;
+  const fs::path added = folder / "added_tokens.json";
+  if (fs::is_regular_file(added, error)) {
+    const nlohmann::json ids = read_json_file(added);
+    for (const auto& [token, id] : ids.items()) {
+      if (id.is_number_integer() && id.get<int64_t>() >= vocab_size) tokens.push_back(token);
+    }
+  }
+  const fs::path config = folder / "tokenizer_config.json";
+  if (!tokens.empty() || !fs::is_regular_file(config, error)) return tokens;
+  const nlohmann::json root = read_json_file(config);
+  const nlohmann::json decoder = root.value("added_tokens_decoder", nlohmann::json::object());
+  for (const auto& [id, token] : decoder.items()) {
+    if (std::strtoll(id.c_str(), nullptr, 10) < vocab_size || !token.is_object()) continue;
+    tokens.push_back(token.value("content", ""));
+  }
+  return tokens;
+}
+
 }  // namespace
 
 std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
@@ -78,7 +101,14 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
     log_debug(json_file.string() + ": " + unsupported.front() +
               " is not supported, tokenizer.model is used");
   }
-  return load_sentencepiece(model_file, settings);
+  auto tokenizer = load_sentencepiece(model_file, settings);
+  const std::vector<std::string> beyond = tokens_beyond(parent, tokenizer->vocab_size());
+  if (!beyond.empty()) {
+    log_warning(model_file.string() + ": " + std::to_string(beyond.size()) +
+                " tokens that were added to it, like " + json_excerpt(beyond.front()) +
+                ", are read as plain text");
+  }
+  return tokenizer;
 }
 
 }  // namespace hla

@@ -112,6 +112,9 @@ class Run {
     if (config.output.empty()) throw_usage("[output] expected a folder to make");
     if (config.data.train.empty()) throw_usage("[data.train] expected a text at least");
     WorkDir::check_target(config.output, options.force);
+    std::vector<std::filesystem::path> inputs(config.data.train.begin(), config.data.train.end());
+    inputs.insert(inputs.end(), {config.model, config.distill.teacher, config.data.valid});
+    WorkDir::check_inputs(config.output, inputs);
     return config;
   }
 

@@ -50,6 +50,37 @@ TEST(MemoryTest, KnowsThisProcessAndRefusesTooMuch) {
   EXPECT_EQ(error.code(), ExitCode::kOutOfMemory);
 }
 
+TEST(MemoryTest, KnowsTheLimitsOfControlGroups) {
+  const testing::TempDir folder;
+  const auto group = [&](const std::string& path, const std::string& limit,
+                         const std::string& usage, const std::string& stat) {
+    const bool v1 = path.starts_with("memory");
+    const std::filesystem::path place = folder.path() / path;
+    std::filesystem::create_directories(place);
+    testing::write_file(place / (v1 ? "memory.limit_in_bytes" : "memory.max"), limit);
+    testing::write_file(place / (v1 ? "memory.usage_in_bytes" : "memory.current"), usage);
+    testing::write_file(place / "memory.stat", stat);
+  };
+  const auto room = [&](const std::string& membership) {
+    testing::write_file(folder / "membership", membership);
+    return cgroup_room_bytes(folder.path(), folder / "membership");
+  };
+  constexpr uint64_t kNone = std::numeric_limits<uint64_t>::max();
+  EXPECT_EQ(room("0::/user/session\n"), kNone);
+  group("user/session", "max\n", "50\n", "");
+  EXPECT_EQ(room("0::/user/session\n"), kNone);
+  group("user", "1000\n", "700\n", "anon 1\ninactive_file 100\n");
+  EXPECT_EQ(room("0::/user/session\n"), 400u);  // that above counts
+  group("user/session", "600\n", "500\n", "");
+  EXPECT_EQ(room("0::/user/session\n"), 100u);
+  EXPECT_EQ(room("0::/another\n"), kNone);
+  group("user/session", "600\n", "700\n", "");
+  EXPECT_EQ(room("0::/user/session\n"), 1u);  // 0 would be unknown
+  group("memory/box", "5000\n", "1000\n", "inactive_file 7\ntotal_inactive_file 200\n");
+  EXPECT_EQ(room("12:cpu,cpuacct:/box\n4:memory:/box\n"), 4200u);
+  EXPECT_EQ(room("12:cpu,cpuacct:/box\n"), kNone);
+}
+
 TEST(Sha256Test, KnownDigests) {
   EXPECT_EQ(sha256_hex("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
   EXPECT_EQ(

@@ -4,6 +4,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "hla/io/json_file.h"
 #include "hla/model/load.h"
@@ -116,12 +117,36 @@ TEST_F(GenerateTest, RefusesPromptsThatCannotBeRead) {
   };
   EXPECT_EQ(code({{}}), ExitCode::kBadInput);
   EXPECT_EQ(code({{1}, {1, 2, 3, 4}}), ExitCode::kBadInput);
+  EXPECT_EQ(code({{1}, {1, 512}}), ExitCode::kBadInput);  // the model has 512 ids
   const Decoder endless(*model_, {.max_length = int64_t{1} << 20});
   std::vector<std::vector<int32_t>> many(1 << 14, {1});
   EXPECT_EQ(error_of([&] {
               generate(endless, *tokenizer_, many, {.max_new_tokens = int64_t{1} << 20});
             }).code(),
             ExitCode::kOutOfMemory);
+}
+
+TEST(LongestSequenceTest, IsWhatThePromptsCanBecome) {
+  const auto longest = [](int64_t max_new_tokens, int64_t limit) {
+    return longest_sequence({{1, 2}, {1, 2, 3, 4, 5}}, {.max_new_tokens = max_new_tokens}, limit);
+  };
+  EXPECT_EQ(longest(10, 4096), 15);
+  EXPECT_EQ(longest(10, 12), 12);
+  EXPECT_EQ(longest(10, 3), 3);  // a prompt is too long: to be refused
+  EXPECT_EQ(longest(std::numeric_limits<int64_t>::max(), 4096), 4096);
+}
+
+// A prompt of more tokens than are read at once.
+TEST_F(GenerateTest, ReadsLongPromptsBitByBit) {
+  const c10::InferenceMode guard;
+  const Decoder wide(*model_, {.max_length = 5000});
+  std::vector<int32_t> ids;
+  for (int i = 0; i < 4500; ++i) ids.push_back(3 + i * 7 % 500);
+  const GenerateReport report = generate(wide, *tokenizer_, {ids}, {.max_new_tokens = 1});
+  SequenceCache cache = wide.new_sequence();
+  const at::Tensor whole = wide.next_logits({{&cache, ids}})[0];
+  EXPECT_EQ(report.continuations[0].ids[0], whole.argmax().item<int64_t>());
+  EXPECT_EQ(report.prompt_tokens, 4500);
 }
 
 // scripts/make_generate_goldens.py.

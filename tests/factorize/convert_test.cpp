@@ -221,6 +221,16 @@ TEST(ConvertTest, TargetBytesAreNotExceeded) {
   options.force = true;
   const ConvertReport alike = convert(stories(), folder / "out", options);
   for (const LayerReport& layer : alike.layers) EXPECT_EQ(layer.config.cache_floats(), 34);
+  for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent, HlaRope::kPaper}) {
+    options.rope = rope;
+    for (const int64_t bytes : {345, 348, 349}) {
+      options.target_bytes = bytes;
+      options.calib = {};
+      const ConvertReport made = convert(stories(), folder / "out", options);
+      EXPECT_LE(made.hla.cache_bytes_per_token(2), bytes) << to_string(rope);
+      EXPECT_GE(made.hla.cache_bytes_per_token(2), bytes - 20) << to_string(rope);
+    }
+  }
 }
 
 TEST(ConvertTest, TargetPerplexityIncreaseIsMet) {
@@ -648,6 +658,47 @@ TEST(ConvertTest, RefusesHlaInputAndExistingOutput) {
   force.rope = HlaRope::kLatent;
   EXPECT_NO_THROW(convert(stories(), folder / "out", force));
   EXPECT_EQ(read_json_file(folder.path() / "out" / "config.json")["hla"]["rope"], "latent");
+}
+
+TEST(ConvertTest, DoesNotReplaceWhatItReads) {
+  const TempDir folder;
+  convert(stories(), folder / "out", quiet());
+  testing::write_file(folder.path() / "out" / "text.txt", std::string(5000, 'a'));
+  ConvertOptions options = quiet();
+  options.force = true;
+  options.calib = {folder.path() / "out" / "text.txt"};
+  options.calib_length = 64;
+  EXPECT_EQ(error_of([&] { convert(stories(), folder / "out", options); }).code(),
+            ExitCode::kUsage);
+  EXPECT_TRUE(std::filesystem::exists(folder.path() / "out" / "model.safetensors"));
+}
+
+// Texts of any kind that `hla ppl` reads, too.
+TEST(CalibrationTest, TextsAreReadAsEverywhere) {
+  const TempDir folder;
+  std::string lines;
+  std::string text;
+  for (int i = 0; i < 300; ++i) {
+    const std::string story = "Once upon a time there was a cat named " + std::to_string(i) + ".";
+    lines += nlohmann::json({{"text", story}}).dump() + "\n";
+    text += (i == 0 ? "" : "\n\n") + story;
+  }
+  testing::write_file(folder / "a.jsonl", lines);
+  testing::write_file(folder / "a.txt", text);
+  testing::write_file(folder / "bad.txt", "Once \xff upon");
+  ConvertOptions options = quiet();
+  options.calib_length = 64;
+  options.calib_tokens = 256;
+  const auto sequences = [&](const char* name) {
+    options.calib = {folder / name};
+    const Checkpoint base = stories();
+    const Calibration calibration(base, convertible_config(base), options);
+    std::vector<at::Tensor> states;
+    for (size_t i = 0; i < calibration.sequences(); ++i) states.push_back(calibration.embedded(i));
+    return at::cat(states);
+  };
+  EXPECT_TRUE(at::equal(sequences("a.jsonl"), sequences("a.txt")));
+  EXPECT_EQ(error_of([&] { sequences("bad.txt"); }).code(), ExitCode::kBadInput);
 }
 
 TEST(CalibrationSequencesTest, SpreadEvenlyWithoutOverlap) {

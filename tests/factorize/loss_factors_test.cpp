@@ -221,6 +221,43 @@ TEST_F(LossFactorsTest, CurveHasNoGaps) {
   }
 }
 
+// A fast latent of rank 0 loses the keys' biases, so it is left to where there is no other.
+TEST_F(LossFactorsTest, BiasesKeepTheFastLatent) {
+  statistics_.sample_input = at::randn({9, 12}, at::kDouble);
+  statistics_.sample_gradient = at::randn({9, 16}, at::kDouble);
+  for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent}) {
+    weights_.k_bias = at::Tensor();
+    // Weights of the fast keys that are worth nothing.
+    weights_.k.index_put_({key_rows(2, 4, 0, 1)}, at::zeros({4, 12}, at::kDouble));
+    const LossCurve without = predict_loss(config_, weights_, statistics_, rope, 1);
+    int64_t without_latent = 0;
+    for (int64_t floats = 3; floats <= without.max_floats(); ++floats) {
+      without_latent += without.at(floats).fast_rank == 0 ? 1 : 0;
+    }
+    EXPECT_GT(without_latent, 0);
+    weights_.k_bias = at::ones({8}, at::kDouble);
+    const LossCurve with = predict_loss(config_, weights_, statistics_, rope, 1);
+    for (int64_t floats = rope == HlaRope::kLatent ? 3 : 2; floats <= with.max_floats(); ++floats) {
+      EXPECT_GT(with.at(floats).fast_rank, 0) << floats;
+      EXPECT_TRUE(std::isfinite(with.at(floats).loss)) << floats;
+    }
+    EXPECT_EQ(with.at(1).fast_rank, 0);
+    EXPECT_FALSE(has_fast_key_bias(config_, weights_, 0));
+  }
+}
+
+// W_o of a layer that was added or pruned: no error costs anything.
+TEST_F(LossFactorsTest, LayersThatNothingReadsAreConverted) {
+  statistics_.loss_output.zero_();
+  for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent}) {
+    const LayerFactors made =
+        factors(rope, {.fast_frequencies = 1, .k_rank = 2, .complex_rank = 1, .kv_rank = 4});
+    for (const auto& [name, tensor] : made.tensors) {
+      EXPECT_TRUE(tensor.isfinite().all().item<bool>()) << name;
+    }
+  }
+}
+
 TEST_F(LossFactorsTest, CurveIsTheSameAfterJson) {
   const LossCurve curve = {.points = {{0, 1, 0.1 + 0.2}, {1, 1, 1e-300}}};
   const LossCurve again = loss_curve_from_json(nlohmann::json::parse(to_json(curve).dump()));

@@ -71,6 +71,16 @@ TEST(PlanTest, RefusesWhatDoesNotFit) {
               HasSubstr("layers[1].k_rank"));  // without fast frequencies
   EXPECT_THAT(message([](json& j) { j["layers"][1]["complex_rank"] = 1; }),
               HasSubstr("layers[1].complex_rank"));  // only latent
+  // A report, say, which has other names for the same.
+  EXPECT_THAT(message([](json& j) { j["layers"][2].erase("kv_rank"); }),
+              HasSubstr("layers[2].kv_rank: missing"));
+  EXPECT_THAT(message([](json& j) {
+                j["layers"][2]["fast_frequencies"] = 1;
+                j["layers"][2].erase("k_rank");
+              }),
+              HasSubstr("layers[2].k_rank: missing"));
+  EXPECT_THAT(message([](json& j) { j["layers"][2]["k_floats"] = 3; }),
+              HasSubstr("layers[2].k_floats: unknown"));
   EXPECT_THAT(message([](json& j) { j["layers"][4]["kv_rank"] = 0; }),
               HasSubstr("nothing is cached"));
 }

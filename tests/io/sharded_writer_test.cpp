@@ -116,6 +116,10 @@ TEST(ShardedWriterTest, DoesNotGoOnWithOtherFiles) {
   const auto first = folder / "model-00001-of-00003.safetensors";
   std::filesystem::resize_file(first, std::filesystem::file_size(first) - 25);
   EXPECT_NE(message(entries(), 1).find("start over"), std::string::npos);
+  const size_t of_first = plan_shards(entries(), kMaxBytes)[0].entries.size();
+  EXPECT_NE(message(entries(), of_first).find("another size"), std::string::npos);
+  std::filesystem::remove(first);
+  EXPECT_NE(message(entries(), of_first).find("No such file"), std::string::npos);
 }
 
 TEST(ShardedWriterTest, RefusesMissingAndFurtherTensors) {

@@ -110,6 +110,64 @@ TEST(WorkDirTest, SaysWhatIsOther) {
   EXPECT_NE(said.find("(options/rank)"), std::string::npos) << said;
 }
 
+// A run that was killed between the renaming and the removal of its work folder.
+TEST(WorkDirTest, WhatIsFinishedIsNotTakenUp) {
+  for (const bool replaces : {false, true}) {
+    SCOPED_TRACE(replaces);
+    const TempDir folder;
+    const fs::path out = folder / "out";
+    leave_two_steps(out);
+    if (replaces) {
+      fs::create_directory(out);
+      write_file(out / "config.json", "old");
+      fs::copy(out, folder / "left", fs::copy_options::recursive);  // where it goes in exchange
+    }
+    const fs::path copy = folder / "steps.json";
+    {
+      WorkDir dir(out, replaces);
+      dir.begin(kFingerprint, false);
+      write_file(dir.output() / "config.json", "new");
+      dir.commit();
+      fs::copy_file(dir.root() / "steps.json", copy);
+    }
+    fs::create_directory(folder / ".out.hla-partial");
+    fs::rename(copy, folder.path() / ".out.hla-partial" / "steps.json");
+    if (replaces) fs::rename(folder / "left", folder.path() / ".out.hla-partial" / "output");
+    WorkDir dir(out, true);
+    dir.begin(kFingerprint, false);
+    EXPECT_EQ(dir.result("one"), nullptr);
+    EXPECT_TRUE(fs::is_empty(dir.output()));
+  }
+}
+
+// What can be wrong before the steps are looked at must not cost them.
+TEST(WorkDirTest, StepsAreKeptUntilItBegins) {
+  const TempDir folder;
+  leave_two_steps(folder / "out");
+  { const WorkDir dir(folder / "out", false); }
+  WorkDir dir(folder / "out", false);
+  dir.begin(kFingerprint, false);
+  EXPECT_NE(dir.result("two"), nullptr);
+  { const WorkDir other(folder / "other", false); }
+  EXPECT_FALSE(fs::exists(folder / ".other.hla-partial"));
+}
+
+TEST(WorkDirTest, InputsAreNotReplaced) {
+  const TempDir folder;
+  fs::create_directories(folder.path() / "models" / "base");
+  const fs::path base = folder.path() / "models" / "base";
+  const auto code = [&](const fs::path& target, const fs::path& input) {
+    return error_of([&] { WorkDir::check_inputs(target, {"", input}); }).code();
+  };
+  EXPECT_EQ(code(base, base), ExitCode::kUsage);
+  EXPECT_EQ(code(base / ".", base / "model.safetensors"), ExitCode::kUsage);
+  EXPECT_EQ(code(folder / "models", base), ExitCode::kUsage);
+  fs::create_directory_symlink(base, folder / "link");
+  EXPECT_EQ(code(base, folder / "link"), ExitCode::kUsage);
+  EXPECT_NO_THROW(WorkDir::check_inputs(folder.path() / "models" / "other", {base, "org/name"}));
+  EXPECT_NO_THROW(WorkDir::check_inputs(base, {folder / "models", "wikitext-2:test"}));
+}
+
 TEST(WorkDirTest, DiscardRemovesEverything) {
   const TempDir folder;
   {

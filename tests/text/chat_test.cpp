@@ -41,11 +41,23 @@ TEST(ChatTemplateTest, RefusesWhatItDoesNotUnderstand) {
   other_system.replace(other_system.find("loop.first and"), 14, "loop.last and");
   for (const std::string& bad :
        {std::string("{{ bos_token }}{% for message in messages %}[INST]{% endfor %}"),
-        std::string("{% set system = 'x' %}") + kPlainChatMl, other_system, std::string()}) {
+        std::string("{% set system = 'x' %}") + kPlainChatMl, other_system,
+        std::string("{{ bos_token }}") + kPlainChatMl, std::string()}) {
     const Error error = error_of([&] { ChatTemplate::parse(bad, "config, chat_template"); });
     EXPECT_EQ(error.code(), ExitCode::kBadInput) << bad;
     EXPECT_NE(std::string(error.what()).find("config, chat_template"), std::string::npos);
   }
+}
+
+// A tokenizer without them would take where messages begin and end for text.
+TEST(ChatTemplateTest, TokenizerHasItsTokens) {
+  const ChatTemplate chat = ChatTemplate::parse(kPlainChatMl, "x");
+  const auto with = testing::source_path("data/tokenizers/cosmo2");
+  EXPECT_NO_THROW(chat.check(*load_tokenizer(with), with));
+  const auto without = testing::source_path("data/stories260K/tok512.model");
+  const Error error = error_of([&] { chat.check(*load_tokenizer(without), without); });
+  EXPECT_EQ(error.code(), ExitCode::kBadInput);
+  EXPECT_NE(std::string(error.what()).find("<|im_start|>"), std::string::npos);
 }
 
 TEST(ChatTemplateTest, IsFoundInTheFolder) {

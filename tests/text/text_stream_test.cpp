@@ -1,5 +1,7 @@
 #include "hla/text/text_stream.h"
 
+#include <random>
+
 #include "hla/text/unicode.h"
 #include "test_util.h"
 
@@ -54,6 +56,48 @@ TEST(TextStreamTest, WhatIsNeverCompletedIsReplaced) {
   std::string got;
   for (int i = 0; i < 8; ++i) got += other.push(snowman[0]);
   EXPECT_NE(got, "");
+}
+
+// Whatever comes: special tokens between the bytes of a character, stray bytes, tokens without
+// text.
+TEST(TextStreamTest, GivesWhatDecodeMakesOfAnyTokens) {
+  for (const auto& tokenizer : tokenizers()) {
+    SCOPED_TRACE(tokenizer->kind());
+    std::mt19937 random(7);
+    // Bytes of characters are few among all tokens, so some are drawn more often.
+    std::vector<int32_t> often = tokenizer->encode("\u2603 \U0001F937\u65E5 ", false);
+    often.insert(often.end(), {*tokenizer->bos_id(), *tokenizer->eos_id()});
+    for (int round = 0; round < 200; ++round) {
+      std::vector<int32_t> ids;
+      for (int i = 0; i < 40; ++i) {
+        const auto any =
+            static_cast<int32_t>(random() % static_cast<uint32_t>(tokenizer->vocab_size()));
+        ids.push_back(random() % 4 == 0 ? any : often[random() % often.size()]);
+      }
+      TextStream stream(*tokenizer);
+      std::string got;
+      for (const int32_t id : ids) {
+        const std::string part = stream.push(id);
+        ASSERT_TRUE(is_valid_utf8(part));
+        got += part;
+      }
+      got += stream.finish();
+      ASSERT_EQ(got, tokenizer->decode(ids)) << round;
+    }
+  }
+}
+
+TEST(TextStreamTest, IdsThatTheTokenizerLacksAreNothing) {
+  for (const auto& tokenizer : tokenizers()) {
+    const auto beyond = static_cast<int32_t>(tokenizer->vocab_size());
+    EXPECT_TRUE(tokenizer->has_id(0));
+    EXPECT_FALSE(tokenizer->has_id(beyond));
+    TextStream stream(*tokenizer, {beyond});
+    std::string got;
+    for (const int32_t id : tokenizer->encode("Hi", false)) got += stream.push(id);
+    EXPECT_EQ(stream.push(beyond), "");
+    EXPECT_EQ(got + stream.finish(), "Hi");
+  }
 }
 
 }  // namespace

@@ -147,6 +147,26 @@ TEST(SentencePieceTokenizerTest, SettingsOfTheFolder) {
   EXPECT_EQ(ids.back(), 2);
 }
 
+// Chat models often add tokens beside the file; they are not supported, which is said.
+TEST(SentencePieceTokenizerTest, SaysThatAddedTokensAreText) {
+  const TempDir folder;
+  std::filesystem::copy_file(source_path("data/stories260K/tok512.model"),
+                             folder / "tokenizer.model");
+  const auto said = [&] {
+    ::testing::internal::CaptureStderr();
+    load_tokenizer(folder.path());
+    return ::testing::internal::GetCapturedStderr();
+  };
+  write_file(folder / "added_tokens.json", R"({"<s>": 1})");
+  EXPECT_EQ(said(), "");
+  write_file(folder / "added_tokens.json", R"({"<s>": 1, "<|im_start|>": 512})");
+  EXPECT_NE(said().find("<|im_start|>"), std::string::npos);
+  std::filesystem::remove(folder / "added_tokens.json");
+  write_file(folder / "tokenizer_config.json",
+             R"({"added_tokens_decoder": {"1": {"content": "<s>"}, "513": {"content": "<|x|>"}}})");
+  EXPECT_NE(said().find("<|x|>"), std::string::npos);
+}
+
 // LibTorch and Debian's sentencepiece both export protobuf symbols; this process uses both.
 TEST(SentencePieceTokenizerTest, LivesInOneProcessWithLibTorch) {
   EXPECT_EQ(at::ones({3}).sum().item<float>(), 3);

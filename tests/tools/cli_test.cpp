@@ -508,13 +508,13 @@ TEST(CliTest, WeightingsImplyTheAttentionObjective) {
   const TempDir folder;
   const auto objective = [&](const std::string& options) {
     const auto out = folder / "out";
-    const std::string command = "convert " + stories() + " " + out.string() +
-                                " --force --calib-tokens 256 --calib-length 128 " + options;
+    const std::string command = "convert " + stories() + " " + out.string() + " --force " + options;
     EXPECT_EQ(run_hla(command).code, 0) << options;
     return read_json_file(out / "hla_report.json")["objective"].get<std::string>();
   };
-  EXPECT_EQ(objective(""), "loss");
-  EXPECT_EQ(objective("--value-weight 0.3"), "attention");
+  const std::string short_text = "--calib-tokens 256 --calib-length 128 ";
+  EXPECT_EQ(objective(short_text), "loss");
+  EXPECT_EQ(objective(short_text + "--value-weight 0.3"), "attention");
   EXPECT_EQ(objective("--no-calib"), "attention");
 }
 
@@ -722,6 +722,17 @@ TEST(CliTest, BenchTakesTurns) {
   }
 }
 
+// A prompt of its own before the first step of all, to one token of the longest sequence.
+TEST(CliTest, BenchReadsPromptsAtTheLongestDepth) {
+  const CommandResult result =
+      run_hla("bench " + stories() + " " + stories() + " -p 16 -n 4 -d 512 -r 1 --json -");
+  ASSERT_EQ(result.code, 0) << result.err;
+  const auto rows = nlohmann::json::parse(result.out)["results"];
+  ASSERT_EQ(rows.size(), 4u);
+  // The same model twice has two names.
+  EXPECT_NE(rows[0]["model"], rows[1]["model"]);
+}
+
 TEST(CliTest, BenchRefuses) {
   const std::string command = "bench " + stories() + " ";
   EXPECT_EQ(run_hla("bench").code, 2);
@@ -730,12 +741,55 @@ TEST(CliTest, BenchRefuses) {
   EXPECT_EQ(run_hla(command + "-d x").code, 2);
   EXPECT_EQ(run_hla(command + "--cache-dtype fp7").code, 2);
   EXPECT_EQ(run_hla(command + "--plot -").code, 2);
+  EXPECT_EQ(run_hla(command + "--json - --csv -").code, 2);
+  EXPECT_EQ(run_hla(command + "--json /tmp/x --csv /tmp/../tmp/x").code, 2);
   // What a model's process finds out comes back with its exit code.
   const CommandResult missing = run_hla("bench /nowhere/model -n 1");
   EXPECT_EQ(missing.code, 3);
   EXPECT_NE(missing.err.find("/nowhere/model"), std::string::npos) << missing.err;
   const CommandResult large = run_hla(command + "-p 0 -n 1 -d 2000000000");
   EXPECT_EQ(large.code, 4) << large.err;
+}
+
+// LibTorch must get to throw: symbols that it shares with another library once made it abort.
+TEST(CliTest, FailedAllocationsExitWith4) {
+  const CommandResult result =
+      run_command("ulimit -v 4000000; " + std::string(HLA_BINARY) + " generate " + stories() +
+                  " --prompt a -n 60000000 --max-length 60000000 --threads 1");
+  EXPECT_EQ(result.code, 4) << result.err;
+}
+
+TEST(CliTest, PromptsAreUtf8) {
+  const TempDir folder;
+  const std::string command = "generate " + stories() + " -n 1 --json - ";
+  write_file(folder / "prompts.txt", "fine\nna\xefve\n");
+  const CommandResult of_file = run_hla(command + "--prompts " + (folder / "prompts.txt").string());
+  EXPECT_EQ(of_file.code, 3);
+  EXPECT_NE(of_file.err.find("prompts.txt, line 2"), std::string::npos) << of_file.err;
+  EXPECT_EQ(run_hla(command + "--prompt 'na\xefve'").code, 3);
+  EXPECT_EQ(run_command("echo 'na\xefve' | " + std::string(HLA_BINARY) + " " + command).code, 3);
+}
+
+TEST(CliTest, ConvertRefusesOptionsWithoutEffect) {
+  const TempDir folder;
+  const auto message = [&](const std::string& options) {
+    const CommandResult result =
+        run_hla("convert " + stories() + " " + (folder / "out").string() + " " + options);
+    EXPECT_EQ(result.code, 2) << options;
+    return result.err;
+  };
+  for (const auto& [options, named] : std::vector<std::pair<std::string, std::string>>{
+           {"--no-calib --calib-tokens 100", "--calib-tokens"},
+           {"--no-calib --objective loss", "--objective"},
+           {"--no-calib --low-memory", "--low-memory"},
+           {"--rotary-fraction 0.5", "--rotary-fraction"},
+           {"--rope paper --calib x.txt", "--calib"},
+           {"--rope paper --key-weighting plain", "--key-weighting"}}) {
+    EXPECT_NE(message(options).find("[" + named + "]"), std::string::npos) << options;
+  }
+  const std::string file = (folder / "x").string();
+  EXPECT_NE(message("--json " + file + " --plot " + file).find("a second time"), std::string::npos);
+  EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
 }
 
 TEST(CliTest, TokenizeShowsPieces) {

@@ -55,6 +55,11 @@ GenerateReport generate(const Decoder& decoder, const Tokenizer& tokenizer,
                         const std::vector<std::vector<int32_t>>& prompts,
                         const GenerateOptions& options, const OnText& on_text = {});
 
+// Tokens of the longest sequence that the prompts can become, at most `limit`: a decoder for more
+// would take memory for nothing, and turn dynamic RoPE for a length that is not reached.
+int64_t longest_sequence(const std::vector<std::vector<int32_t>>& prompts,
+                         const GenerateOptions& options, int64_t limit);
+
 // eos_token_id (one or several) of generation_config.json, else of config.json, else of the
 // tokenizer.
 std::vector<int32_t> end_of_text_ids(const Checkpoint& checkpoint, const Tokenizer& tokenizer);

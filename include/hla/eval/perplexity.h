@@ -83,6 +83,9 @@ struct LayerAblation {
   Divergence divergence;  // from the whole teacher
 };
 
+// Throws kBadInput where layers of one cannot stand in for the other's.
+void check_same_layers(const ModelConfig& student, const ModelConfig& teacher);
+
 // One entry per layer, over the windows of a plan (about half the layers are run again for each
 // layer, so a few windows will do). The models must have equally many layers of equal width, else
 // kBadInput. After an interrupt: over the windows finished by then, empty where there is none.

@@ -72,6 +72,14 @@ struct ConvertOptions {
 
   // What the factors minimise: the loss only with calibration text.
   Objective objective() const { return calibrated() ? factors.objective : Objective::kAttention; }
+  // All files that are read beside the base.
+  std::vector<std::filesystem::path> inputs() const {
+    std::vector<std::filesystem::path> files = calib;
+    for (const auto& file : {valid, plan}) {
+      if (file) files.push_back(*file);
+    }
+    return files;
+  }
   bool calibrated() const { return !calib.empty() && rope != HlaRope::kPaper; }
   bool refits_output() const {
     return calibrated() && refit_output.value_or(objective() == Objective::kLoss);

@@ -103,4 +103,9 @@ PaperFactors paper_factors(const at::Tensor& up, const at::Tensor& down);
 // HLA's up matrices: by head, first halves, then second halves. (K·2·(end-begin)) int64.
 at::Tensor key_rows(int64_t kv_heads, int64_t head_dim, int64_t begin, int64_t end);
 
+// Whether keys of the first `fast_frequencies` frequencies have biases. They belong to the fast
+// latent's up matrix: at rank 0 there is none, and they are lost.
+bool has_fast_key_bias(const ModelConfig& config, const AttentionWeights& weights,
+                       int64_t fast_frequencies);
+
 }  // namespace hla

@@ -8,7 +8,7 @@
 //   results
 //
 // The destructor keeps the folder once a step is complete, and says so on stderr; before, it
-// removes it.
+// removes it. What an earlier run left is not touched before begin().
 //
 // Errors: kUsage for a target that is refused or that another process works on, kRuntime for failed
 // I/O with the system's reason.
@@ -17,6 +17,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 namespace hla {
 
@@ -24,6 +25,11 @@ class WorkDir {
  public:
   // Throws what the constructor would throw for the target. Makes nothing.
   static void check_target(const std::filesystem::path& target, bool force);
+
+  // Throws kUsage where one of the inputs is the target or lies in it: with force it would be
+  // replaced while it is read, and be gone. Inputs that are no paths are nothing.
+  static void check_inputs(const std::filesystem::path& target,
+                           const std::vector<std::filesystem::path>& inputs);
 
   // Refuses an existing target unless `force`. Even with force refuses all but a folder that is
   // empty or holds a config.json and no .git: a mistyped path must not delete somebody's files.
@@ -43,6 +49,8 @@ class WorkDir {
   // same fingerprint left, unless `restart`; else empties the folder. Says on stderr which.
   void begin(nlohmann::json fingerprint, bool restart, Others others = Others::kRemove);
 
+  // Of output(), scratch() and all else there is.
+  const std::filesystem::path& root() const { return root_; }
   const std::filesystem::path& output() const { return output_; }
   const std::filesystem::path& scratch() const { return scratch_; }
 
@@ -82,6 +90,7 @@ class WorkDir {
   nlohmann::json fingerprint_;
   nlohmann::json steps_ = nlohmann::json::object();  // name -> result
   bool force_;
+  bool begun_ = false;
   bool keep_ = true;
   int lock_fd_ = -1;
 };

@@ -22,12 +22,18 @@
 namespace hla {
 
 struct DecodeAttentionOptions {
-  // Keys may be absorbed where the error of that, relative to |q||k| of a frequency, is at most
-  // this.
+  // Keys may be absorbed where each of the two interpolations of that errs by at most this,
+  // relative to |q||k| of a frequency.
   double absorb_error = 1e-4;
   // A key becomes a coordinate where at least this share of its map is independent of the others'.
+  // The less, the more keys are read straight off the cache, but the larger are the numbers that
+  // cancel in values, which records or weights in 16 bits cannot afford.
   double independence = 1e-2;
 };
+
+// The independence for a model and a cache of these types: coordinates of fp32 are cheapest at
+// 1e-2; 16-bit records take 0.3, and 16-bit weights no other basis than the latent's own.
+double default_independence(at::ScalarType model, at::ScalarType cache);
 
 class DecodeAttention {
  public:
@@ -82,6 +88,8 @@ class DecodeAttention {
   at::Tensor rotation_;                      // (P) frequency of pairs (2i, 2i+1), cached rotated
   at::Tensor key_source_;                    // (K·d) the coordinate that is the key's entry, or -1
   std::vector<at::Tensor> stored_matrices_;  // by stored group: (d, range), or undefined
+  std::vector<at::Tensor> stored_index_;     // by stored group: entries of a query
+  at::Tensor shares_;  // (tokens of a block, nodes) of what absorbed queries score
   KeyTensors rebuilt_, absorbed_;
   at::Tensor constant_keys_;         // (K·d) the same for all tokens: no score feels it
   at::Tensor values_, values_bias_;  // (K, d, context of a head), (K, d)

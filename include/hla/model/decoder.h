@@ -19,7 +19,8 @@ struct DecoderOptions {
   int64_t max_length = 0;  // 0: max_position_embeddings
   // Of the caches; nullopt: the model's.
   std::optional<at::ScalarType> cache_dtype = {};
-  DecodeAttentionOptions attention = {};
+  double absorb_error = DecodeAttentionOptions{}.absorb_error;
+  std::optional<double> independence = {};  // nullopt: default_independence()
   // How a chunk attends to what is cached. Rebuilding all keys and values is the plain way.
   enum class Attend { kCheapest, kDecode, kRebuild };
   Attend attend = Attend::kCheapest;

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <optional>
 #include <string>
 
 #include "hla/core/dtype.h"
+#include "hla/core/error.h"
 
 namespace hla {
 
@@ -16,6 +18,9 @@ namespace hla {
 int cuda_device_count();
 // Whether this LibTorch has a CUDA half at all.
 bool has_cuda_library();
+
+// kOutOfMemory or kRuntime: LibTorch throws the same kind of error for nearly everything.
+ExitCode exit_code_of(const c10::Error& error);
 
 // "auto" (cuda if there is one, else cpu), "cpu", "cuda", "cuda:1". Throws kUsage for anything else
 // and kRuntime when the device is not there.

@@ -5,6 +5,8 @@
 #include <optional>
 #include <string>
 
+#include "hla/text/tokenizer.h"
+
 namespace hla {
 
 // A conversation's layout, out of a model's chat template. Templates are Jinja programs; those are
@@ -17,6 +19,10 @@ class ChatTemplate {
   static ChatTemplate load(const std::filesystem::path& folder);
   // `name` is that of the file, for messages.
   static ChatTemplate parse(const std::string& jinja, const std::string& name);
+
+  // Throws kBadInput where the tokenizer, that of `path`, has no tokens for where messages begin
+  // and end: it would take them for text.
+  void check(const Tokenizer& tokenizer, const std::filesystem::path& path) const;
 
   // What the model has to continue after one message of the user. Absent, the system message is the
   // template's own.

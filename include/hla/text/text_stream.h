@@ -11,7 +11,7 @@ namespace hla {
 
 // Gives whole characters only: the bytes of one may be spread over several tokens. All that it
 // gives is what Tokenizer::decode makes of the ids behind those of `before`, the tokens that they
-// follow.
+// follow. Ids that the tokenizer does not have (a model may have more) are nothing.
 class TextStream {
  public:
   explicit TextStream(const Tokenizer& tokenizer, const std::vector<int32_t>& before = {});
@@ -23,12 +23,14 @@ class TextStream {
 
  private:
   std::string take(bool all);
+  // Once all has been given: keeps of the window what the text that follows may depend on.
+  void shorten_window();
 
   const Tokenizer& tokenizer_;
-  // A window of ids. What comes before `given_` has been given, and stays as long as what follows
-  // may depend on it: SentencePiece drops the space in front of a text's first word.
+  // A window of ids, with some of those before: SentencePiece drops the space in front of a text's
+  // first word.
   std::vector<int32_t> ids_;
-  size_t given_ = 0;
+  size_t given_ = 0;  // bytes of the window's text
 };
 
 }  // namespace hla

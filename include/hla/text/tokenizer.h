@@ -27,6 +27,8 @@ class Tokenizer {
   // Largest id + 1, added tokens included.
   virtual int64_t vocab_size() const = 0;
   virtual std::optional<int32_t> token_to_id(const std::string& token) const = 0;
+  // Whether there is a token of this id.
+  virtual bool has_id(int32_t id) const { return id >= 0 && id < vocab_size(); }
   // As the tokenizer's file spells it. Throws kBadInput for an unknown id.
   virtual std::string id_to_token(int32_t id) const = 0;
   // The bytes that a token stands for in a text, which alone need not be UTF-8. Special tokens, and

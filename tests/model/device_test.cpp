@@ -1,0 +1,24 @@
+#include "hla/model/device.h"
+
+#include "test_util.h"
+
+namespace hla {
+namespace {
+
+TEST(DeviceTest, ErrorsOfMemoryHaveTheirExitCode) {
+  const auto code = [](const std::function<void()>& action) {
+    try {
+      action();
+    } catch (const c10::Error& error) {
+      return exit_code_of(error);
+    }
+    return ExitCode::kOk;
+  };
+  EXPECT_EQ(code([] { at::empty({int64_t{1} << 50}); }), ExitCode::kOutOfMemory);
+  EXPECT_EQ(code([] { at::ones({2}).view({3}); }), ExitCode::kRuntime);
+  EXPECT_EQ(code([] { C10_THROW_ERROR(OutOfMemoryError, "CUDA out of memory"); }),
+            ExitCode::kOutOfMemory);
+}
+
+}  // namespace
+}  // namespace hla
