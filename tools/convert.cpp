@@ -120,16 +120,16 @@ void refuse_without_effect(const ConvertArguments& arguments, const CLI::App& co
   };
   const std::vector<std::string> of_weighting = {"--key-weighting", "--value-weighting",
                                                  "--value-weight"};
+  const bool loss = arguments.objective == to_string(Objective::kLoss);
+  if (!loss) refuse("--objective attention", {"--low-memory"});
   if (arguments.no_calib) {
+    if (loss) refuse("--no-calib", {"--objective"});
     refuse("--no-calib", {"--calib-tokens", "--calib-length", "--low-memory"});
-    if (arguments.objective != to_string(Objective::kAttention)) {
-      refuse("--no-calib", {"--objective"});
-    }
   }
   if (arguments.rope == to_string(HlaRope::kPaper)) {
     refuse("--rope paper", of_weighting);
-    refuse("--rope paper",
-           {"--calib", "--calib-tokens", "--calib-length", "--objective", "--low-memory"});
+    if (loss) refuse("--rope paper", {"--objective"});
+    refuse("--rope paper", {"--calib", "--calib-tokens", "--calib-length", "--low-memory"});
     if (!arguments.plan.empty()) refuse("--plan, which has it", {"--rotary-fraction"});
   } else {
     refuse("another --rope than paper", {"--rotary-fraction"});
@@ -252,8 +252,10 @@ void add_convert(CLI::App& app) {
       ->capture_default_str();
   command
       ->add_option("--calib", arguments->calib,
-                   "Calibration text, several for equal shares; default: the WikiText-2 "
-                   "validation split, Wikipedia, and text sampled from SmolLM2")
+                   "Calibration text (plain, .jsonl or .parquet with a field \"text\", a folder "
+                   "of them, or a dataset like wikitext-2:train), several for equal shares; "
+                   "default: the WikiText-2 validation split, Wikipedia, and text sampled from "
+                   "SmolLM2")
       ->take_all();
   command->add_option("--calib-tokens", options.calib_tokens, "Tokens of all texts together")
       ->check(CLI::PositiveNumber)

@@ -69,7 +69,6 @@ EvaluationOptions evaluation_options(const PplArguments& arguments) {
   return options;
 }
 
-// Before the work begins, not after it.
 void run_ppl(const PplArguments& arguments) {
   check_output_targets(
       {{"--json", arguments.json}, {"--csv", arguments.csv}, {"--plot", arguments.plot}},

@@ -96,7 +96,7 @@ void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tok
   const auto read = [&](const std::filesystem::path& path) {
     const Corpus corpus = open_corpus(path.string());
     texts_.push_back({path, corpus.sha256});
-    return tokenizer.encode(corpus.raw());
+    return tokenizer.encode(corpus.kind == Corpus::Kind::kText ? corpus.text : corpus.raw());
   };
   // `count` of all sequences, from one of `parts` texts.
   const auto share = [](int64_t count, size_t part, size_t parts) {

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "hla/core/interrupt.h"
+#include "hla/core/log.h"
 #include "hla/core/memory.h"
 #include "hla/core/progress.h"
 #include "hla/core/stopwatch.h"
@@ -343,6 +344,10 @@ class Conversion {
     }
     LayerFactors made = factorize_layer(config_, weights, statistics, plan_.rope,
                                         plan_.layers[static_cast<size_t>(layer)], options_.factors);
+    if (made.config.k_floats() == 0 &&
+        has_fast_key_bias(config_, weights, made.config.fast_frequencies)) {
+      log_warning(layer_step(layer) + ": no floats for the fast keys, whose biases are left out");
+    }
     report.config = made.config;
     report.key_error = made.key_error;
     report.value_error = made.value_error;

@@ -8,7 +8,6 @@
 #include <utility>
 
 #include "hla/core/error.h"
-#include "hla/core/log.h"
 #include "hla/factorize/linalg.h"
 #include "hla/factorize/loss_factors.h"
 
@@ -406,12 +405,7 @@ LayerFactors factorize_layer(const ModelConfig& config, const AttentionWeights& 
       return weights.k_bias.index_select(0, key_rows(kv_heads, config.head_dim, begin, end));
     };
     const int64_t split = rope == HlaRope::kPaper ? config.frequencies() : fast;
-    if (out.config.k_floats() > 0) {
-      out.tensors["k_up.bias"] = key_bias(0, split);
-    } else if (has_fast_key_bias(config, weights, split)) {
-      log_warning("a fast latent of rank 0 leaves out the keys' biases of " +
-                  std::to_string(split) + " frequencies");
-    }
+    if (out.config.k_floats() > 0) out.tensors["k_up.bias"] = key_bias(0, split);
     if (plan.kv_rank > 0) {
       out.tensors["kv_up.bias"] = at::cat({key_bias(split, config.frequencies()), weights.v_bias});
     }

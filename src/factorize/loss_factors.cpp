@@ -183,13 +183,13 @@ at::Tensor tails(const at::Tensor& g, const LowRank& factors, const OutputWeight
   return at::constant_pad_nd(products, {0, 1}).flip(1).cumsum(1).flip(1);
 }
 
-// Ranks of the fast latent, 0…most, that are tried, 0 as the last.
-std::vector<int64_t> fast_candidates(int64_t most) {
+// Ranks of the fast latent, 0…most, that are tried, 0 as the last, and 1 where 0 is to be avoided.
+std::vector<int64_t> fast_candidates(int64_t most, bool avoid_none) {
   constexpr int64_t kCandidates = 8;
   const int64_t step = std::max<int64_t>(1, (most + kCandidates - 1) / kCandidates);
   std::vector<int64_t> ranks;
   for (int64_t rank = most; rank > 0; rank -= step) ranks.push_back(rank);
-  if (most > 0 && ranks.back() > 1) ranks.push_back(1);
+  if (avoid_none && most > 0 && ranks.back() > 1) ranks.push_back(1);
   ranks.push_back(0);
   return ranks;
 }
@@ -247,7 +247,7 @@ LossCurve predict_loss(const ModelConfig& config, const AttentionWeights& weight
   const bool biased = has_fast_key_bias(config, weights, fast_frequencies);
   LossCurve curve;
   curve.points.resize(static_cast<size_t>(most_shared + fast_floats * most_fast), none);
-  for (const int64_t rank : fast_candidates(most_fast)) {
+  for (const int64_t rank : fast_candidates(most_fast, biased)) {
     const at::Tensor made = fast ? fast->approximation(rank) : problem.fast_rows();
     const at::Tensor target = problem.compensated_target(made);
     const auto product = [&x](const at::Tensor& rows, const at::Tensor& error) {

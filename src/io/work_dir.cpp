@@ -26,12 +26,12 @@ constexpr int kFormat = 1;
 // The last step: the output is about to get its name. Its result says which folder that is.
 constexpr const char* kCommitStep = "commit";
 
-// A folder, whatever its name; null where there is none.
-json identity(const fs::path& folder) {
+// Of a folder, whatever its name; null where there is none. Not its device, which has another
+// number after a restart on some file systems: the work folder has one only.
+json inode(const fs::path& folder) {
   struct stat info = {};
   if (::stat(folder.c_str(), &info) != 0) return nullptr;
-  return {{"device", static_cast<uint64_t>(info.st_dev)},
-          {"inode", static_cast<uint64_t>(info.st_ino)}};
+  return static_cast<uint64_t>(info.st_ino);
 }
 
 // Where two fingerprints differ, as a message shows it: "options/kv_ratio, base/files".
@@ -159,7 +159,7 @@ bool WorkDir::take_up(Others others) {
   }
   // A run that was killed just after the output got its name: what lies here now is the old one.
   const json& steps = state["steps"];
-  if (steps.contains(kCommitStep) && steps[kCommitStep] != identity(output_)) {
+  if (steps.contains(kCommitStep) && steps[kCommitStep] != inode(output_)) {
     return start_over("what was begun there is finished");
   }
   steps_ = steps;
@@ -193,7 +193,7 @@ void WorkDir::complete(const std::string& step, json result) {
 }
 
 void WorkDir::commit() {
-  complete(kCommitStep, identity(output_));
+  complete(kCommitStep, inode(output_));
   detail::commit_folder(output_, target_, shown_, force_);
   keep_ = false;
 }

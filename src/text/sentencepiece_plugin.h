@@ -1,6 +1,7 @@
 // libhla_sentencepiece.so: the sentencepiece library with nothing of LibTorch in sight. Both have a
 // FLAGS_minloglevel, of 32 and of 4 bytes: where they share one, sentencepiece writes over what
-// lies behind LibTorch's. They share protobuf's names, too.
+// lies behind LibTorch's. They share protobuf's names, too. (Not so with AddressSanitizer, which
+// does not let a library find its own symbols first.)
 #pragma once
 
 #include <cstddef>

@@ -21,14 +21,16 @@ size_t decided(std::string_view text) {
   return text.size();
 }
 
-bool continues_character(char byte) { return (static_cast<unsigned char>(byte) & 0xC0) == 0x80; }
-
 }  // namespace
 
 TextStream::TextStream(const Tokenizer& tokenizer, const std::vector<int32_t>& before)
     : tokenizer_(tokenizer), ids_(before) {
   std::erase_if(ids_, [&](int32_t id) { return !tokenizer_.has_id(id); });
   shorten_window();
+  // The text before may end within a character, or, who knows, with a U+FFFD of its own.
+  const std::string text = tokenizer_.decode(ids_);
+  given_ = decided(text);
+  undecided_ = text.substr(given_);
 }
 
 std::string TextStream::push(int32_t id) {
@@ -42,8 +44,9 @@ std::string TextStream::finish() { return take(/*all=*/true); }
 std::string TextStream::take(bool all) {
   const std::string text = tokenizer_.decode(ids_);
   const size_t end = all ? text.size() : decided(text);
-  // What came before may have ended within a character.
-  while (given_ < end && continues_character(text[given_])) ++given_;
+  if (end <= given_) return "";
+  if (text.compare(given_, undecided_.size(), undecided_) == 0) given_ += undecided_.size();
+  undecided_.clear();
   if (end <= given_) return "";
   std::string taken = text.substr(given_, end - given_);
   given_ = end;

@@ -87,6 +87,29 @@ TEST(TextStreamTest, GivesWhatDecodeMakesOfAnyTokens) {
   }
 }
 
+// A character that the tokens before have begun comes whole, one that they only show does not
+// again.
+TEST(TextStreamTest, GoesOnWithinACharacter) {
+  for (const auto& tokenizer : tokenizers()) {
+    SCOPED_TRACE(tokenizer->kind());
+    const std::vector<int32_t> ids = tokenizer->encode("a\u2603b", false);
+    for (size_t split = 1; split < ids.size(); ++split) {
+      const std::vector<int32_t> before(ids.begin(), ids.begin() + static_cast<long>(split));
+      std::string head = tokenizer->decode(before);
+      while (head.ends_with("\uFFFD")) head.resize(head.size() - 3);
+      TextStream stream(*tokenizer, before);
+      std::string got;
+      for (size_t i = split; i < ids.size(); ++i) got += stream.push(ids[i]);
+      EXPECT_EQ(head + got + stream.finish(), tokenizer->decode(ids)) << split;
+    }
+    TextStream stream(*tokenizer, tokenizer->encode("a\uFFFD", false));
+    std::string got;
+    for (const int32_t id : tokenizer->encode("b", false)) got += stream.push(id);
+    EXPECT_NE(got.find("b"), std::string::npos);
+    EXPECT_EQ(got.find("\uFFFD"), std::string::npos);
+  }
+}
+
 TEST(TextStreamTest, IdsThatTheTokenizerLacksAreNothing) {
   for (const auto& tokenizer : tokenizers()) {
     const auto beyond = static_cast<int32_t>(tokenizer->vocab_size());

@@ -753,10 +753,28 @@ TEST(CliTest, BenchRefuses) {
 
 // LibTorch must get to throw: symbols that it shares with another library once made it abort.
 TEST(CliTest, FailedAllocationsExitWith4) {
+#ifdef __SANITIZE_ADDRESS__
+  GTEST_SKIP() << "AddressSanitizer takes more address space than this limit";
+#endif
   const CommandResult result =
-      run_command("ulimit -v 4000000; " + std::string(HLA_BINARY) + " generate " + stories() +
-                  " --prompt a -n 60000000 --max-length 60000000 --threads 1");
+      run_command("ulimit -v 1500000; " + std::string(HLA_BINARY) + " generate " + stories() +
+                  " --prompt a -n 30000000 --max-length 30000000 --threads 1 --device cpu");
   EXPECT_EQ(result.code, 4) << result.err;
+  EXPECT_NE(result.err.find("can't allocate memory"), std::string::npos) << result.err;
+}
+
+// The sentencepiece library says on std::cerr what is wrong with it, and must have one.
+TEST(CliTest, SentencePieceModelsThatFailTheirTestExitWith3) {
+  const TempDir folder;
+  const std::string sample = {0x22, 0x0A, 0x0A, 0x08, 0x0A, 0x01, 'a', 0x12, 0x03, 'x', 'y', 'z'};
+  write_file(folder / "bad.model",
+             read_file(source_path("data/stories260K/tok512.model")) + sample);
+  write_file(folder / "text", "Hi");
+  const CommandResult result = run_hla("tokenize --ids --text " + (folder / "text").string() + " " +
+                                       (folder / "bad.model").string());
+  EXPECT_EQ(result.code, 3) << result.err;
+  EXPECT_NE(result.err.find("bad.model: not a SentencePiece model"), std::string::npos)
+      << result.err;
 }
 
 TEST(CliTest, PromptsAreUtf8) {

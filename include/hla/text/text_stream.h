@@ -30,7 +30,8 @@ class TextStream {
   // A window of ids, with some of those before: SentencePiece drops the space in front of a text's
   // first word.
   std::vector<int32_t> ids_;
-  size_t given_ = 0;  // bytes of the window's text
+  size_t given_ = 0;       // bytes of the window's text
+  std::string undecided_;  // U+FFFD that `before` ended with
 };
 
 }  // namespace hla
