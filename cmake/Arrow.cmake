@@ -23,7 +23,7 @@ if(HLA_WITH_PARQUET)  # AUTO is true as well
     string(REGEX MATCH "[0-9][0-9.]*" version "${version_line}")
     message(STATUS "Parquet: Arrow C++ ${version} of ${HLA_ARROW_DIR}")
     add_library(hla_arrow INTERFACE)
-    target_compile_options(hla_arrow INTERFACE "SHELL:-idirafter ${HLA_ARROW_DIR}/include")
+    target_compile_options(hla_arrow INTERFACE "SHELL:-idirafter \"${HLA_ARROW_DIR}/include\"")
     target_link_options(hla_arrow INTERFACE "LINKER:-rpath,${HLA_ARROW_DIR}")
     target_link_libraries(hla_arrow INTERFACE "${parquet_library}" "${arrow_library}")
   elseif(HLA_WITH_PARQUET STREQUAL "AUTO")

@@ -25,8 +25,8 @@ message(STATUS "LibTorch: ${HLA_TORCH_DIR} (${version_line})")
 add_library(hla_torch INTERFACE)
 # -idirafter: torch bundles fmt 12, which would otherwise shadow Debian's fmt 9 and break spdlog.
 target_compile_options(hla_torch INTERFACE
-  "SHELL:-idirafter ${HLA_TORCH_DIR}/include"
-  "SHELL:-idirafter ${HLA_TORCH_DIR}/include/torch/csrc/api/include")
+  "SHELL:-idirafter \"${HLA_TORCH_DIR}/include\""
+  "SHELL:-idirafter \"${HLA_TORCH_DIR}/include/torch/csrc/api/include\"")
 # at::parallel_for is a template that runs on one thread where it is compiled without OpenMP. The
 # library behind it is the one that the wheel brings: a second one would have threads of its own.
 target_compile_options(hla_torch INTERFACE -fopenmp)

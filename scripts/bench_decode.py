@@ -46,7 +46,7 @@ def main() -> None:
         for _ in range(arguments.repeat):
             theirs = decode(model, depth, arguments.tokens)
             command = [arguments.hla, "bench", arguments.model, "-p", "0", "-n", str(arguments.tokens),
-                       "-d", str(depth), "-r", "1", "--json", "-"]
+                       "-d", str(depth), "-r", "1", "--json", "-", "--device", "cpu", "--dtype", "fp32"]
             result = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
             rows.append((theirs, result["results"][0]["tokens_per_second"]))
         ratio = statistics.median(ours / theirs for theirs, ours in rows)

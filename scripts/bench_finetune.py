@@ -58,7 +58,7 @@ def ours(arguments, model):
         settings = [f"model={model}", f"output={out}", f"data.train={arguments.text}", f"data.valid={arguments.text}",
                     f"data.context={arguments.context}", f"train.batch_rows={arguments.rows}",
                     f"train.max_steps={arguments.steps + 1}", "eval.windows=1", *arguments.set]
-        command = [arguments.hla, "finetune"]
+        command = [arguments.hla, "finetune", "--device", "cpu", "--dtype", "fp32"]
         for setting in settings:
             command += ["--set", setting]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -21,7 +21,6 @@ import random
 import struct
 from pathlib import Path
 
-import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, decoders, processors, trainers
 
@@ -175,6 +174,8 @@ def folder_goldens(path):
         # The tokenizer's own, in the middle of words, between spaces and doubled.
         texts += [f"a{token}b {token} {token}{token}" for token in added[:3]]
     else:
+        import sentencepiece
+
         source = f"sentencepiece {sentencepiece.__version__}"
         reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
         config_file = file.parent / "tokenizer_config.json"
@@ -217,6 +218,8 @@ def test_goldens():
 
     cosmo2 = Tokenizer.from_file(str(ROOT / "data" / "tokenizers" / "cosmo2" / "tokenizer.json"))
     record("cosmo2", lambda text, raw: cosmo2.encode(text).ids)
+    import sentencepiece
+
     sp = sentencepiece.SentencePieceProcessor(model_file=str(ROOT / "data" / "stories260K" / "tok512.model"))
     record("tok512", lambda text, raw: [sp.bos_id()] + sp.encode(raw))
     for name, text in synthetic():

@@ -13,6 +13,13 @@
 #   HLA_SKIP_APT       not empty: leave the Debian packages alone
 set -euo pipefail
 
+case ${1:-} in
+  -h | --help)
+    sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+esac
+
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"
 
@@ -124,9 +131,14 @@ install_python() {
     return
   fi
 
-  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  # One of `uv venv` has no pip: it gets one, and keeps what is in it.
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1 &&
+    ! "$venv/bin/python" -m ensurepip >"$logs/ensurepip.log" 2>&1; then
     if [[ -e $venv && ! -e $venv/pyvenv.cfg && -n $(ls -A -- "$venv") ]]; then
       die "$venv exists and is not a Python environment; move it away or set HLA_VENV"
+    fi
+    if "$venv/bin/python" -c pass 2>/dev/null; then
+      die "$venv has no pip and cannot get one (build/logs/ensurepip.log); install it there or set HLA_VENV"
     fi
     local python
     python=$(find_python)

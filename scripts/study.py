@@ -38,7 +38,17 @@ def parse_arguments():
     parser.add_argument("--work", type=Path, default=Path("build/study"), help="where models and results go")
     parser.add_argument("--output", type=Path, default=Path("docs/study.md"))
     parser.add_argument("--hla", default="build/hla")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    # Paths that were given are those of the folder that study.sh was called in.
+    called_from = Path(os.environ.get("HLA_CALLED_FROM", "."))
+    for name in ("work", "output", "model", "hla"):
+        given = getattr(arguments, name)
+        made = name in ("work", "output")  # a model may also be an id of the Hugging Face cache
+        if given != parser.get_default(name) and (made or (called_from / given).exists()):
+            setattr(arguments, name, (Path if made else str)(os.path.relpath(called_from / given)))
+    if not arguments.output.suffix:
+        parser.error(f"--output: expected a file like {arguments.output}.md, whose plots get the folder {arguments.output}")
+    return arguments
 
 
 class Study:
@@ -65,11 +75,14 @@ class Study:
         words = [str(x) for x in command]
         self.commands.append(" ".join(words))
         inputs = {word.removeprefix("model=") for word in words} - {str(done)}
-        step = {"command": words, "inputs": {name: self.steps[name] for name in sorted(inputs) if name in self.steps}}
+        made_from = {name: self.made_from(name) for name in sorted(inputs)}
+        step = {"command": words, "inputs": {name: how for name, how in made_from.items() if how}}
         if Path(done).exists():
             if self.steps.get(str(done)) == step:
                 print(f"study: {done}: already there", flush=True)
                 return
+            if str(done) not in self.steps:
+                sys.exit(f"study: {done} is there and was not made by a study; give another --work")
             print(f"study: {done}: there, but of another command; made anew", flush=True)
             shutil.rmtree(done) if Path(done).is_dir() else Path(done).unlink()
         start = time.monotonic()
@@ -80,6 +93,14 @@ class Study:
         self.steps[str(done)] = step
         self.record.write_text(json.dumps(self.steps, indent=1))
         print(f"study: {time.monotonic() - start:.0f} s", flush=True)
+
+    def made_from(self, name):
+        """What an input of a command is: how it was made, or which file or folder of somebody else's it is."""
+        path = Path(name)
+        if name in self.steps or not path.exists():
+            return self.steps.get(name)
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
     def convert(self):
         for name in self.conversions:

@@ -6,6 +6,12 @@
 #
 # --help shows all options. Under an hour with --quick on 2 cores; a GPU is used where there is one.
 set -euo pipefail
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-[[ -x build/hla && -d models/SmolLM2-135M-Instruct ]] || scripts/setup.sh hla
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+case " $* " in
+  *" -h "* | *" --help "*) ;;
+  *) [[ -x $root/build/hla && -d $root/models/SmolLM2-135M-Instruct ]] || "$root/scripts/setup.sh" hla ;;
+esac
+HLA_CALLED_FROM=$PWD
+export HLA_CALLED_FROM
+cd -- "$root"
 exec python3 scripts/study.py "$@"

@@ -733,6 +733,8 @@ std::vector<std::string> unsupported_by_bpe(const json& root) {
   bool byte_level = false;
   for (const json& part : parts_of(member(root, "pre_tokenizer"), "pretokenizers")) {
     const std::string type = type_of(part);
+    // It would see the byte alphabet instead of the text.
+    if (byte_level) names.push_back("pre_tokenizer " + type + " behind ByteLevel");
     byte_level = byte_level || type == "ByteLevel";
     if (type == "Split") {
       const json& pattern = member(part, "pattern");
@@ -769,9 +771,8 @@ std::vector<std::string> unsupported_by_bpe(const json& root) {
   for (const json& part : parts_of(member(root, "decoder"), "decoders")) {
     if (type_of(part) != "ByteLevel") names.push_back("decoder " + type_of(part));
   }
-  for (const char* key : {"truncation", "padding"}) {
-    if (is_set(member(root, key))) names.push_back(key);
-  }
+  // "truncation" and "padding" are what some call was once told; transformers does not heed them
+  // either unless a call asks for it.
   return names;
 }
 

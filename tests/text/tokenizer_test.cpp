@@ -202,6 +202,17 @@ TEST_F(RefusedTokenizerTest, NamesEverythingThatIsNotSupported) {
   }
 }
 
+TEST_F(RefusedTokenizerTest, StepsBehindByteLevel) {
+  EXPECT_NE(message_after([](nlohmann::json& root) {
+              root["pre_tokenizer"] = {
+                  {"type", "Sequence"},
+                  {"pretokenizers",
+                   {{{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", true}},
+                    {{"type", "Digits"}, {"individual_digits", true}}}}};
+            }).find("pre_tokenizer Digits behind ByteLevel"),
+            std::string::npos);
+}
+
 TEST_F(RefusedTokenizerTest, OtherModels) {
   EXPECT_NE(message_after([](nlohmann::json& root) {
               root["model"]["type"] = "WordPiece";
@@ -234,6 +245,19 @@ TEST_F(RefusedTokenizerTest, MissingAndDamagedFiles) {
   EXPECT_EQ(error_of([&] { load_tokenizer(folder.path()); }).code(), ExitCode::kBadInput);
   write_file(folder / "tokenizer.json", "{");
   EXPECT_EQ(error_of([&] { load_tokenizer(folder.path()); }).code(), ExitCode::kBadInput);
+}
+
+// transformers leaves in the file what a call was once told, and does not heed it.
+TEST(LoadTokenizerTest, StoredTruncationAndPaddingMeanNothing) {
+  const TempDir folder;
+  auto root =
+      nlohmann::json::parse(read_file(source_path("data/tokenizers/cosmo2") / "tokenizer.json"));
+  root["truncation"] = {
+      {"direction", "Right"}, {"max_length", 2}, {"strategy", "LongestFirst"}, {"stride", 0}};
+  root["padding"] = {{"strategy", {{"Fixed", 8}}}, {"pad_id", 0}};
+  write_file(folder / "tokenizer.json", root.dump());
+  const auto plain = load_tokenizer(source_path("data/tokenizers/cosmo2"));
+  EXPECT_EQ(load_tokenizer(folder.path())->encode("a b c d"), plain->encode("a b c d"));
 }
 
 TEST(LoadTokenizerTest, FallsBackToSentencePiece) {
