@@ -632,20 +632,25 @@ DecodeAttention::DecodeAttention(const Attention& attention, const ModelConfig& 
     stored_index_.push_back(index_tensor(stored.index, like.device()));
   }
   if (!absorbed_.matrix.defined()) return;
-  // Both interpolations at once.
-  std::vector<at::Tensor> shares;
-  for (int64_t token = 0; token < maps().turned.size; ++token) {
-    const int64_t begin = token / maps().scored.size * maps().scored.size;
-    const auto between = interpolation_weights(maps().scored.nodes, token - begin);
-    at::Tensor sum = at::zeros({static_cast<int64_t>(maps().turned.nodes.size())});
+  // Both interpolations at once. In plain numbers: tensors of a few would take most of what opening
+  // a model takes.
+  const DecodeMaps::Blocks& turned = maps().turned;
+  const DecodeMaps::Blocks& scored = maps().scored;
+  const size_t nodes = turned.nodes.size();
+  std::vector<float> shares(static_cast<size_t>(turned.size) * nodes);
+  for (int64_t token = 0; token < turned.size; ++token) {
+    const int64_t begin = token / scored.size * scored.size;
+    const auto between = interpolation_weights(scored.nodes, token - begin);
     for (size_t p = 0; p < between.size(); ++p) {
-      sum +=
-          at::tensor(interpolation_weights(maps().turned.nodes, begin + maps().scored.nodes[p])) *
-          between[p];
+      const auto weights = interpolation_weights(turned.nodes, begin + scored.nodes[p]);
+      for (size_t n = 0; n < nodes; ++n) {
+        shares[static_cast<size_t>(token) * nodes + n] += weights[n] * between[p];
+      }
     }
-    shares.push_back(sum);
   }
-  shares_ = at::stack(shares).to(like.device(), like.scalar_type());
+  shares_ = at::tensor(shares)
+                .view({turned.size, static_cast<int64_t>(nodes)})
+                .to(like.device(), like.scalar_type());
 }
 
 // The first `pairs` pairs (2i, 2i+1) of x (N, n), turned by the positions' angles, or back.
