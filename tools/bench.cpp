@@ -75,6 +75,7 @@ void add_bench(CLI::App& app) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   add_cache_dtype_option(*command, arguments->cache_dtype);
+  add_absorb_error_option(*command, bench.absorb_error);
   command
       ->add_option("--attend", arguments->attend,
                    "How new tokens attend to the cache: decode (records are read as they are), "
@@ -92,7 +93,7 @@ void add_bench(CLI::App& app) {
       "\"to the first\" is\nthe median over the turns. \"bound\" is the speed-up that memory "
       "traffic allows, (weights + cached records) of\nthe first model over the row's; \"share\" "
       "is how much of it was reached, (speed-up - 1) / (bound - 1). \"memory\"\nand \"peak\" "
-      "are resident, at the end of the test and at most up to then. Positions beyond the model's\n"
+      "are resident, at the end of the test and at most during it. Positions beyond the model's\n"
       "max_position_embeddings are timed as any others.\n\n"
       "Examples:\n"
       "  hla bench models/SmolLM2-135M-Instruct models/latent-50\n"

@@ -155,8 +155,12 @@ void run_convert(ConvertArguments& arguments) {
   const auto value_weighting = value_weighting_from_string(arguments.value_weighting);
   if (!objective)
     throw_usage("[--objective] expected loss or attention, got " + arguments.objective);
-  if (!key_weighting) throw_usage("[--key-weighting] unknown: " + arguments.key_weighting);
-  if (!value_weighting) throw_usage("[--value-weighting] unknown: " + arguments.value_weighting);
+  if (!key_weighting)
+    throw_usage("[--key-weighting] expected plain, input, query or fisher, got " +
+                arguments.key_weighting);
+  if (!value_weighting)
+    throw_usage("[--value-weighting] expected plain, input, output or averaged, got " +
+                arguments.value_weighting);
   options.factors.objective = *objective;
   options.factors.key_weighting = *key_weighting;
   options.factors.value_weighting = *value_weighting;
@@ -219,17 +223,18 @@ void add_convert(CLI::App& app) {
       ->required();
   command->add_option("OUT", arguments->out, "Folder to make")->required();
   command
-      ->add_option("--rope", arguments->rope,
-                   "original: keys rebuilt from unrotated latents; latent: rotated latents, no "
-                   "key need be rebuilt; paper: the seed's method")
+      ->add_option(
+          "--rope", arguments->rope,
+          "original: one unrotated latent, the best perplexity; latent: fast frequencies as "
+          "rotated latents of their own; paper: the method of sodabreak/MHA2HLA")
       ->capture_default_str();
   command->add_option(
       "--kv-ratio", options.kv_ratio,
       "Cached floats relative to the base, K and V on one basis, the same for every "
       "layer (default with --no-calib or --objective attention: 0.5)");
   command->add_option("--target-ratio", options.target_ratio,
-                      "The same, but shared out over the layers by the loss that their ranks cost "
-                      "(default with --objective loss: 0.5)");
+                      "The same, but shared out over the layers by the loss that their ranks cost, "
+                      "where the objective is loss (then the default: 0.5)");
   command->add_option("--target-bytes-per-token", options.target_bytes,
                       "The same for at most so many cached bytes per token of all layers");
   command->add_option("--target-ppl-increase", arguments->target_ppl_increase,
@@ -244,7 +249,8 @@ void add_convert(CLI::App& app) {
                       "Cached floats of the values on a basis of their own");
   command->add_option("--q-rank", options.q_rank, "Factorise the queries, too, to this rank");
   command->add_option("--fast-frequencies", options.fast_frequencies,
-                      "With --kv-ratio: this many fast frequencies get a latent of their own");
+                      "With a ratio or a target: this many fast frequencies get a latent of their "
+                      "own (default: none; of latent, those that turn by at least 0.3 per token)");
   command->add_option("--fast-floats", options.fast_floats, "The size of that latent");
   command
       ->add_option("--rotary-fraction", options.rotary_fraction,
@@ -320,9 +326,10 @@ void add_convert(CLI::App& app) {
       "the\n"
       "same command is given again; until it is complete it lies in .OUT.hla-partial.\n\n"
       "Examples:\n"
-      "  hla convert models/SmolLM2-135M-Instruct models/SmolLM2-HLA-50 --kv-ratio 0.5\n"
-      "  hla convert models/SmolLM2-135M-Instruct models/latent --rope latent --kv-ratio 0.5\n"
-      "  hla convert models/SmolLM2-135M-Instruct models/half --target-ratio 0.5\n"
+      "  hla convert models/SmolLM2-135M-Instruct models/original-50 --target-ratio 0.5\n"
+      "  hla convert models/SmolLM2-135M-Instruct models/latent-50 --rope latent --target-ratio "
+      "0.5\n"
+      "  hla convert models/SmolLM2-135M-Instruct models/uniform --kv-ratio 0.5\n"
       "  hla convert models/SmolLM2-135M-Instruct models/close --target-ppl-increase 5%\n"
       "  hla convert models/SmolLM2-135M-Instruct models/out --dry-run\n"
       "  hla convert org/name out --k-rank 96 --v-rank 128 --calib my.txt --calib-tokens 32768");

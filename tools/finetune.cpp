@@ -53,8 +53,8 @@ void add_finetune(CLI::App& app) {
   command
       ->add_option_function<std::string>(
           "--set", [arguments](const std::string& text) { arguments->assignments.push_back(text); },
-          "KEY=VALUE over the config, e.g. optimizer.learning_rate=1e-4; may be given several "
-          "times")
+          "KEY=VALUE over the config, e.g. optimizer.learning_rate=1e-4; lists: a,b or "
+          "[\"one, with a comma\"]; may be given several times")
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->trigger_on_parse();
   command->add_flag("--print-config", arguments->print_config,

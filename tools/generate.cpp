@@ -32,6 +32,7 @@ struct GenerateArguments {
   bool ignore_eos = false;
   int64_t max_length = 0;
   std::string cache_dtype = "auto";
+  double absorb_error = DecoderOptions{}.absorb_error;
   GenerateOptions generate;
   DeviceOptions device;
   std::string json;
@@ -142,11 +143,13 @@ void run_generate(const GenerateArguments& arguments) {
   } else {
     for (const std::string& prompt : prompts) ids.push_back(tokenizer->encode(prompt));
   }
+  const ModelConfig config = parse_model_config(checkpoint.config(), checkpoint.path().string());
   const auto model = load_model(checkpoint, resolve(arguments.device));
   const int64_t limit =
-      arguments.max_length > 0 ? arguments.max_length : model->config().max_position_embeddings;
-  const Decoder decoder(
-      *model, {.max_length = longest_sequence(ids, options, limit), .cache_dtype = cache_dtype});
+      arguments.max_length > 0 ? arguments.max_length : config.max_position_embeddings;
+  const Decoder decoder(*model, {.max_length = longest_sequence(ids, options, limit),
+                                 .cache_dtype = cache_dtype,
+                                 .absorb_error = arguments.absorb_error});
 
   const bool to_stdout = arguments.json == "-";
   OnText on_text;
@@ -164,6 +167,14 @@ void run_generate(const GenerateArguments& arguments) {
     write_json_result(arguments.json, to_json(report, prompts, arguments.model), arguments.force);
   }
   std::cout.flush();
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    if (report.continuations[i].reason != StopReason::kMaxLength) continue;
+    log_info("prompt " + std::to_string(i + 1) + ": ended at " + std::to_string(limit) +
+             " tokens, the longest sequence (" +
+             (arguments.max_length > 0 ? "--max-length"
+                                       : "max_position_embeddings; --max-length goes beyond") +
+             ")");
+  }
   log_info(statistics(report));
 }
 
@@ -207,25 +218,32 @@ void add_generate(CLI::App& app) {
   command->add_flag("--ignore-eos", arguments->ignore_eos, "Go on after an end-of-text token")
       ->group(group);
   command
-      ->add_option("--max-length", arguments->max_length,
-                   "Longest sequence, prompt included; default: the model's "
-                   "max_position_embeddings, beyond which it was not trained")
+      ->add_option(
+          "--max-length", arguments->max_length,
+          "Longest sequence, prompt included; default: the model's "
+          "max_position_embeddings, beyond which it was not trained. (Where RoPE is scaled "
+          "by length, \"dynamic\", it is by the longest that a batch can reach)")
       ->check(CLI::PositiveNumber)
       ->group(group);
   group = "Sampling";
-  command
-      ->add_option("--temperature", sampling.temperature, "0: always the likeliest token (greedy)")
-      ->capture_default_str()
-      ->group(group);
+  CLI::Option* temperature =
+      command
+          ->add_option("--temperature", sampling.temperature,
+                       "0: always the likeliest token (greedy), and no top-k, top-p or min-p")
+          ->capture_default_str()
+          ->group(group);
   command->add_option("--top-k", sampling.top_k, "Of the K likeliest tokens only; 0: all")
+      ->needs(temperature)
       ->capture_default_str()
       ->group(group);
   command->add_option("--top-p", sampling.top_p, "Of the fewest likeliest that have probability P")
+      ->needs(temperature)
       ->capture_default_str()
       ->group(group);
   command
       ->add_option("--min-p", sampling.min_p,
                    "Of those at least P times as probable as the likeliest")
+      ->needs(temperature)
       ->capture_default_str()
       ->group(group);
   command
@@ -239,6 +257,7 @@ void add_generate(CLI::App& app) {
 
   add_device_options(*command, arguments->device);
   add_cache_dtype_option(*command, arguments->cache_dtype);
+  add_absorb_error_option(*command, arguments->absorb_error);
   command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
   command->add_flag("--force", arguments->force, "Replace an existing output file");
   command->footer(

@@ -60,7 +60,7 @@ int run(int argc, char** argv) {
       "130 and 143 interrupted.\n\n"
       "Examples:\n"
       "  hla info models/SmolLM2-135M-Instruct\n"
-      "  hla convert models/SmolLM2-135M-Instruct models/SmolLM2-HLA --kv-ratio 0.5\n"
+      "  hla convert models/SmolLM2-135M-Instruct models/original-50 --target-ratio 0.5\n"
       "  hla ppl models/SmolLM2-HLA --windows 0,73,147");
   try {
     app.parse(argc, argv);

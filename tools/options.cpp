@@ -29,6 +29,17 @@ std::vector<std::string> split(const std::string& text) {
 void add_cache_dtype_option(CLI::App& command, std::string& target) {
   command
       .add_option("--cache-dtype", target, "Of the caches: auto (as the model), fp32, bf16 or fp16")
+      ->check(CLI::IsMember({"auto", "fp32", "bf16", "fp16"}))
+      ->capture_default_str();
+}
+
+void add_absorb_error_option(CLI::App& command, double& target) {
+  command
+      .add_option(
+          "--absorb-error", target,
+          "How far scores of cached keys that are not rebuilt may be off, relative to |q||k| "
+          "of a frequency; 0: all such keys are rebuilt, which takes longer")
+      ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
 }
 

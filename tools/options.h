@@ -28,6 +28,9 @@ LoadOptions resolve(const DeviceOptions& options);
 // Registers --cache-dtype, for parse_dtype().
 void add_cache_dtype_option(CLI::App& command, std::string& target);
 
+// Registers --absorb-error, of DecoderOptions.
+void add_absorb_error_option(CLI::App& command, double& target);
+
 // An option that takes a list in one argument, "a,b". (CLI11's own lists go on to take the
 // positional that comes after them.)
 CLI::Option* add_list_option(CLI::App& command, const std::string& name,

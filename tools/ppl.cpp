@@ -154,7 +154,8 @@ void add_ppl(CLI::App& app) {
   command
       ->add_option("--limit", arguments->windows.limit, "Only the first N windows (lm-eval: pages)")
       ->group("Protocol");
-  add_list_option(*command, "--windows", arguments->windows.windows, "Only these windows: 0,73,147")
+  add_list_option(*command, "--windows", arguments->windows.windows,
+                  "Only these windows: 0,73,147; not for lm-eval")
       ->group("Protocol");
 
   command
@@ -191,7 +192,8 @@ void add_ppl(CLI::App& app) {
       "  hla ppl models/latent-50 --reference models/SmolLM2-135M-Instruct --by-position --limit "
       "4\n"
       "  hla ppl models/SmolLM2-135M-Instruct models/latent-50 --csv table.csv --plot plot.svg\n"
-      "  hla ppl data/stories260K/stories260K.bin --text story.txt --ctx 256 --json -");
+      "  hla ppl data/stories260K/stories260K.bin --text data/wikitext-2/wiki.test.raw --ctx 256 "
+      "--limit 8 --json -");
   command->callback([arguments] { run_ppl(*arguments); });
 }
 

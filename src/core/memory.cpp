@@ -55,6 +55,8 @@ uint64_t room_of(const std::filesystem::path& group, const GroupFiles& files) {
 
 uint64_t rss_bytes() { return read_kb_line("/proc/self/status", "VmRSS:"); }
 
+void reset_peak_rss() { std::ofstream("/proc/self/clear_refs") << "5"; }
+
 uint64_t peak_rss_bytes() { return read_kb_line("/proc/self/status", "VmHWM:"); }
 
 uint64_t available_memory_bytes() {

@@ -23,16 +23,19 @@ std::string clock_text(double seconds) {
 
 }  // namespace
 
-Progress::Progress(std::string label, int64_t total, bool enabled)
+Progress::Progress(std::string label, int64_t total, bool enabled, int64_t done)
     : label_(std::move(label)),
       total_(std::max<int64_t>(total, 1)),
-      enabled_(enabled && stderr_is_terminal()),
-      start_(std::chrono::steady_clock::now()) {}
+      before_(done),
+      done_(done),
+      enabled_(enabled),
+      start_(std::chrono::steady_clock::now()),
+      logged_(start_) {}
 
 Progress::~Progress() { finish(); }
 
 std::string Progress::render(const std::string& label, int64_t done, int64_t total,
-                             double elapsed_seconds, const std::string& status) {
+                             double elapsed_seconds, const std::string& status, int64_t before) {
   constexpr int kWidth = 20;
   const double fraction = std::min(1.0, static_cast<double>(done) / static_cast<double>(total));
   const int filled = static_cast<int>(fraction * kWidth);
@@ -41,8 +44,9 @@ std::string Progress::render(const std::string& label, int64_t done, int64_t tot
   std::snprintf(percent, sizeof percent, "%3d%%", static_cast<int>(fraction * 100));
   line += percent;
   line += "  " + std::to_string(done) + "/" + std::to_string(total) + "  " + label;
-  if (done > 0 && done < total) {
-    line += "  " + clock_text(elapsed_seconds * (1.0 / fraction - 1.0)) + " left";
+  if (done > before && done < total) {
+    const double a_step = elapsed_seconds / static_cast<double>(done - before);
+    line += "  " + clock_text(a_step * static_cast<double>(total - done)) + " left";
   }
   if (!status.empty()) line += "  " + status;
   return line;
@@ -51,9 +55,17 @@ std::string Progress::render(const std::string& label, int64_t done, int64_t tot
 void Progress::advance(int64_t steps, const std::string& status) {
   done_ += steps;
   if (!enabled_) return;
-  const double elapsed =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-  std::fprintf(stderr, "\r\033[K%s", render(label_, done_, total_, elapsed, status).c_str());
+  const auto now = std::chrono::steady_clock::now();
+  const bool draws = stderr_is_terminal();
+  if (!draws && (!log_interval_ || now - logged_ < *log_interval_)) return;
+  const double elapsed = std::chrono::duration<double>(now - start_).count();
+  const std::string line = render(label_, done_, total_, elapsed, status, before_);
+  if (!draws) {
+    log_info(line);
+    logged_ = now;
+    return;
+  }
+  std::fprintf(stderr, "\r\033[K%s", line.c_str());
   std::fflush(stderr);
   drawn_ = true;
 }

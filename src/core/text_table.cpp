@@ -63,6 +63,13 @@ std::string with_thousands(std::string number) {
 
 std::string with_thousands(long long number) { return with_thousands(std::to_string(number)); }
 
+std::string significant(double value, int digits) {
+  std::array<char, 64> text;
+  const auto end = std::to_chars(text.data(), text.data() + text.size(), value,
+                                 std::chars_format::general, std::min(digits, 17));
+  return {text.data(), end.ptr};
+}
+
 std::string fixed(double value, int decimals) {
   std::array<char, 400> text;
   const bool readable = !(std::abs(value) >= 1e15);

@@ -19,12 +19,14 @@
 
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
+#include "hla/core/log.h"
 #include "hla/core/memory.h"
 #include "hla/core/progress.h"
 #include "hla/core/stopwatch.h"
 #include "hla/core/text_table.h"
 #include "hla/core/version.h"
 #include "hla/model/device.h"
+#include "hla/model/llama.h"
 
 namespace hla {
 namespace {
@@ -40,7 +42,7 @@ constexpr int64_t kTurnSteps = 8;
 constexpr auto kPause = std::chrono::milliseconds(10);
 
 struct Command {
-  enum Kind : int64_t { kDepth, kPrompt, kDecode, kBandwidth } kind;
+  enum Kind : int64_t { kOpen, kDepth, kPrompt, kDecode, kBandwidth } kind;
   int64_t tokens, depth, batch;
   int64_t done = 0;  // of the tokens, by the turns before
 };
@@ -57,7 +59,8 @@ struct Reply {
   double seconds = 0;  // kBandwidth: bytes/s
   uint64_t weight_bytes = 0, cache_bytes = 0, cached_bytes = 0, rss_bytes = 0, peak_rss_bytes = 0;
   double decode_products = 0, rebuild_products = 0;  // AttendCosts
-  int64_t rebuilds_from = 0;
+  int64_t rebuilds_from = 0, prompt_rebuilds_from = 0;
+  uint64_t needed_bytes = 0;  // kOpen: of the CPU's memory, for all caches
   int64_t threads = 0;
   char device[64] = {};
 };
@@ -88,10 +91,14 @@ bool write_all(int file, const void* data, size_t size) {
 
 // Bytes per second that all threads together read from memory: sums over more than any cache
 // holds.
+constexpr int64_t kBandwidthRows = 12288;
+constexpr int64_t kBandwidthColumns = 8192;
+constexpr uint64_t kBandwidthBytes = kBandwidthRows * kBandwidthColumns * sizeof(float);
+
 double read_bandwidth() {
   const c10::InferenceMode no_gradients;
-  static const at::Tensor data = at::ones({12288, 8192});
-  static const at::Tensor ones = at::ones({1, 8192});
+  static const at::Tensor data = at::ones({kBandwidthRows, kBandwidthColumns});
+  static const at::Tensor ones = at::ones({1, kBandwidthColumns});
   const auto start = Clock::now();
   const at::Tensor sums = few_rows_linear(ones, data, {});
   const double seconds = seconds_since(start);
@@ -110,17 +117,21 @@ class Worker {
     int64_t longest = 0;
     for (const int64_t depth : options.depths) longest = std::max(longest, depth);
     longest += std::max({options.prompt_tokens, options.generated_tokens, int64_t{1}});
+    if (longest > model_->config().max_position_embeddings) {
+      log_info(path + " was made for " + std::to_string(model_->config().max_position_embeddings) +
+               " tokens (max_position_embeddings); times do not depend on that");
+    }
     if (model_->device().is_cpu()) {
       const int64_t batch = *std::max_element(options.batches.begin(), options.batches.end());
       const at::ScalarType dtype = options.cache_dtype.value_or(model_->dtype());
-      preflight_memory(
-          static_cast<uint64_t>(batch) * sequence_cache_bytes(model_->config(), dtype, longest),
-          "the caches of " + path);
+      needed_bytes_ =
+          static_cast<uint64_t>(batch) * sequence_cache_bytes(model_->config(), dtype, longest);
     }
     // What the model makes of positions that it was not trained on does not matter here.
     decoder_.emplace(*model_, DecoderOptions{.max_length = std::max(
                                                  longest, model_->config().max_position_embeddings),
                                              .cache_dtype = options.cache_dtype,
+                                             .absorb_error = options.absorb_error,
                                              .attend = options.attend});
     // Of an embedding that is not the output matrix, too, a step reads a row only.
     const ModelConfig& config = model_->config();
@@ -137,6 +148,9 @@ class Worker {
     switch (command.kind) {
       case Command::kBandwidth:
         return reply;
+      case Command::kOpen:
+        reply.needed_bytes = needed_bytes_;
+        return reply;
       case Command::kDepth:
         fill(command.depth);
         release_free_memory();  // as `hla generate` does after a prompt
@@ -149,14 +163,12 @@ class Worker {
         add_costs(reply);
         return reply;
       case Command::kPrompt:
+        hold(1);
         reply.seconds = read_prompt(command.tokens);
         break;
       case Command::kDecode:
-        while (static_cast<int64_t>(caches_.size()) < command.batch) {
-          caches_.push_back(caches_[0].clone());
-        }
         if (command.done == 0) {
-          release_free_memory();                   // a prompt's, as above
+          hold(command.batch);
           reserve(command.tokens, command.batch);  // for all turns
         }
         reply.seconds = decode(end_of_turn(command) - command.done, command.batch);
@@ -208,14 +220,28 @@ class Worker {
       reply.decode_products += attention.decode_cost() / static_cast<double>(layers);
       reply.rebuild_products += attention.rebuild_cost() / static_cast<double>(layers);
     }
-    constexpr int64_t kMost = 1024;
-    for (int64_t count = 1; count <= kMost && reply.rebuilds_from == 0; ++count) {
-      int64_t rebuild = 0;
-      for (int64_t layer = 0; layer < layers; ++layer) {
-        rebuild += decoder_->decodes(layer, count, /*cached=*/true) ? 0 : 1;
+    const auto rebuilds_from = [&](bool cached) -> int64_t {
+      constexpr int64_t kMost = 1024;
+      for (int64_t count = 1; count <= kMost; ++count) {
+        int64_t rebuild = 0;
+        for (int64_t layer = 0; layer < layers; ++layer) {
+          rebuild += decoder_->decodes(layer, count, cached) ? 0 : 1;
+        }
+        if (2 * rebuild > layers) return count;
       }
-      if (2 * rebuild > layers) reply.rebuilds_from = count;
-    }
+      return 0;
+    };
+    reply.rebuilds_from = rebuilds_from(/*cached=*/true);
+    reply.prompt_rebuilds_from = rebuilds_from(/*cached=*/false);
+  }
+
+  // So many sequences are in memory, and nothing of the tests before.
+  void hold(int64_t batch) {
+    const auto wanted = static_cast<size_t>(batch);
+    caches_.resize(std::min(caches_.size(), wanted), decoder_->new_sequence());
+    while (caches_.size() < wanted) caches_.push_back(caches_[0].clone());
+    release_free_memory();
+    reset_peak_rss();
   }
 
   // Room in the first sequences' caches, so that none need be made while a test is timed.
@@ -256,6 +282,7 @@ class Worker {
   std::optional<Decoder> decoder_;
   std::vector<SequenceCache> caches_;
   uint64_t weight_bytes_ = 0;
+  uint64_t needed_bytes_ = 0;
   uint64_t state_ = 1;
 };
 
@@ -465,15 +492,16 @@ std::string BenchReport::to_markdown() const {
       *std::max_element(bandwidths.begin(), bandwidths.end()) * 1e-9, bandwidths.size(), version(),
       version_commit());
   text += line;
+  const auto from = [](int64_t tokens) {
+    return tokens > 0 ? "from " + std::to_string(tokens) + " tokens on" : std::string("never");
+  };
   for (const AttendCosts& cost : costs) {
     text += "\n" + cost.model + ": decoding takes " +
             with_thousands(fixed(cost.decode_products, 0)) +
             " products per cached token and layer, rebuilding keys and values " +
-            with_thousands(fixed(cost.rebuild_products, 0)) + ", once for all new tokens: " +
-            (cost.rebuilds_from > 0
-                 ? "done from " + std::to_string(cost.rebuilds_from) + " new tokens on"
-                 : "never done") +
-            "\n";
+            with_thousands(fixed(cost.rebuild_products, 0)) + ", once for all new tokens: done " +
+            from(cost.rebuilds_from) + ", and by a prompt with nothing before it " +
+            from(cost.prompt_rebuilds_from) + "\n";
   }
   return text;
 }
@@ -519,7 +547,8 @@ nlohmann::json BenchReport::to_json() const {
     attending.push_back({{"model", cost.model},
                          {"decode_products", cost.decode_products},
                          {"rebuild_products", cost.rebuild_products},
-                         {"rebuilds_from", cost.rebuilds_from}});
+                         {"rebuilds_from", cost.rebuilds_from},
+                         {"prompt_rebuilds_from", cost.prompt_rebuilds_from}});
   }
   return {{"hla_version", version()},   {"hla_commit", version_commit()},
           {"device", device},           {"threads", threads},
@@ -576,6 +605,13 @@ BenchReport bench(const BenchOptions& options) {
       "benchmark",
       static_cast<int64_t>(depths.size() * options.models.size() *
                            (1 + tests_a_depth * static_cast<size_t>(options.repetitions))));
+  // All of them are in memory at once.
+  uint64_t needed = 0;
+  for (size_t m = 0; m < options.models.size(); ++m) {
+    throw_if_interrupted();
+    needed += processes[m].run({Command::kOpen, 0, 0, 0}).needed_bytes;
+  }
+  preflight_memory(needed + kBandwidthBytes, "the caches of all models");
   for (const int64_t depth : depths) {
     std::vector<Test> tests;
     const auto add = [&](Command::Kind kind, int64_t tokens, int64_t batch) {
@@ -602,6 +638,7 @@ BenchReport bench(const BenchOptions& options) {
       report.costs[m].decode_products = reply.decode_products;
       report.costs[m].rebuild_products = reply.rebuild_products;
       report.costs[m].rebuilds_from = reply.rebuilds_from;
+      report.costs[m].prompt_rebuilds_from = reply.prompt_rebuilds_from;
       progress.advance(1, "filling to " + std::to_string(depth));
     }
     for (int64_t repetition = 0; repetition < options.repetitions; ++repetition) {

@@ -14,6 +14,7 @@
 #include "hla/core/version.h"
 #include "hla/io/checkpoint.h"
 #include "hla/model/device.h"
+#include "hla/model/llama.h"
 
 namespace hla {
 namespace {

@@ -13,7 +13,9 @@
 #include "hla/core/stopwatch.h"
 #include "hla/eval/protocol.h"
 #include "hla/io/json_file.h"
+#include "hla/model/llama.h"
 #include "hla/text/text_stream.h"
+#include "hla/text/unicode.h"
 
 namespace hla {
 namespace {
@@ -189,6 +191,8 @@ GenerateReport generate(const Decoder& decoder, const Tokenizer& tokenizer,
   validate(options.sampling);
   for (const std::string& stop : options.stop) {
     if (stop.empty()) throw_usage("[generate] expected a stop text, got an empty one");
+    // A part of a character would leave the other one in the output.
+    if (!is_valid_utf8(stop)) throw_usage("[generate] expected a stop text in UTF-8");
   }
   check_prompts(decoder, prompts, options);
   GenerateReport report;

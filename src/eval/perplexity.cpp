@@ -16,6 +16,7 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"
 #include "hla/core/progress.h"
+#include "hla/model/llama.h"
 
 namespace hla {
 namespace {

@@ -7,6 +7,7 @@
 
 #include "hla/core/error.h"
 #include "hla/model/cpu_kernels.h"
+#include "hla/model/llama.h"
 
 namespace hla {
 namespace {

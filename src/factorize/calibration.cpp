@@ -14,6 +14,7 @@
 #include "hla/factorize/statistics.h"
 #include "hla/model/device.h"
 #include "hla/model/hla_attention.h"
+#include "hla/model/llama.h"
 #include "hla/model/load.h"
 #include "hla/text/corpus.h"
 

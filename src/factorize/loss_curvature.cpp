@@ -17,6 +17,7 @@
 #include "hla/core/progress.h"
 #include "hla/factorize/linalg.h"
 #include "hla/model/cpu_kernels.h"
+#include "hla/model/llama.h"
 
 namespace hla {
 namespace {

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "hla/core/error.h"
+#include "hla/model/llama.h"
 
 namespace hla {
 namespace {

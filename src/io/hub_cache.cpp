@@ -174,6 +174,12 @@ fs::path resolve_model_path(const std::string& path_or_id) {
   if (at != std::string::npos && !all_safe(split(revision, '/'))) {
     throw_bad_input(missing + " (and \"" + revision + "\" is not a revision)");
   }
+  // A folder that is to be made yet, rather than an id.
+  if (const fs::path parent = fs::path(path_or_id).parent_path();
+      !parent.empty() && fs::is_directory(parent, error)) {
+    throw_bad_input(missing + "\n  hint: " + parent.string() + " is there; what is to make " +
+                    fs::path(path_or_id).filename().string() + " in it?");
+  }
   const std::string download =
       "\n  hint: hf download " + id + (revision.empty() ? "" : " --revision " + revision);
   const fs::path cache = hub_cache_folder();

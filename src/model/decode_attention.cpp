@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "hla/core/error.h"
+#include "hla/model/attention.h"
 #include "hla/model/cpu_kernels.h"
 #include "hla/model/hla_attention.h"
 

@@ -5,6 +5,7 @@
 #include "hla/core/error.h"
 #include "hla/core/memory.h"
 #include "hla/model/device.h"
+#include "hla/model/llama.h"
 
 namespace hla {
 namespace {

@@ -76,7 +76,8 @@ at::Device parse_device(const std::string& text) {
   const int count = cuda_device_count();
   if (index >= count) {
     throw_runtime("[--device] " + text + ": this machine has " + std::to_string(count) +
-                  " CUDA devices that this LibTorch can use");
+                  " CUDA devices that this LibTorch can use\n  hint: `hla --version` says what it "
+                  "sees, `nvidia-smi` what there is");
   }
   return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
 }

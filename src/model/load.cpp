@@ -9,6 +9,7 @@
 
 #include "hla/core/memory.h"
 #include "hla/model/device.h"
+#include "hla/model/llama.h"
 
 namespace hla {
 namespace {

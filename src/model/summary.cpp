@@ -6,6 +6,7 @@
 
 #include "hla/core/memory.h"
 #include "hla/model/device.h"
+#include "hla/model/llama.h"
 #include "hla/model/load.h"
 
 namespace hla {

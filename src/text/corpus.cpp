@@ -16,6 +16,7 @@
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
 #include "hla/core/join.h"
+#include "hla/core/log.h"
 #include "hla/core/sha256.h"
 #include "hla/io/hub_cache.h"
 #include "hla/io/json_file.h"
@@ -295,10 +296,15 @@ std::vector<fs::path> files_of_folder(const fs::path& folder) {
     throw_bad_input(folder.string() + ": files of several splits (" +
                     list({splits.begin(), splits.end()}) + ")\n  hint: name one file");
   }
-  for (const Format format : {Format::kParquet, Format::kJsonl}) {
-    if (files.count(format) > 0) return files[format];
+  for (const Format format : {Format::kParquet, Format::kJsonl, Format::kText}) {
+    if (files.count(format) == 0) continue;
+    if (files.size() > 1) {
+      log_warning(folder.string() + ": has files of several formats; only those like " +
+                  files[format].front().filename().string() + " are read");
+    }
+    return files[format];
   }
-  return files[Format::kText];
+  return {};
 }
 
 struct Dataset {

@@ -26,16 +26,20 @@ std::optional<std::string> token_text(const nlohmann::json& config, const char* 
   return std::nullopt;
 }
 
-TokenizerSettings read_settings(const fs::path& folder) {
-  TokenizerSettings settings;
-  const fs::path file = folder / "tokenizer_config.json";
-  if (!fs::exists(file)) return settings;
-  const nlohmann::json config = read_json_file(file);
-  Problems problems(file.string());
+// The folder's tokenizer_config.json; an empty object where there is none.
+nlohmann::json read_tokenizer_config(const fs::path& file) {
+  std::error_code error;
+  if (!fs::exists(file, error)) return nlohmann::json::object();
+  nlohmann::json config = read_json_file(file);
   if (!config.is_object()) {
-    problems.add("expected an object, got " + json_excerpt(config));
-    problems.throw_if_any();
+    throw_bad_input(file.string() + ": expected an object, got " + json_excerpt(config));
   }
+  return config;
+}
+
+TokenizerSettings read_settings(const nlohmann::json& config, const fs::path& file) {
+  TokenizerSettings settings;
+  Problems problems(file.string());
   settings.bos_token = token_text(config, "bos_token", problems);
   settings.eos_token = token_text(config, "eos_token", problems);
   const auto boolean = [&](const char* key) -> std::optional<bool> {
@@ -50,7 +54,8 @@ TokenizerSettings read_settings(const fs::path& folder) {
 
 // Tokens that a folder adds to those of its tokenizer.model: {"token": id} or
 // {"id": {"content": "token"}}.
-std::vector<std::string> tokens_beyond(const fs::path& folder, int64_t vocab_size) {
+std::vector<std::string> tokens_beyond(const fs::path& folder, const nlohmann::json& config,
+                                       int64_t vocab_size) {
   std::vector<std::string> tokens;
   std::error_code error;
   const fs::path added = folder / "added_tokens.json";
@@ -60,13 +65,12 @@ std::vector<std::string> tokens_beyond(const fs::path& folder, int64_t vocab_siz
       if (id.is_number_integer() && id.get<int64_t>() >= vocab_size) tokens.push_back(token);
     }
   }
-  const fs::path config = folder / "tokenizer_config.json";
-  if (!tokens.empty() || !fs::is_regular_file(config, error)) return tokens;
-  const nlohmann::json root = read_json_file(config);
-  const nlohmann::json decoder = root.value("added_tokens_decoder", nlohmann::json::object());
-  for (const auto& [id, token] : decoder.items()) {
+  if (!tokens.empty() || !config.contains("added_tokens_decoder")) return tokens;
+  for (const auto& [id, token] : config["added_tokens_decoder"].items()) {
     if (std::strtoll(id.c_str(), nullptr, 10) < vocab_size || !token.is_object()) continue;
-    tokens.push_back(token.value("content", ""));
+    if (token.contains("content") && token["content"].is_string()) {
+      tokens.push_back(token["content"].get<std::string>());
+    }
   }
   return tokens;
 }
@@ -85,7 +89,9 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
   if (!has_json && !has_model) {
     throw_bad_input(path.string() + ": no tokenizer.json and no tokenizer.model");
   }
-  const TokenizerSettings settings = read_settings(parent);
+  const fs::path config_file = parent / "tokenizer_config.json";
+  const nlohmann::json config = read_tokenizer_config(config_file);
+  const TokenizerSettings settings = read_settings(config, config_file);
   if (has_json) {
     const nlohmann::json root = read_json_file(json_file);
     const std::vector<std::string> unsupported = unsupported_by_bpe(root);
@@ -93,7 +99,7 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
       auto tokenizer = load_bpe(root, json_file.string(), settings);
       // As in transformers: what is added is what the file's post-processor adds.
       if (settings.add_bos_token.value_or(false) && tokenizer->encode("").empty()) {
-        log_warning((parent / "tokenizer_config.json").string() +
+        log_warning(config_file.string() +
                     ": says add_bos_token, but tokenizer.json adds none, so none is added");
       }
       return tokenizer;
@@ -102,7 +108,7 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
               " is not supported, tokenizer.model is used");
   }
   auto tokenizer = load_sentencepiece(model_file, settings);
-  const std::vector<std::string> beyond = tokens_beyond(parent, tokenizer->vocab_size());
+  const std::vector<std::string> beyond = tokens_beyond(parent, config, tokenizer->vocab_size());
   if (!beyond.empty()) {
     log_warning(model_file.string() + ": " + std::to_string(beyond.size()) +
                 " tokens that were added to it, like " + json_excerpt(beyond.front()) +

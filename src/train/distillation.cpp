@@ -7,6 +7,7 @@
 #include "hla/core/error.h"
 #include "hla/factorize/linalg.h"
 #include "hla/factorize/loss_curvature.h"
+#include "hla/model/llama.h"
 #include "hla/train/recompute.h"
 #include "hla/train/token_loss.h"
 #include "hla/train/training_rows.h"
@@ -167,9 +168,10 @@ void OutputCurvature::set(const std::function<at::Tensor(const std::string& name
   tokens_ = tensor("tokens").item<int64_t>();
 }
 
-double match_attention(const LlamaForCausalLM& student, const LlamaForCausalLM& teacher,
-                       const OutputCurvature& curvature, const at::Tensor& ids,
-                       const at::Tensor& tokens, double scale) {
+std::vector<double> match_attention(const LlamaForCausalLM& student,
+                                    const LlamaForCausalLM& teacher,
+                                    const OutputCurvature& curvature, const at::Tensor& ids,
+                                    const at::Tensor& tokens, double scale) {
   const RopeTables rope = student.rope(ids.size(-1));
   const RopeTables teacher_rope = teacher.rope(ids.size(-1));
   const auto layers = static_cast<double>(student.layers().size());
@@ -178,7 +180,7 @@ double match_attention(const LlamaForCausalLM& student, const LlamaForCausalLM& 
     const at::NoGradGuard no_gradients;
     hidden = teacher.embed(ids);
   }
-  double loss = 0;
+  std::vector<double> errors;
   for (size_t i = 0; i < student.layers().size(); ++i) {
     at::Tensor attention;
     {
@@ -190,11 +192,11 @@ double match_attention(const LlamaForCausalLM& student, const LlamaForCausalLM& 
     if (error.requires_grad()) {
       torch::autograd::backward({error}, {at::full_like(error, scale / layers)});
     }
-    loss += error.item<double>() / layers;
+    errors.push_back(error.item<double>());
     const at::NoGradGuard no_gradients;
     hidden = teacher.layers()[i]->finish(hidden, std::move(attention));  // writes over it
   }
-  return loss;
+  return errors;
 }
 
 }  // namespace hla

@@ -26,6 +26,7 @@
 #include "hla/io/work_dir.h"
 #include "hla/model/device.h"
 #include "hla/model/hla_attention.h"
+#include "hla/model/llama.h"
 #include "hla/model/save.h"
 #include "hla/text/unicode.h"
 #include "hla/train/metrics.h"
@@ -38,6 +39,9 @@ constexpr const char* kCheckpoint = "checkpoint";
 constexpr const char* kMetrics = "metrics.jsonl";
 constexpr const char* kMetricsTable = "metrics.csv";
 constexpr const char* kLossPlot = "loss.svg";
+constexpr const char* kAttentionPlot = "attention.svg";
+constexpr const char* kReport = "finetune.json";
+constexpr std::chrono::seconds kLogInterval{60};  // of progress, where there is no terminal
 
 class Run {
  public:
@@ -76,15 +80,17 @@ class Run {
     }
     preflight_disk(config_.output, disk_bytes(trainer), work.scratch());
     const nlohmann::json* saved = work.result(kCheckpoint);
-    const uint64_t metrics_bytes = saved != nullptr ? take_up(work, *saved, trainer) : 0;
+    const bool goes_on = saved != nullptr && !saved->empty();
+    const uint64_t metrics_bytes = goes_on ? take_up(work, *saved, trainer) : 0;
     metrics_.emplace(work.scratch() / kMetrics, metrics_bytes);
-    Progress progress("tuning", report_.planned_steps, options_.progress);
-    progress.advance(report_.steps);
+    report_.device = model_->device().str();
+    report_.dtype = dtype_label(dtype_);
+    write_json_file(work.scratch() / kReport, to_json(resolved_), /*force=*/true);
+    Progress progress("tuning", report_.planned_steps, options_.progress, report_.steps);
+    progress.log_every(kLogInterval);
     report_.stopped_by = "steps";
     for (;;) {
-      if (evaluation_is_due()) {
-        say_what_is_left(work, [&] { evaluate(work, trainer); });
-      }
+      if (evaluation_is_due()) evaluate(work, trainer);
       if (is_out_of_patience()) report_.stopped_by = "patience";
       if (report_.steps == report_.planned_steps || report_.stopped_by == "patience") break;
       progress.advance(1, step(work, trainer));
@@ -229,25 +235,26 @@ class Run {
       report_.planned_steps = std::min(report_.planned_steps, config_.train.max_steps);
     }
     steps_.loss = report_.planned_steps;
-    if (teacher_) steps_.attention = config_.distill.attention_steps;
+    if (config_.distill.attention_steps > 0 && !teacher_) {
+      throw_usage("[distill.attention_steps] expected a model to learn from in distill.teacher");
+    }
+    steps_.attention = config_.distill.attention_steps;
     report_.planned_steps = steps_.total();
     if (report_.planned_steps == 0) throw_usage("[train.epochs] expected a step at least");
   }
 
   // Where numbers that are not finite come up, adds what a user can go on with.
-  void say_what_is_left(const WorkDir& work, const std::function<void()>& action) const {
+  void say_what_is_left(WorkDir& work, const std::function<void()>& action) const {
     try {
       action();
     } catch (const Error& error) {
       if (error.code() != ExitCode::kNonFinite) throw;
       std::string message = error.what();
-      const nlohmann::json* saved = work.result(kCheckpoint);
-      message += "\n  the last checkpoint is ";
-      if (saved == nullptr) {
-        message += "none";
+      message += "\n  the last good checkpoint is ";
+      if (const std::optional<int64_t> step = last_good_checkpoint(work)) {
+        message += "of step " + std::to_string(*step) + ", in " + work.scratch().string();
       } else {
-        const int64_t step = saved->back().at("step");
-        message += "of step " + std::to_string(step) + ", in " + work.scratch().string();
+        message += "none";
       }
       if (best() > 0) {
         const int64_t step = evaluation(best()).step;
@@ -258,8 +265,23 @@ class Run {
     }
   }
 
+  // Takes back a checkpoint whose weights have not done anything yet: they may be what is broken,
+  // and the run would go on from them.
+  std::optional<int64_t> last_good_checkpoint(WorkDir& work) const {
+    const nlohmann::json* saved = work.result(kCheckpoint);
+    if (saved == nullptr || saved->empty()) return std::nullopt;
+    nlohmann::json states = *saved;
+    if (states.back().at("step") == report_.steps) {
+      states.erase(states.size() - 1);
+      work.complete(kCheckpoint, states);
+      std::filesystem::remove(checkpoint_file(work, report_.steps));
+    }
+    if (states.empty()) return std::nullopt;
+    return states.back().at("step").get<int64_t>();
+  }
+
   // What the progress line says of it.
-  std::string step(const WorkDir& work, Trainer& trainer) {
+  std::string step(WorkDir& work, Trainer& trainer) {
     const auto start = Clock::now();
     Trainer::Step step;
     say_what_is_left(work, [&] { step = trainer.step(next_batches()); });
@@ -281,8 +303,10 @@ class Run {
     metrics_->add(line);
     return (step.on_attention ? "attention error " + fixed(step.hidden, 4)
                               : "loss " + fixed(step.loss, 4)) +
-           ", " + fixed(static_cast<double>(step.labels) / seconds, 0) + " tokens/s, " +
-           format_bytes(rss_bytes());
+           ", lr " + significant(step.learning_rate, 3) + ", " +
+           fixed(static_cast<double>(step.labels) / seconds, 0) + " tokens/s, " +
+           format_bytes(model_->device().is_cpu() ? rss_bytes()
+                                                  : peak_memory_bytes(model_->device()));
   }
 
   // The rows of the next step. An epoch's last step may have fewer.
@@ -305,7 +329,7 @@ class Run {
 
   // What decides the bytes of the weights.
   nlohmann::json fingerprint() const {
-    nlohmann::json texts = nlohmann::json::array({valid_.sha256, train_sha256_});
+    nlohmann::json texts = {{"data.valid", valid_.sha256}, {"data.train", train_sha256_}};
     nlohmann::json settings;  // by dotted key, so that differences are named by it
     FinetuneConfig config = config_;
     for (const ConfigField& field : config_fields(config)) settings[field.key] = field.value();
@@ -342,6 +366,20 @@ class Run {
     }
     work.complete(kCheckpoint, std::move(states));
     for (const int64_t step : old) std::filesystem::remove(checkpoint_file(work, step));
+    show_metrics(work);
+  }
+
+  // As tables and curves, anew.
+  void show_metrics(const WorkDir& work) {
+    const std::vector<nlohmann::json> lines = metrics_->lines();
+    const auto draw = [&](const char* name, const PlotSpec& plot) {
+      if (!plot.series.empty()) write_svg_file(work.scratch() / name, plot, /*force=*/true);
+    };
+    draw(kLossPlot, loss_plot(lines, config_.output));
+    draw(kAttentionPlot, attention_plot(lines, config_.output));
+    AtomicFile table(work.scratch() / kMetricsTable, /*force=*/true);
+    table.write(metrics_csv(lines));
+    table.commit();
   }
 
   // Goes on from the last checkpoint that can be read; how much of the metrics is from before it.
@@ -401,9 +439,18 @@ class Run {
   }
 
   // Writes the model where it is among the best so far.
-  void evaluate(const WorkDir& work, const Trainer& trainer) {
+  void evaluate(WorkDir& work, const Trainer& trainer) {
     release_free_memory();  // which does not count as available
-    const PerplexityResult result = score(*model_, {plan_}, {.progress = false}, teacher_.get())[0];
+    PerplexityResult result;
+    say_what_is_left(work, [&] {
+      try {
+        result = score(*model_, {plan_}, {.progress = false}, teacher_.get())[0];
+      } catch (const Error& error) {
+        if (error.code() != ExitCode::kNonFinite) throw;
+        throw Error(error.code(),
+                    "evaluation after step " + std::to_string(report_.steps) + ": " + error.what());
+      }
+    });
     throw_if_interrupted();
     FinetuneEvaluation now = {report_.steps, result.nll, result.perplexity.value};
     if (result.divergence) now.kl = result.divergence->kl.value;
@@ -420,8 +467,7 @@ class Run {
         ": perplexity " + fixed(result.perplexity.value, 4) +
         (result.divergence ? ", KL to the teacher " + fixed(result.divergence->kl.value, 5) : "") +
         (last > 0 && best() == last ? ", the best" : ""));
-    write_svg_file(work.scratch() / kLossPlot, loss_plot(metrics_->lines(), config_.output),
-                   /*force=*/true);
+    show_metrics(work);
   }
 
   std::vector<std::string> continuations() const {
@@ -503,12 +549,13 @@ class Run {
            i == 0 ? work.output() : work.output() / ("step-" + std::to_string(step)));
     }
     report_.best = best();
-    copy(work.scratch() / kMetrics, work.output() / kMetrics);
-    copy(work.scratch() / kLossPlot, work.output() / kLossPlot);
-    AtomicFile table(work.output() / kMetricsTable, /*force=*/true);
-    table.write(metrics_csv(metrics_->lines()));
-    table.commit();
-    write_json_file(work.output() / "finetune.json", report_.to_json(resolved_), /*force=*/true);
+    show_metrics(work);
+    for (const char* name : {kMetrics, kMetricsTable, kLossPlot, kAttentionPlot}) {
+      if (std::filesystem::exists(work.scratch() / name)) {
+        copy(work.scratch() / name, work.output() / name);
+      }
+    }
+    write_json_file(work.output() / kReport, report_.to_json(resolved_), /*force=*/true);
   }
 
   const Clock::time_point start_ = Clock::now();
@@ -567,6 +614,8 @@ nlohmann::json FinetuneReport::to_json(const ResolvedConfig& config) const {
                {"stopped_by", stopped_by},
                {"evaluations", evaluations_json()},
                {"best_step", evaluations[static_cast<size_t>(best)].step},
+               {"device", device},
+               {"dtype", dtype},
                {"seconds", seconds},
                {"peak_memory_bytes", peak_bytes},
                {"hla_version", version()},

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <sstream>
 
 #include "hla/core/error.h"
@@ -18,17 +20,33 @@ using nlohmann::json;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-// {"a": {"b": 1}, "c.d": 2} -> {"a.b": 1, "c.d": 2}, in order of the keys.
-void flatten(const json& object, const std::string& prefix, std::map<std::string, json>& to,
-             Problems& problems) {
+// {"a": {"b": 1}, "c.d": 2} -> {"a.b": 1, "c.d": 2}, in order of the keys. An empty section that is
+// none of `sections` stays as it is, for its name to be refused.
+void flatten(const json& object, const std::string& prefix, const std::set<std::string>& sections,
+             std::map<std::string, json>& to, Problems& problems) {
   for (const auto& [name, value] : object.items()) {
     const std::string key = prefix + name;
-    if (value.is_object()) {
-      flatten(value, key + ".", to, problems);
+    if (value.is_object() && (!value.empty() || sections.contains(key))) {
+      flatten(value, key + ".", sections, to, problems);
     } else if (!to.emplace(key, value).second) {
       problems.add(key + ": given twice, nested and with a dot");
     }
   }
+}
+
+// Keys that a mistyped one may have meant, by all of it or, like learning_rate or
+// train.learning_rate, by what stands behind the section.
+std::vector<std::string> nearest_keys(const std::string& wanted,
+                                      const std::vector<std::string>& keys) {
+  if (const std::string nearest = nearest_name(wanted, keys); !nearest.empty()) return {nearest};
+  const auto name = [](const std::string& key) { return key.substr(key.find('.') + 1); };
+  std::vector<std::string> names;
+  for (const std::string& key : keys) names.push_back(name(key));
+  const std::string nearest = nearest_name(name(wanted), names);
+  std::vector<std::string> result;
+  std::copy_if(keys.begin(), keys.end(), std::back_inserter(result),
+               [&](const std::string& key) { return !nearest.empty() && name(key) == nearest; });
+  return result;
 }
 
 // What is recorded beside a run is JSON.
@@ -139,7 +157,8 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        0},
       {"train.epochs", "how often every row is read", &c.train.epochs, {}, 0, 1e6},
       {"train.max_steps",
-       "steps of the optimizer, whatever train.epochs says; 0: no such limit",
+       "no more steps than these, of those of train.epochs; steps on attention do not count. 0: no "
+       "such limit",
        &c.train.max_steps,
        {},
        0},
@@ -151,7 +170,8 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        &c.train.parameters,
        {"all", "attention", "factors"}},
       {"train.lora_rank",
-       "the layers' other matrices learn a product of two of so many columns and rows (LoRA), "
+       "the layers' matrices that train.parameters leaves out learn a product of two of so many "
+       "columns and rows (LoRA), "
        "which is added to them in what is written; 0: they stay as they are",
        &c.train.lora_rank,
        {},
@@ -172,8 +192,8 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        &c.train.factors,
        {"balanced", "kept"}},
       {"distill.teacher",
-       "a model of the same tokenizer to learn from, named as `model`; empty: none, and the keys "
-       "of this section are without effect",
+       "a model of the same tokenizer to learn from, named as `model`; empty: none, and the "
+       "other keys of this section have to do nothing (attention_steps 0) or are without effect",
        &c.distill.teacher},
       {"distill.text",
        "weight of the loss on the text itself, with a teacher",
@@ -201,7 +221,7 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        {},
        0},
       {"distill.attention_learning_rate",
-       "of these steps, at its highest; 0: optimizer.learning_rate",
+       "learning rate of these steps, at its highest; 0: optimizer.learning_rate",
        &c.distill.attention_learning_rate,
        {},
        0,
@@ -226,7 +246,7 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        {"cosine", "linear", "constant"}},
       {"schedule.warmup_steps", "steps of linear rise", &c.schedule.warmup_steps, {}, 0},
       {"schedule.final_ratio",
-       "of the last learning rate to the highest",
+       "the last learning rate, divided by the highest",
        &c.schedule.final_ratio,
        {},
        0,
@@ -275,17 +295,20 @@ ResolvedConfig resolve_config(const std::optional<std::filesystem::path>& file,
   ResolvedConfig resolved;
   const std::vector<ConfigField> fields = config_fields(resolved.config);
   std::vector<std::string> names;
+  std::set<std::string> sections;
   for (const ConfigField& field : fields) {
     names.push_back(field.key);
+    if (const size_t dot = field.key.find('.'); dot != std::string::npos) {
+      sections.insert(field.key.substr(0, dot));
+    }
     resolved.origin[field.key] = "default";
   }
   const auto find = [&](const std::string& key, Problems& problems) -> const ConfigField* {
     for (const ConfigField& field : fields) {
       if (field.key == key) return &field;
     }
-    const std::string nearest = nearest_name(key, names);
-    problems.add(key + ": unknown key" +
-                 (nearest.empty() ? "" : "; did you mean " + nearest + "?"));
+    const std::string meant = join(nearest_keys(key, names), " or ");
+    problems.add(key + ": unknown key" + (meant.empty() ? "" : "; did you mean " + meant + "?"));
     return nullptr;
   };
 
@@ -297,7 +320,7 @@ ResolvedConfig resolve_config(const std::optional<std::filesystem::path>& file,
       throw_bad_input(file->string() + ": expected a JSON object, got " + json_excerpt(content));
     }
     std::map<std::string, json> values;
-    flatten(content, "", values, problems);
+    flatten(content, "", sections, values, problems);
     for (const auto& [key, value] : values) {
       const ConfigField* field = find(key, problems);
       if (field == nullptr) continue;
@@ -340,7 +363,11 @@ std::string to_commented_json(const ResolvedConfig& resolved) {
     const std::string indent = section.empty() ? "  " : "    ";
     const bool last = i + 1 == fields.size() ||
                       (!section.empty() && !fields[i + 1].key.starts_with(section + "."));
-    text += indent + "// " + field.doc + "\n";
+    const bool names_choices = std::all_of(
+        field.choices.begin(), field.choices.end(),
+        [&](const std::string& choice) { return field.doc.find(choice) != std::string::npos; });
+    text +=
+        indent + "// " + field.doc + (names_choices ? "" : ": " + join(field.choices, ", ")) + "\n";
     const std::string& origin = resolved.origin.at(field.key);
     text += indent + "\"" + name + "\": " + field.value().dump() + (last ? "" : ",") +
             (origin == "default" ? "" : "  // " + origin) + "\n";

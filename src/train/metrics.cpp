@@ -116,4 +116,21 @@ PlotSpec loss_plot(const std::vector<nlohmann::json>& lines, const std::string& 
   return plot;
 }
 
+PlotSpec attention_plot(const std::vector<nlohmann::json>& lines, const std::string& title) {
+  std::vector<double> steps;
+  std::vector<double> errors;
+  for (const nlohmann::json& line : lines) {
+    if (!line.contains("attention_error")) continue;
+    steps.push_back(line["step"]);
+    errors.push_back(line["attention_error"]);
+  }
+  PlotSpec plot;
+  plot.title = "Steps on attention";
+  plot.subtitle = title;
+  plot.x_label = "step";
+  plot.y_label = "error of the layers' attention";
+  if (!steps.empty()) plot.series.push_back(means("training", steps, errors));
+  return plot;
+}
+
 }  // namespace hla

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "hla/model/autograd_functions.h"
+#include "hla/model/llama.h"
 
 namespace hla {
 namespace {

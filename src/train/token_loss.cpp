@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include "hla/model/llama.h"
 #include "hla/train/add_gradient.h"
 
 namespace hla {

@@ -11,6 +11,7 @@
 #include "hla/factorize/scratch_tensors.h"
 #include "hla/io/safetensors.h"
 #include "hla/model/device.h"
+#include "hla/model/llama.h"
 #include "hla/train/add_gradient.h"
 #include "hla/train/distillation.h"
 #include "hla/train/token_loss.h"
@@ -72,8 +73,10 @@ void Trainer::add_parameters(at::ScalarType dtype) {
     if (weight.scalar_type() != dtype) weight.set_data(weight.detach().to(dtype));
   }
   if (rank > 0 && low_rank_.empty()) {
-    throw_usage("[train.lora_rank] expected matrices that train.parameters does not tune, got " +
-                config_.train.parameters);
+    throw_usage(
+        "[train.lora_rank] expected matrices that train.parameters (attention or factors) leaves "
+        "out, got " +
+        config_.train.parameters);
   }
   if (tuned_.empty() && low_rank_.empty()) {
     throw_bad_input("[train.parameters] the model has no " + config_.train.parameters +
@@ -146,7 +149,8 @@ std::pair<std::string, double> Trainer::gradient_norm() const {
   double square = 0;
   for (const auto& [name, master] : masters_) {
     if (!master.grad().defined()) continue;
-    const double norm = master.grad().norm(2, at::kFloat).item<double>();
+    const double norm =
+        master.grad().norm(2, at::promote_types(master.scalar_type(), at::kFloat)).item<double>();
     if (!std::isfinite(norm)) return {name, norm};
     square += norm * norm;
   }
@@ -261,9 +265,18 @@ void Trainer::add_attention(const TrainingRows::Batch& batch, double labels, Ste
     curvature_.add(*teacher_, batch.ids, tokens, static_cast<uint64_t>(config_.data.seed) << 32);
   }
   const double share = static_cast<double>(tokens.numel()) / labels;
-  losses.hidden += share * match_attention(model_, *teacher_, curvature_, batch.ids, tokens,
-                                           scale_.value * share);
+  const std::vector<double> errors =
+      match_attention(model_, *teacher_, curvature_, batch.ids, tokens, scale_.value * share);
+  for (size_t i = 0; i < errors.size(); ++i) {
+    if (!std::isfinite(errors[i])) {
+      throw Error(ExitCode::kNonFinite,
+                  this_step() + "NaN or Inf in the attention of layer " + std::to_string(i));
+    }
+    losses.hidden += share * errors[i] / static_cast<double>(errors.size());
+  }
 }
+
+std::string Trainer::this_step() const { return "step " + std::to_string(done_ + 1) + ": "; }
 
 // Where, on the way through the model, the first number that is not finite comes up.
 std::string Trainer::first_broken(const std::vector<TrainingRows::Batch>& batches) const {
@@ -330,9 +343,9 @@ Trainer::Step Trainer::step(const std::vector<TrainingRows::Batch>& batches) {
     }
     collect_gradients();
   }
-  const std::string where = "step " + std::to_string(done_ + 1) + ": ";
   if (!std::isfinite(result.loss + result.kl + result.hidden)) {
-    throw Error(ExitCode::kNonFinite, where + "the loss is NaN or Inf" + first_broken(batches));
+    throw Error(ExitCode::kNonFinite,
+                this_step() + "the loss is NaN or Inf" + first_broken(batches));
   }
   const at::NoGradGuard no_gradients;
   const auto [broken, scaled_norm] = gradient_norm();
@@ -340,7 +353,7 @@ Trainer::Step Trainer::step(const std::vector<TrainingRows::Batch>& batches) {
   result.skipped = !broken.empty();
   if (model_.dtype() == at::kHalf) scale_.update(!result.skipped);
   if (result.skipped && (model_.dtype() != at::kHalf || scale_.value < LossScale::kLeast)) {
-    throw Error(ExitCode::kNonFinite, where + "NaN or Inf in the gradient of " + broken);
+    throw Error(ExitCode::kNonFinite, this_step() + "NaN or Inf in the gradient of " + broken);
   }
   const FinetuneConfig::Optimizer& optimizer = config_.optimizer;
   result.learning_rate = learning_rate();

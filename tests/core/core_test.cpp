@@ -38,6 +38,9 @@ TEST(ProgressTest, RendersShareAndEta) {
             "[#####...............]  25%  1/4  windows  00:30 left  ppl 2.0");
   EXPECT_EQ(Progress::render("windows", 4, 4, 10, ""), "[####################] 100%  4/4  windows");
   EXPECT_NE(Progress::render("w", 1, 1001, 10, "").find("2:46:40 left"), std::string::npos);
+  // What was done before took none of the ten seconds.
+  EXPECT_NE(Progress::render("w", 901, 1000, 10, "", 900).find("  16:30 left"), std::string::npos);
+  EXPECT_EQ(Progress::render("w", 900, 1000, 10, "", 900).find("left"), std::string::npos);
 }
 
 TEST(MemoryTest, KnowsThisProcessAndRefusesTooMuch) {

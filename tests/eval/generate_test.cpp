@@ -7,8 +7,9 @@
 #include <limits>
 
 #include "hla/io/json_file.h"
+#include "hla/model/llama.h"
 #include "hla/model/load.h"
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {

@@ -5,8 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "hla/model/llama.h"
 #include "hla/model/load.h"
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla::testing {
 

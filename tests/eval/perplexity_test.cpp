@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "eval/model_pair.h"
+#include "hla/model/llama.h"
 #include "hla/text/tokenizer.h"
 
 namespace hla {

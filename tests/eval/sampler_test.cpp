@@ -4,7 +4,7 @@
 #include <limits>
 #include <map>
 
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {

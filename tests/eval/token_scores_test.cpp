@@ -4,6 +4,7 @@
 
 #include "eval/model_pair.h"
 #include "hla/model/config.h"
+#include "hla/model/llama.h"
 
 namespace hla {
 namespace {

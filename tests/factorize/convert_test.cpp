@@ -14,9 +14,10 @@
 #include "hla/factorize/statistics.h"
 #include "hla/io/json_file.h"
 #include "hla/model/device.h"
+#include "hla/model/llama.h"
 #include "hla/model/load.h"
 #include "hla/text/tokenizer.h"
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {
@@ -40,7 +41,7 @@ ConvertOptions quiet() {
 // Calibration small enough for a test.
 ConvertOptions calibrated() {
   ConvertOptions options = quiet();
-  options.calib = {data_file("wikitext-2/wiki.valid.txt")};
+  options.calib = {testing::short_wikitext()};
   options.calib_tokens = 1024;
   options.calib_length = 256;
   return options;

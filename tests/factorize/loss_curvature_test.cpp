@@ -6,7 +6,7 @@
 #include "hla/core/data_dir.h"
 #include "hla/core/memory.h"
 #include "hla/factorize/plan.h"
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {

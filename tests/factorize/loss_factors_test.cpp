@@ -5,7 +5,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {

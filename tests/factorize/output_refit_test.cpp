@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {

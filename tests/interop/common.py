@@ -24,3 +24,27 @@ def run(*command):
     if result.returncode != 0:
         raise AssertionError(f"{' '.join(map(str, command))}: exit {result.returncode}\n{result.stderr}")
     return result.stdout
+
+
+def ours_of(folders, ids, *options):
+    """By folder, the tensors that hla_logits (tests/interop/logits.cpp) makes of ids (B, T)."""
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
+        save_file({"input_ids": ids}, Path(scratch) / "ids.safetensors")
+        run(os.environ["HLA_LOGITS"], *options, Path(scratch) / "ids.safetensors", *folders)
+    made = [Path(f"{folder}.{'gradients' if options else 'logits'}.safetensors") for folder in folders]
+    tensors = [load_file(path) for path in made]
+    for path in made:
+        path.unlink()
+    return tensors
+
+
+def our_logits(folders, ids):
+    """By folder, (B, T, V)."""
+    return [tensors["logits"] for tensors in ours_of(folders, ids)]
+
+
+def our_gradients(folders, ids):
+    """By folder, the mean `loss` of the next tokens in ids, and its gradient by every parameter."""
+    return ours_of(folders, ids, "--gradients")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """`hla finetune` against PyTorch: 50 steps of torch.optim.AdamW on the same rows, Llama and every kind of HLA.
 
-Run by ctest, which sets HLA_BINARY; by hand:
+Run by ctest, which sets HLA_BINARY and HLA_LOGITS (tests/interop/logits.cpp); by hand:
 
-    HLA_BINARY=build/release/hla .venv/bin/python tests/interop/finetune_test.py [-v] [TestClass.test_name]
+    HLA_BINARY=build/release/hla HLA_LOGITS=build/release/tests/hla_logits .venv/bin/python tests/interop/finetune_test.py [-v] [TestClass.test_name]
 """
 
 import json
@@ -12,7 +12,7 @@ import os
 import shutil
 import unittest
 
-from common import ROOT, SCRATCH, run, skip
+from common import ROOT, SCRATCH, our_logits, run, skip
 
 try:
     import torch
@@ -132,6 +132,12 @@ class FinetuneTest(unittest.TestCase):
         self.assertLess(expected[-1], 0.7 * expected[0])  # something was learnt
         for step, (a, b) in enumerate(zip(losses, expected)):
             self.assertLess(abs(a - b), 1e-4 * b, f"step {step + 1}: {a} instead of {b}")
+        # What was written is a folder for transformers.
+        folder = SCRATCH / f"{name}-tuned-{batch_rows}"
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+        ids = rows()[0]
+        with torch.no_grad():
+            self.assertLess((model(ids).logits - our_logits([folder], ids)[0]).abs().max().item(), 1e-4)
         self.assertEqual(set(ours), set(weights))
         for key, tensor in weights.items():
             difference = (ours[key] - tensor).abs().max().item()

@@ -5,8 +5,9 @@
 #include <functional>
 
 #include "hla/core/error.h"
+#include "hla/model/llama.h"
 #include "hla/model/load.h"
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {
@@ -43,37 +44,71 @@ TEST(AutogradFunctionsTest, LayerHasTheGradientsOfTheComposedOperations) {
   }
 }
 
-TEST(AutogradFunctionsTest, EachHasItsGradient) {
+// d sum(function(x) · direction) / dx by central differences; fp64, and exact to some 1e-9.
+at::Tensor finite_differences(const std::function<at::Tensor(const at::Tensor&)>& function,
+                              const at::Tensor& x, const at::Tensor& direction) {
+  constexpr double kStep = 1e-5;
+  const at::NoGradGuard no_gradients;
+  const at::Tensor at = x.detach().to(at::kDouble).clone();
+  at::Tensor result = at::empty_like(at);
+  const auto value = [&] { return (function(at) * direction).sum().item<double>(); };
+  for (int64_t i = 0; i < at.numel(); ++i) {
+    const at::Tensor entry = at.view(-1)[i];
+    const double before = entry.item<double>();
+    entry.fill_(before + kStep);
+    const double above = value();
+    entry.fill_(before - kStep);
+    result.view(-1)[i] = (above - value()) / (2 * kStep);
+    entry.fill_(before);
+  }
+  return result;
+}
+
+// The functions compute in fp32; the formulas, and how they change, in fp64.
+TEST(AutogradFunctionsTest, EachHasTheGradientOfFiniteDifferences) {
   at::manual_seed(12);
   const at::Tensor weight = at::randn({6});
   const at::Tensor angles = at::randn({4, 3});
   const at::Tensor other = at::randn({2, 4, 2, 6});
   const at::Tensor direction = at::randn({2, 4, 2, 6});
-  using Function = std::function<at::Tensor(const at::Tensor&)>;
-  const std::vector<std::pair<Function, Function>> pairs = {
-      {[&](const at::Tensor& x) { return differentiable_rms_norm(x, weight, 1e-3); },
+  const auto wide = [](const at::Tensor& tensor) { return tensor.to(at::kDouble); };
+  const auto norm = [](const at::Tensor& x, const at::Tensor& by) {
+    return by * x * at::rsqrt(x.square().mean(-1, true) + 1e-3);
+  };
+  struct Case {
+    std::string name;
+    at::Tensor x;
+    std::function<at::Tensor(const at::Tensor&)> function;
+    std::function<at::Tensor(const at::Tensor&)> formula;
+  };
+  const at::Tensor input = at::randn({2, 4, 2, 6});
+  const std::vector<Case> cases = {
+      {"norm", input, [&](const at::Tensor& x) { return differentiable_rms_norm(x, weight, 1e-3); },
+       [&](const at::Tensor& x) { return norm(x, wide(weight)); }},
+      {"norm by its weight", weight,
+       [&](const at::Tensor& x) { return differentiable_rms_norm(other, x, 1e-3); },
+       [&](const at::Tensor& x) { return norm(wide(other), x); }},
+      {"gate", input, [&](const at::Tensor& x) { return differentiable_silu_mul(x, other); },
+       [&](const at::Tensor& x) { return at::silu(x) * wide(other); }},
+      {"up", input, [&](const at::Tensor& x) { return differentiable_silu_mul(other, x); },
+       [&](const at::Tensor& x) { return at::silu(wide(other)) * x; }},
+      {"rope", input,
+       [&](const at::Tensor& x) { return differentiable_rope(x, angles.cos(), angles.sin()); },
        [&](const at::Tensor& x) {
-         return weight * x * at::rsqrt(x.square().mean(-1, true) + 1e-3);
-       }},
-      {[&](const at::Tensor& x) { return differentiable_silu_mul(x, other); },
-       [&](const at::Tensor& x) { return at::silu(x) * other; }},
-      {[&](const at::Tensor& x) { return differentiable_silu_mul(other, x); },
-       [&](const at::Tensor& x) { return at::silu(other) * x; }},
-      {[&](const at::Tensor& x) { return differentiable_rope(x, angles.cos(), angles.sin()); },
-       [&](const at::Tensor& x) {
-         return apply_rope(x, {angles.cos(), angles.sin()});
+         const at::Tensor cos = wide(angles.cos()).unsqueeze(1);  // (T, 1, d/2)
+         const at::Tensor sin = wide(angles.sin()).unsqueeze(1);
+         const auto halves = x.chunk(2, -1);
+         return at::cat({halves[0] * cos - halves[1] * sin, halves[1] * cos + halves[0] * sin}, -1);
        }}};
-  for (size_t i = 0; i < pairs.size(); ++i) {
-    const at::Tensor x = at::randn({2, 4, 2, 6}).requires_grad_(true);
-    const at::Tensor untouched = x.detach().clone();
-    const at::Tensor got = pairs[i].first(x);
-    const at::Tensor expected = pairs[i].second(x);
-    EXPECT_LE(difference(got, expected), 1e-6) << i;
+  for (const Case& one : cases) {
+    SCOPED_TRACE(one.name);
+    const at::Tensor x = one.x.detach().clone().requires_grad_(true);
+    const at::Tensor got = one.function(x);
+    EXPECT_LE(difference(got, one.formula(wide(x))), 1e-6);
     EXPECT_LE(difference(torch::autograd::grad({got}, {x}, {direction})[0],
-                         torch::autograd::grad({expected}, {x}, {direction})[0]),
-              1e-5)
-        << i;
-    EXPECT_TRUE(x.equal(untouched)) << i;
+                         finite_differences(one.formula, x, wide(direction))),
+              1e-5);
+    EXPECT_TRUE(x.equal(one.x));
   }
 }
 

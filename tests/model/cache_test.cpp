@@ -1,6 +1,6 @@
 #include "hla/model/cache.h"
 
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {

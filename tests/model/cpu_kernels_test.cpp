@@ -12,7 +12,7 @@
 #include <thread>
 
 #include "hla/model/rope.h"
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {

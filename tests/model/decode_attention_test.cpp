@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "hla/model/hla_attention.h"
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {

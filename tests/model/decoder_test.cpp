@@ -3,9 +3,12 @@
 
 #include <c10/core/InferenceMode.h>
 
+#include <random>
+
 #include "hla/model/device.h"
+#include "hla/model/llama.h"
 #include "hla/model/load.h"
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {
@@ -107,6 +110,62 @@ std::vector<ModelConfig> all_configs() {
   return configs;
 }
 
+// Heads, sizes, ranks, positions and biases of any kind of model, drawn anew.
+ModelConfig random_config(std::mt19937& random) {
+  const auto draw = [&](int64_t least, int64_t most) {
+    return std::uniform_int_distribution<int64_t>(least, most)(random);
+  };
+  ModelConfig config = small_config();
+  config.num_key_value_heads = draw(1, 4);
+  config.num_attention_heads = config.num_key_value_heads * draw(1, 3);
+  config.head_dim = 2 * draw(2, 9);
+  config.hidden_size = 8 * draw(2, 5);
+  config.attention_bias = draw(0, 1) == 1;
+  config.rope.type = static_cast<RopeType>(draw(0, 4));
+  config.rope.theta = std::vector<double>{100, 10000, 500000}[static_cast<size_t>(draw(0, 2))];
+  config.rope.factor = 4;
+  config.rope.original_max_position_embeddings = 150;
+  const int64_t frequencies = config.frequencies();
+  const int64_t kind = draw(0, 6);  // half of them of one joint basis, or nearly
+  if (kind == 0) return config;
+  const HlaRope rope = kind == 1  ? HlaRope::kPaper
+                       : kind < 4 ? HlaRope::kLatent
+                                  : HlaRope::kOriginal;
+  std::vector<HlaLayerConfig> layers(2);
+  for (HlaLayerConfig& layer : layers) {
+    layer.kv_rank = draw(1, 2 * config.kv_size());
+    layer.q_rank = draw(0, 1) * draw(2, config.q_size());
+    layer.fast_frequencies = rope == HlaRope::kPaper ? frequencies : draw(0, frequencies);
+    if (rope == HlaRope::kOriginal && kind == 4) layer.fast_frequencies = 0;
+    if (rope == HlaRope::kLatent) {
+      for (int64_t f = 0; f < layer.fast_frequencies; ++f) {
+        layer.k_ranks.push_back(draw(0, config.num_key_value_heads));
+      }
+    } else if (layer.fast_frequencies > 0) {
+      layer.k_rank = draw(rope == HlaRope::kPaper ? 2 : 0,
+                          2 * config.num_key_value_heads * layer.fast_frequencies);
+    }
+    if (rope == HlaRope::kPaper) layer.q_rank = draw(2, config.q_size());
+  }
+  config.hla = HlaConfig{rope, 1.0, layers};
+  return config;
+}
+
+std::string describe(const ModelConfig& config) {
+  std::string text = std::to_string(config.num_attention_heads) + "/" +
+                     std::to_string(config.num_key_value_heads) + " heads of " +
+                     std::to_string(config.head_dim) + ", rope type " +
+                     std::to_string(static_cast<int>(config.rope.type)) + ", theta " +
+                     std::to_string(config.rope.theta);
+  if (!config.hla) return text;
+  text += ", " + to_string(config.hla->rope);
+  for (const HlaLayerConfig& layer : config.hla->layers) {
+    text += "; fast " + std::to_string(layer.fast_frequencies) + ", k " +
+            std::to_string(layer.k_floats()) + ", kv " + std::to_string(layer.kv_rank);
+  }
+  return text;
+}
+
 void check_all_chunks(at::ScalarType dtype, const DecoderOptions& options, double tolerance) {
   const c10::InferenceMode guard;
   at::manual_seed(4);
@@ -135,6 +194,69 @@ TEST(DecoderTest, ChunksOfABatchEqualTheWholeInFp32) {
   for (const DecoderOptions::Attend attend :
        {DecoderOptions::Attend::kDecode, DecoderOptions::Attend::kCheapest}) {
     check_all_chunks(at::kFloat, {.attend = attend}, 1e-3);
+  }
+}
+
+// Single tokens, whole prompts and anything between, of models of any shape: composed of ATen's
+// operations in fp64, by the kernels in fp32.
+TEST(DecoderTest, ChunksEqualTheWholeForAnyShape) {
+  const c10::InferenceMode guard;
+  std::mt19937 random(20);
+  for (int round = 0; round < 24; ++round) {
+    const ModelConfig config = random_config(random);
+    SCOPED_TRACE(std::to_string(round) + ": " + describe(config));
+    const auto length = [&] { return std::uniform_int_distribution<int64_t>(1, 320)(random); };
+    const std::vector<int64_t> lengths = {length(), length()};
+    const int64_t longest_chunk = round % 4 == 0 ? 1 : length();
+    at::manual_seed(static_cast<uint64_t>(round));
+    for (const auto& [dtype, tolerance] :
+         {std::pair(at::kDouble, 1e-8), std::pair(at::kFloat, 1e-4)}) {
+      RandomSource source(dtype);
+      source.scale = 0.15;  // scores as of trained models
+      const LlamaForCausalLM model(source, config);
+      for (const DecoderOptions::Attend attend :
+           {DecoderOptions::Attend::kCheapest, DecoderOptions::Attend::kDecode}) {
+        check_chunks(model, {.absorb_error = dtype == at::kDouble ? 0 : 1e-4, .attend = attend},
+                     tolerance, lengths, longest_chunk);
+      }
+    }
+  }
+}
+
+// What absorbed keys cost by default: at most 1e-3 of any logit (docs/design.md).
+TEST(DecoderTest, LogitsAreThoseOfTheWhole) {
+  const testing::TempDir folder;
+  const std::string stories = source_path("data/stories260K/stories260K.bin").string();
+  for (const auto& [options, absorbs] :
+       {std::pair<std::string, bool>("--kv-ratio 0.5", false),  // which holds all keys
+        {"--kv-ratio 0.25", true},
+        {"--rope latent --kv-ratio 0.25", true}}) {
+    SCOPED_TRACE(options);
+    const std::string path = (folder / std::to_string(options.size())).string();
+    ASSERT_EQ(testing::run_hla("convert " + stories + " " + path + " --no-calib " + options).code,
+              0);
+    const c10::InferenceMode guard;
+    const auto model = load_model(Checkpoint::open(path), {.dtype = at::kFloat});
+    at::manual_seed(7);
+    const std::vector<int32_t> ids = random_ids(512);
+    const at::Tensor expected = model->logits(whole(*model, ids));
+    std::vector<double> errors;
+    for (const double bound : {DecoderOptions{}.absorb_error, 0.1}) {
+      const Decoder decoder(*model,
+                            {.absorb_error = bound, .attend = DecoderOptions::Attend::kDecode});
+      SequenceCache cache = decoder.new_sequence();
+      std::vector<at::Tensor> got;
+      for (size_t i = 0; i < ids.size(); i += 8) {
+        const std::vector<int32_t> chunk(ids.begin() + static_cast<long>(i),
+                                         ids.begin() + static_cast<long>(i) + 8);
+        got.push_back(model->logits(decoder.read({{&cache, chunk}})));
+      }
+      errors.push_back(max_abs_difference(at::cat(got), expected));
+    }
+    EXPECT_LE(errors[0], 1e-3);
+    if (absorbs) {
+      EXPECT_GT(errors[1], 3 * errors[0]);  // the bound counts
+    }
   }
 }
 

@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "hla/factorize/factors.h"
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "hla/model/load.h"
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {

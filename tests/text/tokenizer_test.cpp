@@ -8,7 +8,7 @@
 #include "hla/core/sha256.h"
 #include "hla/io/json_file.h"
 #include "hla/text/wikitext.h"
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {

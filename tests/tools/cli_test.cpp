@@ -10,10 +10,12 @@
 #include <random>
 #include <thread>
 
+#include "hla/core/memory.h"
+#include "hla/io/checkpoint.h"
 #include "hla/io/json_file.h"
 #include "hla/model/config.h"
 #include "hla/model/llama.h"
-#include "test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {
@@ -372,6 +374,7 @@ size_t complete_steps(const std::filesystem::path& steps) {
 TEST(CliTest, KilledConversionGoesOnToTheSameBytes) {
   const TempDir folder;
   const std::string options =
+      " --calib " + testing::short_wikitext().string() +
       " --rope latent --calib-tokens 2048 --calib-length 256 --max-shard-size 150KB --threads 2 "
       "--report-perplexity --target-ppl-increase 10%";
   const auto command = [&](const std::filesystem::path& out, bool low_memory = false) {
@@ -641,7 +644,9 @@ TEST(CliTest, GenerateContinuesPrompts) {
 
 TEST(CliTest, GenerateRefuses) {
   const std::string command = "generate " + stories() + " ";
-  EXPECT_EQ(run_hla(command + "--prompt a --top-p 0").code, 2);
+  EXPECT_EQ(run_hla(command + "--prompt a --temperature 1 --top-p 0").code, 2);
+  EXPECT_EQ(run_hla(command + "--prompt a --top-k 5").code, 2);  // greedy
+  EXPECT_EQ(run_hla(command + "--prompt a --stop \"$(printf '\\200')\"").code, 2);
   EXPECT_EQ(run_hla(command + "--prompt a --prompts b").code, 2);
   EXPECT_EQ(run_hla(command + "--prompt a --system b").code, 2);
   EXPECT_EQ(run_hla(command + "--prompt a --chat").code, 3);  // no template
@@ -703,6 +708,24 @@ TEST(CliTest, BenchComparesModels) {
   EXPECT_EQ(json["attending"][1]["model"], "half");
   EXPECT_GT(json["attending"][1]["rebuild_products"], json["attending"][1]["decode_products"]);
   EXPECT_GT(json["attending"][1]["rebuilds_from"], 1);
+  EXPECT_LE(json["attending"][1]["prompt_rebuilds_from"], json["attending"][1]["rebuilds_from"]);
+}
+
+// Memory is that of the test's own sequences, whatever the tests and repetitions before had.
+TEST(CliTest, BenchMeasuresTheMemoryOfEveryBatch) {
+  const CommandResult result =
+      run_hla("bench " + stories() + " -p 0 -n 1 -d 4096 -b 16,1 -r 2 --json -");
+  ASSERT_EQ(result.code, 0) << result.err;
+  const auto rows = nlohmann::json::parse(result.out)["results"];
+  ASSERT_EQ(rows.size(), 2u);
+  for (const char* key : {"rss_bytes", "peak_rss_bytes"}) {
+    const double less = rows[0][key].get<double>() - rows[1][key].get<double>();
+    const double caches =
+        rows[0]["cache_bytes"].get<double>() - rows[1]["cache_bytes"].get<double>();
+    EXPECT_GT(caches, 50e6);
+    EXPECT_GT(less, 0.8 * caches) << key;
+  }
+  EXPECT_NE(result.err.find("max_position_embeddings"), std::string::npos) << result.err;
 }
 
 TEST(CliTest, BenchTakesTurns) {
@@ -749,6 +772,15 @@ TEST(CliTest, BenchRefuses) {
   EXPECT_NE(missing.err.find("/nowhere/model"), std::string::npos) << missing.err;
   const CommandResult large = run_hla(command + "-p 0 -n 1 -d 2000000000");
   EXPECT_EQ(large.code, 4) << large.err;
+  EXPECT_NE(large.err.find("needs about 192.00 GB"), std::string::npos) << large.err;
+  // Each of them would fit: they are in memory together.
+  const uint64_t available = available_memory_bytes();
+  const ModelConfig config = parse_model_config(Checkpoint::open(stories()).config(), "stories");
+  const auto depth = static_cast<uint64_t>(0.7 * static_cast<double>(available)) /
+                     static_cast<uint64_t>(config.cache_bytes_per_token(4));
+  const CommandResult two =
+      run_hla("bench " + stories() + " " + stories() + " -p 0 -n 1 -d " + std::to_string(depth));
+  EXPECT_EQ(two.code, 4) << two.err;
 }
 
 // LibTorch must get to throw: symbols that it shares with another library once made it abort.

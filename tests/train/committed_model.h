@@ -4,8 +4,9 @@
 #include <memory>
 #include <string>
 
-#include "../test_util.h"
+#include "hla/model/llama.h"
 #include "hla/model/load.h"
+#include "tensor_util.h"
 
 namespace hla::testing {
 

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "committed_model.h"
+#include "hla/model/llama.h"
 #include "hla/model/load.h"
 #include "hla/train/trainer.h"
 
@@ -85,7 +86,8 @@ TEST(DistillationTest, AStudentThatIsTheTeacherHasNothingToLearn) {
   const at::Tensor tokens = at::arange(48);
   OutputCurvature curvature;
   curvature.add(*teacher, batch.ids, tokens, 1);
-  EXPECT_EQ(match_attention(*model, *teacher, curvature, batch.ids, tokens, 1), 0);
+  EXPECT_EQ(match_attention(*model, *teacher, curvature, batch.ids, tokens, 1),
+            (std::vector<double>{0, 0}));
   FinetuneConfig config;
   config.distill.text = 0;
   config.distill.hidden = 1;

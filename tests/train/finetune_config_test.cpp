@@ -4,8 +4,8 @@
 
 #include <nlohmann/json.hpp>
 
-#include "../test_util.h"
 #include "hla/io/json_file.h"
+#include "test_util.h"
 
 namespace hla {
 namespace {
@@ -45,6 +45,8 @@ TEST(FinetuneConfigTest, WhatIsPrintedCanBeRead) {
   EXPECT_EQ(to_json(again)["config"], to_json(resolved)["config"]);
   EXPECT_EQ(again.config.data.train, (std::vector<std::string>{"a", "b,c"}));
   EXPECT_EQ(to_json(resolved)["origin"]["eval.patience"], "--set");
+  EXPECT_NE(to_commented_json(resolved).find("behind the warm-up: cosine, linear, constant\n"),
+            std::string::npos);
   // Every key is documented.
   FinetuneConfig config;
   for (const ConfigField& field : config_fields(config)) {
@@ -83,6 +85,24 @@ TEST(FinetuneConfigTest, NamesEveryProblem) {
   for (const std::string text : {"output=caf\xe9", "data.train=[\"caf\xe9\"]"}) {
     EXPECT_EQ(error_of([&] { resolve_config({}, {text}); }).code(), ExitCode::kUsage) << text;
   }
+  // Without its section, or in another one.
+  const auto problem_of = [&](const std::string& assignment) {
+    return std::string(error_of([&] { resolve_config({}, {assignment}); }).what());
+  };
+  EXPECT_NE(problem_of("learning_rate=1").find("did you mean optimizer.learning_rate?"),
+            std::string::npos);
+  EXPECT_NE(problem_of("context=1").find("did you mean data.context or eval.context?"),
+            std::string::npos);
+  EXPECT_EQ(problem_of("train.sparkle=1").find("did you mean"), std::string::npos);
+  // Nothing in a section that there is not, nor where no section is.
+  for (const std::string text : {R"({"optimizr": {}})", R"({"model": {}})"}) {
+    write_file(folder / "empty.json", text);
+    EXPECT_EQ(error_of([&] { resolve_config(folder / "empty.json", {}); }).code(),
+              ExitCode::kBadInput)
+        << text;
+  }
+  write_file(folder / "empty.json", R"({"optimizer": {}})");
+  EXPECT_EQ(resolve_config(folder / "empty.json", {}).origin.at("optimizer.beta1"), "default");
   const Error usage = error_of([] { resolve_config({}, {"eval.patence=1", "model"}); });
   EXPECT_EQ(usage.code(), ExitCode::kUsage);
   EXPECT_NE(std::string(usage.what()).find("did you mean eval.patience?"), std::string::npos);

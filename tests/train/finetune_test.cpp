@@ -3,13 +3,16 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <sstream>
+#include <tuple>
 
-#include "../test_util.h"
 #include "hla/io/checkpoint.h"
 #include "hla/io/json_file.h"
 #include "hla/model/load.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {
@@ -21,16 +24,7 @@ using testing::source_path;
 using testing::TempDir;
 
 std::string stories() { return source_path("data/stories260K/stories260K.bin").string(); }
-// The first pages of the validation split: all of it takes a second to encode.
-std::string wikitext() {
-  static const TempDir folder;
-  const std::filesystem::path file = folder / "pages.txt";
-  if (!std::filesystem::exists(file)) {
-    testing::write_file(file,
-                        read_file(source_path("data/wikitext-2/wiki.valid.txt")).substr(0, 60000));
-  }
-  return file.string();
-}
+std::string wikitext() { return testing::short_wikitext().string(); }
 
 std::vector<std::string> quick(const std::string& model, const std::filesystem::path& output) {
   return {"model=" + model,
@@ -141,7 +135,8 @@ TEST(FinetuneTest, ImprovesConversions) {
   }
 }
 
-// Killed over and over, at moments that differ, it ends with the bytes of a run left alone.
+// Killed ten times, at any moment of the time that a whole run takes: start, steps, saving,
+// evaluation, the end. It ends with the bytes of a run left alone.
 TEST(FinetuneTest, GoesOnAfterKills) {
   const TempDir folder;
   std::string settings;
@@ -153,37 +148,46 @@ TEST(FinetuneTest, GoesOnAfterKills) {
     return std::string(HLA_BINARY) + " finetune" + settings +
            " --set output=" + (folder / name).string();
   };
-  ASSERT_EQ(run_hla("finetune" + settings + " --set output=" + (folder / "whole").string()).code,
-            0);
-  const std::string state = (folder / ".killed.hla-partial" / "steps.json").string();
-  int kills = 0;
+  const auto start = std::chrono::steady_clock::now();
+  ASSERT_EQ(testing::run_command(command("whole")).code, 0);
+  const std::chrono::duration<double> whole_time = std::chrono::steady_clock::now() - start;
+  const auto report = [&](const std::string& name) {
+    nlohmann::json json = read_json_file(folder / name / "finetune.json");
+    return nlohmann::json({json["evaluations"], json["best_step"], json["steps"]});
+  };
+  const auto check_whole = [&] {
+    EXPECT_EQ(read_file(folder / "killed" / "model.safetensors"),
+              read_file(folder / "whole" / "model.safetensors"));
+    EXPECT_EQ(report("killed"), report("whole"));
+    // A line for every step and evaluation, none twice.
+    const std::string metrics = read_file(folder / "killed" / "metrics.jsonl");
+    EXPECT_EQ(std::count(metrics.begin(), metrics.end(), '\n'), 24 + 5);
+  };
+  std::mt19937 random(7);
   std::string err;
-  for (; kills < 10 && !std::filesystem::exists(folder / "killed"); ++kills) {
-    // Once another step is saved, and a little later.
-    const testing::CommandResult result = testing::run_command(
-        "before=$(cat " + state + " 2>/dev/null); " + command("killed") +
-        " & pid=$!; for i in $(seq 3000); do [ \"$(cat " + state +
-        " 2>/dev/null)\" = \"$before\" ] || break; kill -0 $pid 2>/dev/null || break; "
-        "sleep 0.01; done; sleep 0.0" +
-        std::to_string(kills * 7 % 10) + "; kill -9 $pid 2>/dev/null; wait $pid");
+  for (int kills = 0; kills < 10;) {
+    const double seconds = std::uniform_real_distribution<double>(0, whole_time.count())(random);
+    SCOPED_TRACE("killed after " + std::to_string(seconds) + " s of " +
+                 std::to_string(whole_time.count()));
+    const testing::CommandResult result =
+        testing::run_command(command("killed") + " & pid=$!; sleep " + std::to_string(seconds) +
+                             "; kill -9 $pid 2>/dev/null; wait $pid");
     err += result.err;
+    if (result.code == 137) {
+      ++kills;
+      continue;
+    }
+    // It was through before that: so once more from the beginning.
+    ASSERT_EQ(result.code, 0) << result.err;
+    check_whole();
+    std::filesystem::remove_all(folder / "killed");
   }
-  EXPECT_GE(kills, 3);
   EXPECT_NE(err.find("going on after step"), std::string::npos) << err;
   if (!std::filesystem::exists(folder / "killed")) {
     const testing::CommandResult last = testing::run_command(command("killed"));
     ASSERT_EQ(last.code, 0) << last.err;
   }
-  EXPECT_EQ(read_file(folder / "killed" / "model.safetensors"),
-            read_file(folder / "whole" / "model.safetensors"));
-  const auto report = [&](const std::string& name) {
-    nlohmann::json json = read_json_file(folder / name / "finetune.json");
-    return nlohmann::json({json["evaluations"], json["best_step"], json["steps"]});
-  };
-  EXPECT_EQ(report("killed"), report("whole"));
-  // A line for every step and evaluation, none twice.
-  const std::string metrics = read_file(folder / "killed" / "metrics.jsonl");
-  EXPECT_EQ(std::count(metrics.begin(), metrics.end(), '\n'), 24 + 5);
+  check_whole();
 }
 
 TEST(FinetuneTest, SavesOnSignalsAndRefusesOtherSettings) {
@@ -191,14 +195,32 @@ TEST(FinetuneTest, SavesOnSignalsAndRefusesOtherSettings) {
   const std::string settings =
       as_options(quick(stories(), folder / "out")) + " --set train.epochs=50";
   const std::string metrics = (folder / ".out.hla-partial" / "scratch" / "metrics.jsonl").string();
-  const testing::CommandResult stopped =
-      testing::run_command(std::string(HLA_BINARY) + " finetune" + settings +
-                           " & pid=$!; for i in $(seq 3000); do grep -q '\"step\":3' " + metrics +
-                           " 2>/dev/null && break; sleep 0.01; done; kill -TERM $pid; wait $pid");
-  EXPECT_EQ(stopped.code, 143) << stopped.err;
+  // By either signal; the second run goes on from where the first one stopped. (A shell without
+  // job control has what it starts in the background ignore SIGINT.)
+  for (const auto& [step, signal, code] :
+       {std::tuple("3", "INT", 130), std::tuple("6", "TERM", 143)}) {
+    const testing::CommandResult stopped = testing::run_command(
+        "set -m; " + std::string(HLA_BINARY) + " finetune" + settings +
+        " & pid=$!; for i in $(seq 3000); do grep -q '\"step\":" + step + "' " + metrics +
+        " 2>/dev/null && break; sleep 0.01; done; kill -" + signal + " $pid; wait $pid");
+    EXPECT_EQ(stopped.code, code) << stopped.err;
+  }
   EXPECT_FALSE(std::filesystem::exists(folder / "out"));
   EXPECT_NE(read_file(folder / ".out.hla-partial" / "steps.json").find("checkpoint"),
             std::string::npos);
+  // What is known of it so far.
+  const std::filesystem::path scratch = folder / ".out.hla-partial" / "scratch";
+  EXPECT_EQ(read_json_file(scratch / "finetune.json")["origin"]["train.epochs"], "--set");
+  EXPECT_NE(read_file(scratch / "loss.svg").find("training"), std::string::npos);
+  EXPECT_NE(read_file(scratch / "metrics.csv").find("\n3,"), std::string::npos);
+
+  // The same text, but for a letter.
+  const testing::CommandResult text = testing::run_command(
+      "cp " + wikitext() + " " + wikitext() + ".kept; sed -i '0,/the/s//tha/' " + wikitext() +
+      "; " + HLA_BINARY + " finetune" + settings + "; code=$?; mv " + wikitext() + ".kept " +
+      wikitext() + "; exit $code");
+  EXPECT_EQ(text.code, 2);
+  EXPECT_NE(text.err.find("data.train"), std::string::npos) << text.err;
   const testing::CommandResult other =
       run_hla("finetune" + settings + " --set optimizer.learning_rate=1");
   EXPECT_EQ(other.code, 2);
@@ -309,6 +331,32 @@ TEST(FinetuneTest, GoesOnFromAnOlderCheckpoint) {
   EXPECT_EQ(read_file(folder / "out" / "model.safetensors"), whole);
 }
 
+// Tuned on one corpus, a folder of Parquet files, evaluated on another; the order of the rows is
+// the seed's.
+TEST(FinetuneTest, TunesOnOneCorpusAndEvaluatesAnother) {
+  const TempDir folder;
+  std::filesystem::create_directory(folder / "corpus");
+  for (const std::string name : {"0.parquet", "1.parquet"}) {
+    std::filesystem::copy_file(source_path("tests/data/text/wikitext_rows.parquet"),
+                               folder / "corpus" / name);
+  }
+  const auto weights = [&](const std::string& name, const std::string& seed) {
+    const FinetuneReport report =
+        tune(quick(stories(), folder / name), {"data.train=" + (folder / "corpus").string(),
+                                               "data.max_tokens=1024", "data.seed=" + seed});
+    EXPECT_EQ(report.tokens, 1024);
+    EXPECT_EQ(report.steps, 4);
+    const auto ppl = nlohmann::json::parse(run_hla("ppl " + (folder / name).string() + " --text " +
+                                                   wikitext() + " --ctx 64 --limit 4 --json -")
+                                               .out);
+    EXPECT_NEAR(ppl["results"][0]["nll"], report.evaluations[1].nll, 1e-6);
+    return read_file(folder / name / "model.safetensors");
+  };
+  const std::string first = weights("first", "1");
+  EXPECT_EQ(weights("again", "1"), first);
+  EXPECT_NE(weights("other", "2"), first);
+}
+
 TEST(FinetuneTest, EndsWhenItGetsNoBetter) {
   const TempDir folder;
   // Steps that are far too long.
@@ -349,8 +397,13 @@ TEST(FinetuneTest, SaysWhatIsLeftWhereNumbersAreNotFinite) {
   });
   EXPECT_EQ(error.code(), ExitCode::kNonFinite);
   const std::string message = error.what();
-  EXPECT_NE(message.find("the last checkpoint is of step 3"), std::string::npos) << message;
+  // Step 3 broke the weights, which nothing but the evaluation after it has shown.
+  EXPECT_EQ(message.find("evaluation after step 3: "), 0u) << message;
+  EXPECT_NE(message.find("the last good checkpoint is of step 2"), std::string::npos) << message;
   EXPECT_NE(message.find("the best model so far, of step "), std::string::npos) << message;
+  // So the run would not go on from what is broken.
+  const nlohmann::json steps = read_json_file(folder / ".out.hla-partial" / "steps.json");
+  EXPECT_EQ(steps["steps"]["checkpoint"].back()["step"], 2) << steps;
   const std::filesystem::path scratch = folder / ".out.hla-partial" / "scratch";
   EXPECT_TRUE(std::filesystem::exists(scratch / "model-1" / "model.safetensors") ||
               std::filesystem::exists(scratch / "model-2" / "model.safetensors"));

@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include "../test_util.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "../test_util.h"
+#include "test_util.h"
 
 namespace hla {
 namespace {
@@ -61,6 +61,9 @@ TEST(MetricsTest, PlotHasMeansOfManySteps) {
   EXPECT_DOUBLE_EQ(plot.series[0].y[0], (3 + 1 + 3 + 1 + 3) / 5.0);
   EXPECT_EQ(plot.series[1].x, (std::vector<double>{0, 1000}));
   EXPECT_NE(render_svg(plot).find("nats per token"), std::string::npos);
+  EXPECT_TRUE(attention_plot(lines, "run").series.empty());
+  lines.push_back({{"step", 1001}, {"attention_error", 0.25}});
+  EXPECT_EQ(attention_plot(lines, "run").series.at(0).y, std::vector<double>{0.25});
 }
 
 }  // namespace

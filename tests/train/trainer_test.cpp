@@ -7,6 +7,7 @@
 #include "committed_model.h"
 #include "hla/factorize/scratch_tensors.h"
 #include "hla/model/device.h"
+#include "hla/model/llama.h"
 #include "hla/model/load.h"
 #include "hla/train/loss_scale.h"
 #include "hla/train/low_rank.h"

@@ -7,7 +7,9 @@
 
 namespace hla {
 
-uint64_t peak_rss_bytes();          // high-water mark of this process, VmHWM
+uint64_t peak_rss_bytes();  // high-water mark of this process, VmHWM
+// From here on it is the most since now, where the system allows that (Linux's clear_refs).
+void reset_peak_rss();
 uint64_t rss_bytes();               // resident now, VmRSS
 uint64_t available_memory_bytes();  // MemAvailable, or the cgroup's room where that is less
 // What the limits of a process's control groups (v1 and v2, with those above) leave, 1 or more; the

@@ -29,5 +29,7 @@ std::string with_thousands(std::string number);
 
 // printf's %.*f, whatever the locale; from 1e15 on with an exponent.
 std::string fixed(double value, int decimals);
+// printf's %.*g, whatever the locale: 8.1e-05. At most 17 digits.
+std::string significant(double value, int digits);
 
 }  // namespace hla

@@ -27,6 +27,7 @@ struct BenchOptions {
   std::vector<int64_t> batches = {1};  // sequences that are decoded at once
   int64_t repetitions = 3;
   std::optional<at::ScalarType> cache_dtype = {};
+  double absorb_error = DecoderOptions{}.absorb_error;
   DecoderOptions::Attend attend = DecoderOptions::Attend::kCheapest;
 };
 
@@ -43,7 +44,7 @@ struct BenchRow {
   uint64_t cache_bytes = 0;     // of the storages, at the end of the test
   uint64_t cached_bytes = 0;    // of them, that a step reads: records of `depth` tokens
   uint64_t rss_bytes = 0;       // of the model's process, at the end of the test
-  uint64_t peak_rss_bytes = 0;  // up to then
+  uint64_t peak_rss_bytes = 0;  // in the test
 
   double tokens_per_second(size_t repetition) const;
   double mean() const;       // tokens/s
@@ -51,12 +52,14 @@ struct BenchRow {
 };
 
 // What the choice between reading records as they are and rebuilding keys and values of them goes
-// by (Decoder::decodes), of a model with something in the cache.
+// by (Decoder::decodes).
 struct AttendCosts {
   std::string model;
   double decode_products = 0;   // per new token, cached token and layer (mean)
   double rebuild_products = 0;  // per cached token and layer (mean), once for all new tokens
-  int64_t rebuilds_from = 0;    // new tokens at which most layers rebuild; 0: they never do
+  // New tokens at which most layers rebuild, behind something cached and at the beginning; 0: they
+  // never do.
+  int64_t rebuilds_from = 0, prompt_rebuilds_from = 0;
 };
 
 struct BenchReport {

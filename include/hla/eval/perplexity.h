@@ -9,9 +9,11 @@
 
 #include "hla/eval/divergence.h"
 #include "hla/eval/protocol.h"
-#include "hla/model/llama.h"
+#include "hla/model/config.h"
 
 namespace hla {
+
+class LlamaForCausalLM;
 
 // Scores of the tokens at positions [begin, end) of their windows.
 struct PositionBucket {

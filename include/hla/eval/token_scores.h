@@ -7,9 +7,11 @@
 #include <string>
 #include <vector>
 
-#include "hla/model/llama.h"
+#include "hla/model/config.h"
 
 namespace hla {
+
+class LlamaForCausalLM;
 
 // One entry per scored token. q is the model's distribution over the next token, p a teacher's.
 struct TokenScores {

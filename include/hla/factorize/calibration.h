@@ -14,10 +14,15 @@
 #include "hla/factorize/convert_options.h"
 #include "hla/factorize/output_refit.h"
 #include "hla/io/checkpoint.h"
-#include "hla/model/llama.h"
+#include "hla/model/config.h"
+#include "hla/model/rope.h"
 #include "hla/text/tokenizer.h"
 
 namespace hla {
+
+class Attention;
+class DecoderLayer;
+class RmsNorm;
 
 // Sequences that calibration perplexities (ConvertOptions::report_perplexity) are taken on.
 constexpr int64_t kPerplexitySequences = 4;

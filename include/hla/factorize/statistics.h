@@ -7,9 +7,11 @@
 #include <vector>
 
 #include "hla/model/config.h"
-#include "hla/model/llama.h"
+#include "hla/model/rope.h"
 
 namespace hla {
+
+class DecoderLayer;
 
 // Second moments of one layer, fp64. With x the normed input of attention (D), a_ij the attention
 // of query i on key j, and x̄_i = Σ_j a_ij x_j:

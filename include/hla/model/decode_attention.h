@@ -15,11 +15,14 @@
 #include <utility>
 #include <vector>
 
-#include "hla/model/attention.h"
 #include "hla/model/cache.h"
+#include "hla/model/config.h"
 #include "hla/model/decode_kernels.h"
+#include "hla/model/rope.h"
 
 namespace hla {
+
+class Attention;
 
 struct DecodeAttentionOptions {
   // Keys may be absorbed where each of the two interpolations of that errs by at most this,

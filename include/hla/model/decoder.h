@@ -10,9 +10,11 @@
 
 #include "hla/model/cache.h"
 #include "hla/model/decode_attention.h"
-#include "hla/model/llama.h"
+#include "hla/model/rope.h"
 
 namespace hla {
+
+class LlamaForCausalLM;
 
 struct DecoderOptions {
   // Longest sequence. Beyond max_position_embeddings a model was not trained.

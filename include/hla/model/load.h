@@ -8,9 +8,11 @@
 #include "hla/core/error.h"
 #include "hla/io/checkpoint.h"
 #include "hla/model/config.h"
-#include "hla/model/llama.h"
+#include "hla/model/parameter_source.h"
 
 namespace hla {
+
+class LlamaForCausalLM;
 
 struct LoadOptions {
   at::Device device = at::Device(at::kCPU);

@@ -9,9 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "hla/model/llama.h"
+#include "hla/model/config.h"
 
 namespace hla {
+
+class LlamaForCausalLM;
 
 // Throws kBadInput naming what differs where the student cannot learn from the teacher: vocabulary,
 // and, for the losses below, the number of layers and their width.
@@ -68,10 +70,11 @@ class OutputCurvature {
 };
 
 // Every layer's attention, run on what goes into the teacher's layer, against the teacher's own:
-// the mean over the layers of relative_cost(). Goes back with scale · loss, layer by layer, so
-// that one layer's activations are held at once.
-double match_attention(const LlamaForCausalLM& student, const LlamaForCausalLM& teacher,
-                       const OutputCurvature& curvature, const at::Tensor& ids,
-                       const at::Tensor& tokens, double scale);
+// relative_cost() by layer. Goes back with scale · their mean, layer by layer, so that one layer's
+// activations are held at once.
+std::vector<double> match_attention(const LlamaForCausalLM& student,
+                                    const LlamaForCausalLM& teacher,
+                                    const OutputCurvature& curvature, const at::Tensor& ids,
+                                    const at::Tensor& tokens, double scale);
 
 }  // namespace hla

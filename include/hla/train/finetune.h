@@ -39,6 +39,8 @@ struct FinetuneReport {
   std::vector<FinetuneEvaluation> evaluations;  // the first before any step
   int64_t best = 0;         // the evaluation, of those after a step, whose model was written
   std::string stopped_by;   // "steps" or "patience"
+  std::string device;       // tuned on
+  std::string dtype;        // computed in
   double seconds = 0;       // of all processes that had a part in it
   uint64_t peak_bytes = 0;  // see peak_memory_bytes(); of this one
 
@@ -49,9 +51,10 @@ struct FinetuneReport {
 
 // Tunes the model and writes the best of the evaluated ones as a folder like that which it came
 // from, with finetune.json (config, origins, evaluations), metrics.jsonl and metrics.csv (a line a
-// step) and loss.svg beside the weights. Throws kBadInput for texts and models that do not fit,
-// kNonFinite naming the step and the last checkpoint, kOutOfMemory where weights, gradients and
-// moments would not fit, kUsage for an output that is there.
+// step), loss.svg and, of steps on attention, attention.svg beside the weights. Until then they are
+// in the work folder (below), as far as they are known. Throws kBadInput for texts and models that
+// do not fit, kNonFinite naming the step and the last good checkpoint, kOutOfMemory where weights,
+// gradients and moments would not fit, kUsage for an output that is there.
 //
 // A run that was killed or interrupted goes on from its last checkpoint when the same is asked for
 // again, and ends with the same bytes of weights; it lies in .OUTPUT.hla-partial until then. One of

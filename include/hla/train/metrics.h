@@ -33,5 +33,7 @@ std::string metrics_csv(const std::vector<nlohmann::json>& lines);
 
 // Training and evaluation loss against the step. Of many steps, means of as many neighbours.
 PlotSpec loss_plot(const std::vector<nlohmann::json>& lines, const std::string& title);
+// The error of the steps on attention; no series where there were none.
+PlotSpec attention_plot(const std::vector<nlohmann::json>& lines, const std::string& title);
 
 }  // namespace hla

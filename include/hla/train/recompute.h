@@ -3,9 +3,11 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "hla/model/llama.h"
+#include "hla/model/rope.h"
 
 namespace hla {
+
+class DecoderLayer;
 
 // layer.forward(), (B, T, D) -> (B, T, D), of which autograd keeps the input alone: on the way back
 // the layer runs a second time. First derivatives only. The layer must live until then.

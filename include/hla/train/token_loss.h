@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "hla/model/llama.h"
-
 namespace hla {
+
+class LlamaForCausalLM;
 
 struct TokenLossOptions {
   // Above 0: also gradients of scale · (text_weight · nll + kl_weight · temperature² · kl). That of

@@ -10,7 +10,6 @@
 #include <utility>
 #include <vector>
 
-#include "hla/model/llama.h"
 #include "hla/train/distillation.h"
 #include "hla/train/finetune_config.h"
 #include "hla/train/loss_scale.h"
@@ -22,6 +21,8 @@ class AdamW;
 }
 
 namespace hla {
+
+class LlamaForCausalLM;
 
 // The learning rate of a step, counted from 0, of `steps`, in parts of the highest.
 double learning_rate_ratio(const FinetuneConfig::Schedule& schedule, int64_t step, int64_t steps);
@@ -104,6 +105,7 @@ class Trainer {
   // Adds the gradients of a batch to those of the masters, `losses` on the mean over the labels.
   void add_loss(const TrainingRows::Batch& batch, double labels, Step& losses);
   void add_attention(const TrainingRows::Batch& batch, double labels, Step& losses);
+  std::string this_step() const;  // for messages
   std::string first_broken(const std::vector<TrainingRows::Batch>& batches) const;
   double learning_rate() const;  // of the next step
   void collect_gradients();
