@@ -97,6 +97,13 @@ class Study:
         self.record.write_text(json.dumps(self.steps, indent=1))
         print(f"study: {seconds:.0f} s", flush=True)
 
+    def seconds(self, name):
+        """How long a step took, with all that it was begun anew for; None where that was not recorded."""
+        report = Path(name) / "finetune.json"
+        of_all = json.loads(report.read_text())["seconds"] if report.exists() else 0
+        of_last = self.steps[name].get("seconds")
+        return None if of_last is None else max(of_last, of_all)
+
     def made_from(self, name):
         """What an input of a command is: how it was made, or which file or folder of somebody else's it is."""
         path = Path(name)
@@ -111,7 +118,7 @@ class Study:
         for name in self.conversions:
             options = list(CONVERSIONS[name])
             if self.arguments.quick and "--no-calib" not in options:
-                options += ["--calib-tokens", "16384"]
+                options += ["--calib-tokens", "8192"]
             out = self.folder(name)
             self.run(["convert", self.arguments.model, out, *options, "--device", self.arguments.device], out)
 
@@ -120,7 +127,7 @@ class Study:
             out = self.folder(name, tuned=True)
             settings = [f"model={self.folder(name)}", f"output={out}"]
             if self.arguments.quick:
-                settings += ["data.max_tokens=16384", "eval.windows=4", "data.context=512", "schedule.warmup_steps=5"]
+                settings += ["data.max_tokens=12288", "eval.windows=4", "data.context=512", "schedule.warmup_steps=5"]
             if self.arguments.learning_rate:
                 settings.append(f"optimizer.learning_rate={self.arguments.learning_rate}")
             if self.arguments.epochs:
@@ -237,13 +244,13 @@ def write_report(study, ppl, bench):
     for name in study.names:
         shutil.copy(Path(study.folder(name, True)) / "loss.svg", plots / f"loss-{name}.svg")
     commands = "\n".join("build/hla " + command for command in study.commands)
-    minutes = sum(study.steps[name].get("seconds", 0) for name in study.made) / 60
+    took = [study.seconds(name) for name in study.made]
+    minutes = f", which took {sum(took) / 60:.0f} minutes," if None not in took else ""
     learns = "\n".join(f"![{name}]({plots.name}/loss-{name}.svg)" for name in study.names)
     text = f"""# Study: conversions before and after tuning
 
 Made by `scripts/study.sh {' '.join(sys.argv[1:])}`, of {arguments.model}, on {bench['device']}; {os.cpu_count()} CPU cores,
-hla {ppl['gptq']['hla_version']} ({ppl['gptq']['hla_commit']}). The commands, which took {minutes:.0f} minutes,
-are at the end. Times are of one run.
+hla {ppl['gptq']['hla_version']} ({ppl['gptq']['hla_commit']}). The commands{minutes} are at the end. Times are of one run.
 
 ## Perplexity
 

@@ -1,7 +1,6 @@
 #include "hla/eval/bench.h"
 
 #include <iostream>
-#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 
@@ -16,7 +15,6 @@ namespace {
 
 struct BenchArguments {
   BenchOptions bench;
-  std::string attend = "cheapest";
   std::string cache_dtype = "auto";
   std::string json;
   std::string csv;
@@ -32,11 +30,6 @@ void run_bench(const BenchArguments& arguments) {
   BenchOptions options = arguments.bench;
   options.load = [&arguments] { return resolve(arguments.device); };
   options.cache_dtype = parse_dtype(arguments.cache_dtype);
-  options.attend =
-      std::map<std::string, DecoderOptions::Attend>{{"cheapest", DecoderOptions::Attend::kCheapest},
-                                                    {"decode", DecoderOptions::Attend::kDecode},
-                                                    {"rebuild", DecoderOptions::Attend::kRebuild}}
-          .at(arguments.attend);
   const BenchReport report = bench(options);
   if (arguments.json != "-" && arguments.csv != "-") std::cout << report.to_markdown();
   if (!arguments.json.empty()) {
@@ -76,12 +69,7 @@ void add_bench(CLI::App& app) {
       ->capture_default_str();
   add_cache_dtype_option(*command, arguments->cache_dtype);
   add_absorb_error_option(*command, bench.absorb_error);
-  command
-      ->add_option("--attend", arguments->attend,
-                   "How new tokens attend to the cache: decode (records are read as they are), "
-                   "rebuild (keys and values of all tokens are made anew) or cheapest")
-      ->check(CLI::IsMember({"cheapest", "decode", "rebuild"}))
-      ->capture_default_str();
+  add_attend_option(*command, bench.attend);
   add_device_options(*command, arguments->device);
   command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
   command->add_option("--csv", arguments->csv,

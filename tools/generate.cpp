@@ -33,6 +33,7 @@ struct GenerateArguments {
   int64_t max_length = 0;
   std::string cache_dtype = "auto";
   double absorb_error = DecoderOptions{}.absorb_error;
+  DecoderOptions::Attend attend = DecoderOptions::Attend::kCheapest;
   GenerateOptions generate;
   DeviceOptions device;
   std::string json;
@@ -86,7 +87,7 @@ double per_second(int64_t count, double seconds) {
 }
 
 nlohmann::json to_json(const GenerateReport& report, const std::vector<std::string>& prompts,
-                       const std::string& model) {
+                       const GenerateArguments& arguments) {
   nlohmann::json list = nlohmann::json::array();
   for (size_t i = 0; i < prompts.size(); ++i) {
     const Continuation& continuation = report.continuations[i];
@@ -95,7 +96,18 @@ nlohmann::json to_json(const GenerateReport& report, const std::vector<std::stri
                     {"ids", continuation.ids},
                     {"stopped_by", to_string(continuation.reason)}});
   }
-  return {{"model", model},
+  const SamplingOptions& sampling = arguments.generate.sampling;
+  return {{"model", arguments.model},
+          {"device", report.device},
+          {"dtype", report.dtype},
+          {"cache_dtype", report.cache_dtype},
+          {"sampling",
+           {{"temperature", sampling.temperature},
+            {"top_k", sampling.top_k},
+            {"top_p", sampling.top_p},
+            {"min_p", sampling.min_p},
+            {"repetition_penalty", sampling.repetition_penalty},
+            {"seed", sampling.seed}}},
           {"continuations", list},
           {"prompt_tokens", report.prompt_tokens},
           {"prompt_tokens_per_second", per_second(report.prompt_tokens, report.prompt_seconds)},
@@ -149,7 +161,8 @@ void run_generate(const GenerateArguments& arguments) {
       arguments.max_length > 0 ? arguments.max_length : config.max_position_embeddings;
   const Decoder decoder(*model, {.max_length = longest_sequence(ids, options, limit),
                                  .cache_dtype = cache_dtype,
-                                 .absorb_error = arguments.absorb_error});
+                                 .absorb_error = arguments.absorb_error,
+                                 .attend = arguments.attend});
 
   const bool to_stdout = arguments.json == "-";
   OnText on_text;
@@ -164,7 +177,7 @@ void run_generate(const GenerateArguments& arguments) {
     std::cout << (arguments.echo ? prompts[i] : "") << report.continuations[i].text << "\n";
   }
   if (!arguments.json.empty()) {
-    write_json_result(arguments.json, to_json(report, prompts, arguments.model), arguments.force);
+    write_json_result(arguments.json, to_json(report, prompts, arguments), arguments.force);
   }
   std::cout.flush();
   for (size_t i = 0; i < prompts.size(); ++i) {
@@ -257,6 +270,7 @@ void add_generate(CLI::App& app) {
 
   add_device_options(*command, arguments->device);
   add_cache_dtype_option(*command, arguments->cache_dtype);
+  add_attend_option(*command, arguments->attend);
   add_absorb_error_option(*command, arguments->absorb_error);
   command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
   command->add_flag("--force", arguments->force, "Replace an existing output file");

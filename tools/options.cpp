@@ -6,6 +6,7 @@
 #include <charconv>
 #include <filesystem>
 #include <iostream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -29,8 +30,22 @@ std::vector<std::string> split(const std::string& text) {
 void add_cache_dtype_option(CLI::App& command, std::string& target) {
   command
       .add_option("--cache-dtype", target, "Of the caches: auto (as the model), fp32, bf16 or fp16")
-      ->check(CLI::IsMember({"auto", "fp32", "bf16", "fp16"}))
+      ->check(CLI::IsMember({"auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"}))
       ->capture_default_str();
+}
+
+void add_attend_option(CLI::App& command, DecoderOptions::Attend& target) {
+  const std::map<std::string, DecoderOptions::Attend> ways = {
+      {"cheapest", DecoderOptions::Attend::kCheapest},
+      {"decode", DecoderOptions::Attend::kDecode},
+      {"rebuild", DecoderOptions::Attend::kRebuild}};
+  command
+      .add_option_function<std::string>(
+          "--attend", [ways, &target](const std::string& name) { target = ways.at(name); },
+          "How new tokens attend to the cache: decode (records are read as they are), rebuild "
+          "(keys and values of all tokens are made anew) or cheapest, by products")
+      ->check(CLI::IsMember({"cheapest", "decode", "rebuild"}))
+      ->default_str("cheapest");
 }
 
 void add_absorb_error_option(CLI::App& command, double& target) {

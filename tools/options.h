@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "hla/model/decoder.h"
 #include "hla/model/load.h"
 
 namespace hla::tools {
@@ -28,7 +29,8 @@ LoadOptions resolve(const DeviceOptions& options);
 // Registers --cache-dtype, for parse_dtype().
 void add_cache_dtype_option(CLI::App& command, std::string& target);
 
-// Registers --absorb-error, of DecoderOptions.
+// Registers --attend and --absorb-error, of DecoderOptions.
+void add_attend_option(CLI::App& command, DecoderOptions::Attend& target);
 void add_absorb_error_option(CLI::App& command, double& target);
 
 // An option that takes a list in one argument, "a,b". (CLI11's own lists go on to take the

@@ -14,4 +14,13 @@ std::string join(const std::vector<std::string>& parts, const std::string& separ
   return result;
 }
 
+std::string join_some(std::vector<std::string> parts) {
+  constexpr size_t kShown = 12;
+  if (parts.size() > kShown) {
+    parts.resize(kShown);
+    parts.emplace_back("…");
+  }
+  return join(parts, ", ");
+}
+
 }  // namespace hla

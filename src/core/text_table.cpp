@@ -79,4 +79,6 @@ std::string fixed(double value, int decimals) {
   return {text.data(), end.ptr};
 }
 
+std::string percent(double share, int decimals) { return fixed(100 * share, decimals) + " %"; }
+
 }  // namespace hla

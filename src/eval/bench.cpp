@@ -113,10 +113,10 @@ double read_bandwidth() {
 class Worker {
  public:
   Worker(const std::string& path, const BenchOptions& options)
-      : checkpoint_(Checkpoint::open(path)), model_(load_model(checkpoint_, options.load())) {
-    int64_t longest = 0;
-    for (const int64_t depth : options.depths) longest = std::max(longest, depth);
-    longest += std::max({options.prompt_tokens, options.generated_tokens, int64_t{1}});
+      : options_(options),
+        checkpoint_(Checkpoint::open(path)),
+        model_(load_model(checkpoint_, options.load())) {
+    const int64_t longest = longest_sequence();
     if (longest > model_->config().max_position_embeddings) {
       log_info(path + " was made for " + std::to_string(model_->config().max_position_embeddings) +
                " tokens (max_position_embeddings); times do not depend on that");
@@ -127,12 +127,6 @@ class Worker {
       needed_bytes_ =
           static_cast<uint64_t>(batch) * sequence_cache_bytes(model_->config(), dtype, longest);
     }
-    // What the model makes of positions that it was not trained on does not matter here.
-    decoder_.emplace(*model_, DecoderOptions{.max_length = std::max(
-                                                 longest, model_->config().max_position_embeddings),
-                                             .cache_dtype = options.cache_dtype,
-                                             .absorb_error = options.absorb_error,
-                                             .attend = options.attend});
     // Of an embedding that is not the output matrix, too, a step reads a row only.
     const ModelConfig& config = model_->config();
     int64_t elements = model_->parameter_count();
@@ -152,6 +146,7 @@ class Worker {
         reply.needed_bytes = needed_bytes_;
         return reply;
       case Command::kDepth:
+        if (!decoder_) open_decoder();
         fill(command.depth);
         release_free_memory();  // as `hla generate` does after a prompt
         // Whatever a first run has to do is done before anything is timed.
@@ -190,6 +185,20 @@ class Worker {
   }
 
  private:
+  int64_t longest_sequence() const {
+    return *std::max_element(options_.depths.begin(), options_.depths.end()) +
+           std::max({options_.prompt_tokens, options_.generated_tokens, int64_t{1}});
+  }
+
+  void open_decoder() {
+    // What the model makes of positions that it was not trained on does not matter here, nor what
+    // dynamic RoPE makes of so long a sequence.
+    decoder_.emplace(*model_, DecoderOptions{.max_length = longest_sequence(),
+                                             .cache_dtype = options_.cache_dtype,
+                                             .absorb_error = options_.absorb_error,
+                                             .attend = options_.attend});
+  }
+
   // Ids without meaning, the same for all models.
   int32_t next_id() {
     state_ = state_ * 6364136223846793005ULL + 1442695040888963407ULL;
@@ -277,6 +286,7 @@ class Worker {
     for (SequenceCache& cache : caches_) cache.truncate(std::min(depth, cache.length()));
   }
 
+  const BenchOptions& options_;
   Checkpoint checkpoint_;
   std::shared_ptr<LlamaForCausalLM> model_;
   std::optional<Decoder> decoder_;
@@ -358,7 +368,7 @@ class Process {
     Reply reply;
     if (!write_all(file_, &command, sizeof command) || !read_all(file_, &reply, sizeof reply)) {
       throw_if_interrupted();
-      throw_runtime("[bench] the process of " + path_ + " ended unexpectedly (killed for memory?)");
+      throw_ended();
     }
     if (reply.error == 0) return reply;
     std::string text(reply.text_size, ' ');
@@ -368,6 +378,17 @@ class Process {
   }
 
  private:
+  [[noreturn]] void throw_ended() const {
+    siginfo_t how = {};
+    const bool known = ::waitid(P_PID, static_cast<id_t>(id_), &how, WEXITED | WNOWAIT) == 0;
+    const std::string text = "[bench] the process of " + path_ + " ended unexpectedly";
+    if (known && how.si_code == CLD_KILLED && how.si_status == SIGKILL) {
+      throw Error(ExitCode::kOutOfMemory,
+                  text + ": killed, as a system does that is out of memory");
+    }
+    throw_runtime(text);
+  }
+
   std::string path_;
   pid_t id_ = 0;
   int file_ = -1;
@@ -550,10 +571,17 @@ nlohmann::json BenchReport::to_json() const {
                          {"rebuilds_from", cost.rebuilds_from},
                          {"prompt_rebuilds_from", cost.prompt_rebuilds_from}});
   }
-  return {{"hla_version", version()},   {"hla_commit", version_commit()},
-          {"device", device},           {"threads", threads},
-          {"bandwidth", bandwidth()},   {"bandwidths", bandwidths},
-          {"results", std::move(list)}, {"attending", std::move(attending)}};
+  return {{"hla_version", version()},
+          {"hla_commit", version_commit()},
+          {"device", device},
+          {"threads", threads},
+          {"models", paths},
+          {"cache_dtype", cache_dtype},
+          {"absorb_error", absorb_error},
+          {"bandwidth", bandwidth()},
+          {"bandwidths", bandwidths},
+          {"results", std::move(list)},
+          {"attending", std::move(attending)}};
 }
 
 PlotSpec BenchReport::to_plot() const {
@@ -598,6 +626,9 @@ BenchReport bench(const BenchOptions& options) {
   };
   BenchReport report;
   report.models = static_cast<int64_t>(options.models.size());
+  report.paths = options.models;
+  report.cache_dtype = options.cache_dtype ? dtype_label(*options.cache_dtype) : "auto";
+  report.absorb_error = options.absorb_error;
   for (const std::string& name : names_of(options.models)) report.costs.push_back({.model = name});
   const size_t tests_a_depth = (options.prompt_tokens > 0 ? 1 : 0) +
                                (options.generated_tokens > 0 ? options.batches.size() : 0);
@@ -611,7 +642,7 @@ BenchReport bench(const BenchOptions& options) {
     throw_if_interrupted();
     needed += processes[m].run({Command::kOpen, 0, 0, 0}).needed_bytes;
   }
-  preflight_memory(needed + kBandwidthBytes, "the caches of all models");
+  preflight_memory(needed + kBandwidthBytes, "the caches of all models and the memory test");
   for (const int64_t depth : depths) {
     std::vector<Test> tests;
     const auto add = [&](Command::Kind kind, int64_t tokens, int64_t batch) {

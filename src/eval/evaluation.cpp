@@ -213,8 +213,6 @@ std::string with_error(const Estimate& estimate, int decimals) {
 // Small values need more of them.
 int decimals_for(double value) { return std::abs(value) < 0.01 ? 6 : 4; }
 
-std::string percent(double share, int decimals = 2) { return fixed(100 * share, decimals) + " %"; }
-
 double kl_percentile(const Divergence& divergence, double wanted) {
   for (const Percentile& p : divergence.kl_percentiles) {
     if (p.percent == wanted) return p.value;

@@ -13,6 +13,7 @@
 #include "hla/core/stopwatch.h"
 #include "hla/eval/protocol.h"
 #include "hla/io/json_file.h"
+#include "hla/model/device.h"
 #include "hla/model/llama.h"
 #include "hla/text/text_stream.h"
 #include "hla/text/unicode.h"
@@ -196,6 +197,9 @@ GenerateReport generate(const Decoder& decoder, const Tokenizer& tokenizer,
   }
   check_prompts(decoder, prompts, options);
   GenerateReport report;
+  report.device = decoder.model().device().str();
+  report.dtype = dtype_label(decoder.model().dtype());
+  report.cache_dtype = dtype_label(decoder.cache_dtype());
   std::vector<Sequence> sequences;
   sequences.reserve(prompts.size());
   for (size_t i = 0; i < prompts.size(); ++i) {
@@ -221,7 +225,7 @@ GenerateReport generate(const Decoder& decoder, const Tokenizer& tokenizer,
       active.push_back(&sequence);
     }
     if (active.empty()) break;
-    const at::Tensor logits = decoder.next_logits(chunks);
+    const at::Tensor logits = decoder.next_logits(chunks).cpu();
     for (size_t i = 0; i < active.size(); ++i) active[i]->take(logits[static_cast<int64_t>(i)]);
     ++report.steps;
     report.step_tokens += static_cast<int64_t>(active.size());

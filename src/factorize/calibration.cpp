@@ -76,11 +76,6 @@ Calibration::Calibration(const Checkpoint& base, const ModelConfig& config,
                     "converts by the weights alone");
   }
   const auto tokenizer = load_tokenizer(*base.tokenizer_path());
-  if (tokenizer->vocab_size() > config.vocab_size) {
-    throw_bad_input("tokenizer: " + std::to_string(tokenizer->vocab_size()) +
-                    " ids do not fit the model's vocabulary of " +
-                    std::to_string(config.vocab_size));
-  }
   read_texts(options, *tokenizer);
   release_free_memory();  // a tokenizer takes far more than it gives
   if (options.report_perplexity) {
@@ -97,7 +92,10 @@ void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tok
   const auto read = [&](const std::filesystem::path& path) {
     const Corpus corpus = open_corpus(path.string());
     texts_.push_back({path, corpus.sha256});
-    return tokenizer.encode(corpus.kind == Corpus::Kind::kText ? corpus.text : corpus.raw());
+    std::vector<int32_t> ids =
+        tokenizer.encode(corpus.kind == Corpus::Kind::kText ? corpus.text : corpus.raw());
+    check_ids(ids, config_, path.string());  // a tokenizer may have more than its model
+    return ids;
   };
   // `count` of all sequences, from one of `parts` texts.
   const auto share = [](int64_t count, size_t part, size_t parts) {
@@ -170,6 +168,17 @@ at::Tensor Calibration::embed(const at::Tensor& ids) const {
   // Rows are looked up in the table as it is stored, so that only they are read and converted.
   const at::Tensor table = checkpoint_tensor(base_, "model.embed_tokens.weight");
   return at::embedding(table, ids).to(device_, dtype_);
+}
+
+uint64_t Calibration::weight_bytes() const {
+  if (device_.is_cpu() && stored_dtype(base_) == dtype_) return 0;
+  int64_t elements = config_.vocab_size * config_.hidden_size;  // the output matrix
+  for (const ParameterSpec& spec : parameter_specs(config_)) {
+    if (spec.name.find(".layers.") != std::string::npos) {
+      elements += c10::multiply_integers(spec.shape);
+    }
+  }
+  return static_cast<uint64_t>(elements) * c10::elementSize(dtype_);
 }
 
 at::Tensor Calibration::output_matrix() const {
@@ -304,6 +313,9 @@ double Calibration::perplexity_of(const std::vector<at::Tensor>& hidden,
     nll += sum_nll(norm->forward(hidden[i]).squeeze(0).slice(0, 0, targets.size(0)),
                    targets.to(device_));
     count += targets.size(0);
+  }
+  if (!std::isfinite(nll)) {
+    throw Error(ExitCode::kNonFinite, "calibration: the perplexity of the text is NaN or Inf");
   }
   return std::exp(nll / static_cast<double>(count));
 }

@@ -21,8 +21,8 @@ std::optional<double> optional_number(const json& object, const char* key) {
   return value.is_null() ? std::nullopt : std::optional(value.get<double>());
 }
 
-std::string percent(const std::optional<double>& share) {
-  return share ? fixed(100 * *share, 2) + " %" : "";
+std::string percent_if(const std::optional<double>& share) {
+  return share ? percent(*share, 2) : "";
 }
 
 std::string positive(int64_t number) { return number > 0 ? std::to_string(number) : ""; }
@@ -237,9 +237,9 @@ std::string ConvertReport::layer_table() const {
     table.add({std::to_string(i), std::to_string(layer.config.cache_floats()),
                positive(layer.config.k_floats()), rank_list(layer.config.k_ranks),
                positive(layer.config.kv_rank), positive(layer.config.q_rank),
-               percent(layer.key_error), percent(layer.value_error),
-               layer.config.q_rank > 0 ? percent(layer.query_error) : "",
-               percent(layer.attention_output_error), perplexity ? fixed(*perplexity, 3) : "",
+               percent_if(layer.key_error), percent_if(layer.value_error),
+               layer.config.q_rank > 0 ? percent_if(layer.query_error) : "",
+               percent_if(layer.attention_output_error), perplexity ? fixed(*perplexity, 3) : "",
                fixed(layer.seconds, 1)});
   }
   return table.render();

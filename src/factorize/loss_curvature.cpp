@@ -17,6 +17,7 @@
 #include "hla/core/progress.h"
 #include "hla/factorize/linalg.h"
 #include "hla/model/cpu_kernels.h"
+#include "hla/model/device.h"
 #include "hla/model/llama.h"
 
 namespace hla {
@@ -55,18 +56,22 @@ Tape record(const DecoderLayer& layer, const at::Tensor& hidden, const RopeTable
   return tape;
 }
 
-// Labels drawn from softmax(logits), and what is left of the softmax without them: p - onehot.
+// Gradients are so many times as large, for what fp16 would round to 0.
+double gradient_scale(at::ScalarType dtype) { return dtype == at::kHalf ? 256 : 1; }
+
+// Labels drawn from softmax(logits), and what is left of the softmax without them: p - onehot,
+// times gradient_scale().
 at::Tensor minus_drawn_label(const at::Tensor& logits, const at::Tensor& uniform) {
   at::Tensor p = logits.to(at::kFloat).softmax(-1);
   const at::Tensor u = uniform.unsqueeze(1).to(p.device());
   p.scatter_add_(1, drawn_labels(p, u), at::full_like(u, -1));
-  return p.to(logits.scalar_type());
+  return p.mul_(gradient_scale(logits.scalar_type())).to(logits.scalar_type());
 }
 
 // The model's own loss: of the sum over tokens of -ln p(label), label ~ p, the gradient by the
 // hidden states after the final norm. The sum is estimated by every `stride`-th of its terms: as
 // labels are independent of each other, E[g gᵀ] stays what it is, for less of the costliest
-// product.
+// product. Times gradient_scale().
 class SampledLoss {
  public:
   // table (V, D)
@@ -138,9 +143,10 @@ void draw(LossCurvature& sums, const at::Tensor& x, const at::Tensor& g, const a
   const at::Tensor scale =
       (p.index_select(0, drawn) * (static_cast<double>(count) * tokens)).rsqrt().to(at::kFloat);
   const int64_t begin = sequence.number * count;
-  sums.sample_input.slice(0, begin, begin + count).copy_(x.cpu().index_select(0, drawn));
+  const at::Tensor there = drawn.to(x.device());
+  sums.sample_input.slice(0, begin, begin + count).copy_(x.index_select(0, there).cpu());
   sums.sample_gradient.slice(0, begin, begin + count)
-      .copy_(g.cpu().index_select(0, drawn) * scale.unsqueeze(1));
+      .copy_(g.index_select(0, there).cpu() * scale.unsqueeze(1));
 }
 
 // Adds one sequence's part of the mean over all tokens: gradients by rotated keys and by values,
@@ -149,8 +155,9 @@ void add(LossCurvature& sums, const Tape& tape, const at::Tensor& keys, const at
          const RopeTables& rope, const Sequence& sequence, int64_t layer) {
   // The adjoint of a rotation turns back.
   const at::Tensor unrotated = apply_rope_to_temporary(keys, {rope.cos, -rope.sin});
-  const at::Tensor g =
+  at::Tensor g =
       at::cat({unrotated.flatten(2), values.flatten(2)}, /*dim=*/-1).squeeze(0).to(at::kFloat);
+  if (const double scale = gradient_scale(keys.scalar_type()); scale != 1) g.div_(scale);
   const at::Tensor x = tape.normed.detach().squeeze(0).to(at::kFloat);
   const at::Tensor norm = g.norm(2, /*dim=*/-1, /*keepdim=*/true).clamp_min(1e-20);
   const at::Tensor root = norm.sqrt();
@@ -263,8 +270,9 @@ uint64_t loss_pass_disk_bytes(const Calibration& calibration, int64_t kept_input
 bool loss_pass_fits(const Calibration& calibration, bool sample) {
   const uint64_t bytes = curvature_bytes(calibration.config(), sample) +
                          loss_pass_bytes(calibration.config(), calibration.rope().cos.size(0),
-                                         is_fused(calibration.rope().cos), /*by_layer=*/false);
-  return bytes < available_memory_bytes() / 2;
+                                         is_fused(calibration.rope().cos), /*by_layer=*/false) +
+                         calibration.weight_bytes();
+  return bytes < available_memory_bytes(calibration.device()) / 2;
 }
 
 void preflight_loss_by_layer(const Calibration& calibration, bool sample, uint64_t available) {
@@ -288,13 +296,17 @@ std::vector<LossCurvature> collect_loss_curvature(const Calibration& calibration
   const auto final_norm = calibration.load_final_norm();
   std::vector<LossCurvature> sums;
   for (size_t l = 0; l < layers; ++l) sums.push_back(no_sums(calibration, options.sample));
+  std::vector<std::shared_ptr<DecoderLayer>> decoders;
+  for (size_t l = 0; l < layers; ++l) {
+    decoders.push_back(calibration.load_layer(static_cast<int64_t>(l)));
+  }
   Progress bar("reading the loss", sequences, options.progress);
   for (int64_t i = 0; i < sequences; ++i) {
     std::vector<Tape> tapes(layers);
     at::Tensor hidden = calibration.embedded(static_cast<size_t>(i));
     for (size_t l = 0; l < layers; ++l) {
       throw_if_interrupted();
-      tapes[l] = record(*calibration.load_layer(static_cast<int64_t>(l)), hidden, rope);
+      tapes[l] = record(*decoders[l], hidden, rope);
       hidden = tapes[l].output.detach();
     }
     if (options.inputs) {

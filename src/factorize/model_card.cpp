@@ -3,14 +3,10 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "hla/core/text_table.h"
+
 namespace hla {
 namespace {
-
-std::string percent(double share) {
-  char buffer[32];
-  std::snprintf(buffer, sizeof buffer, "%.1f %%", 100 * share);
-  return buffer;
-}
 
 const char* rope_text(const std::string& rope) {
   if (rope == "original") {
@@ -72,7 +68,7 @@ std::string model_card(const nlohmann::json& report) {
   card += "| | base | this model |\n|---|---|---|\n";
   card += "| cache bytes per token | " + report["base_cache_bytes_per_token"].dump() + " | " +
           report["cache_bytes_per_token"].dump() + " (" +
-          percent(report["cache_ratio"].get<double>()) + ") |\n";
+          percent(report["cache_ratio"].get<double>(), 1) + ") |\n";
   card += "| parameters | " + report["base_parameters"].dump() + " | " +
           report["parameters"].dump() + " |\n\n";
   card += "`rope: " + rope + "`. " + rope_text(rope) + "\n\n";
@@ -88,10 +84,10 @@ std::string model_card(const nlohmann::json& report) {
   card += "|---|---|---|---|---|\n";
   for (const auto& layer : report["layers"]) {
     card += "| " + layer["layer"].dump() + " | " + layer["cache_floats"].dump() + " | " +
-            percent(layer["key_error"].get<double>()) + " | " +
-            percent(layer["value_error"].get<double>()) + " | ";
+            percent(layer["key_error"].get<double>(), 1) + " | " +
+            percent(layer["value_error"].get<double>(), 1) + " | ";
     const auto& attention = layer["attention_output_error"];
-    card += (attention.is_null() ? "" : percent(attention.get<double>()) + " ") + "|\n";
+    card += (attention.is_null() ? "" : percent(attention.get<double>(), 1) + " ") + "|\n";
   }
   return card;
 }

@@ -12,6 +12,8 @@
 #include <utility>
 
 #include "hla/core/error.h"
+#include "hla/core/join.h"
+#include "hla/io/folder.h"
 #include "hla/io/hub_cache.h"
 #include "hla/io/json_file.h"
 #include "hla/io/mapped_file.h"
@@ -57,23 +59,12 @@ bool is_file(const fs::path& path) {
 
 // Names of the regular files of a folder that end with `ending`, sorted.
 std::vector<std::string> files_ending(const fs::path& folder, const std::string& ending) {
-  std::vector<std::string> names;
   std::error_code error;
-  for (fs::directory_iterator it(folder, error), end; !error && it != end; it.increment(error)) {
-    std::string name = it->path().filename().string();
-    if (name.ends_with(ending) && is_file(it->path())) names.push_back(std::move(name));
-  }
-  std::sort(names.begin(), names.end());
+  std::vector<std::string> names = names_in(folder, error);
+  std::erase_if(names, [&](const std::string& name) {
+    return !name.ends_with(ending) || !is_file(folder / name);
+  });
   return names;
-}
-
-std::string join(const std::vector<std::string>& names) {
-  constexpr size_t kShown = 8;
-  std::string result;
-  for (size_t i = 0; i < names.size() && i < kShown; ++i) {
-    result += (i == 0 ? "" : ", ") + names[i];
-  }
-  return result + (names.size() > kShown ? ", …" : "");
 }
 
 // Buffers of old transformers versions; the rotation is computed from the config.
@@ -185,15 +176,15 @@ void report_no_weights(const fs::path& folder, Problems& problems) {
   if (!is_file(folder / kConfigName) && !pickled.empty() &&
       std::none_of(pickled.begin(), pickled.end(),
                    [](const std::string& name) { return name.starts_with("pytorch_model"); })) {
-    problems.add("no *.safetensors file, only " + join(pickled) +
+    problems.add("no *.safetensors file, only " + join_some(pickled) +
                  "; for a llama2.c checkpoint give the path of the *.bin file itself");
   } else if (!pickled.empty()) {
-    problems.add("the weights are only there as PyTorch pickles (" + join(pickled) +
+    problems.add("the weights are only there as PyTorch pickles (" + join_some(pickled) +
                  "), which are not read; convert them with transformers: "
                  "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., "
                  "safe_serialization=True)");
   } else if (!gguf.empty()) {
-    problems.add("GGUF files (" + join(gguf) + ") are not read; get the original safetensors");
+    problems.add("GGUF files (" + join_some(gguf) + ") are not read; get the original safetensors");
   } else {
     problems.add(std::string("no ") + kWeightsName + ", " + kIndexName +
                  " or other *.safetensors file");
@@ -212,7 +203,7 @@ Shards open_weights(const fs::path& folder, Problems& problems) {
     open_shard(folder, names.front(), shards, problems);
   } else if (names.size() > 1) {
     problems.add("expected " + std::string(kIndexName) + " or a single *.safetensors file, got " +
-                 std::to_string(names.size()) + " files without an index: " + join(names));
+                 std::to_string(names.size()) + " files without an index: " + join_some(names));
   } else {
     report_no_weights(folder, problems);
   }
@@ -251,6 +242,13 @@ Opened open_folder(const fs::path& folder) {
   }
   for (const char* name : kSideFiles) {
     if (is_file(folder / name)) opened.side_files.push_back(folder / name);
+  }
+  // What has to travel with weights that are made of these.
+  std::error_code error;
+  for (const std::string& name : names_in(folder, error)) {
+    const bool licence = name.starts_with("LICENSE") || name.starts_with("LICENCE") ||
+                         name.starts_with("NOTICE") || name.starts_with("USE_POLICY");
+    if (licence && is_file(folder / name)) opened.side_files.push_back(folder / name);
   }
   if (is_file(folder / "tokenizer.json") || is_file(folder / "tokenizer.model")) {
     opened.tokenizer = folder;

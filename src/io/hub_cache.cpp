@@ -12,6 +12,7 @@
 #include "hla/core/error.h"
 #include "hla/core/join.h"
 #include "hla/core/nearest.h"
+#include "hla/io/folder.h"
 
 namespace hla {
 namespace {
@@ -60,13 +61,16 @@ bool all_safe(const std::vector<std::string>& parts) {
 }
 
 std::vector<std::string> list_names(const fs::path& folder) {
-  std::vector<std::string> names;
+  std::error_code error;  // what cannot be read is as good as not there
+  return names_in(folder, error);
+}
+
+// Where the folder above is there: something in it that is to be made yet, rather than an id.
+std::string hint_at_folder(const fs::path& path) {
   std::error_code error;
-  for (fs::directory_iterator it(folder, error), end; !error && it != end; it.increment(error)) {
-    names.push_back(it->path().filename().string());
-  }
-  std::sort(names.begin(), names.end());
-  return names;
+  if (!path.has_parent_path() || !fs::is_directory(path.parent_path(), error)) return "";
+  return "\n  hint: " + path.parent_path().string() + " is there; what is to make " +
+         path.filename().string() + " in it?";
 }
 
 // The cached ids most like the wanted one, else the first few.
@@ -169,16 +173,10 @@ fs::path resolve_model_path(const std::string& path_or_id) {
   const std::string revision = at == std::string::npos ? "" : path_or_id.substr(at + 1);
   const std::vector<std::string> id_parts = split(id, '/');
   if (id_parts.size() > 2 || !all_safe(id_parts) || id.find("--") != std::string::npos) {
-    throw_bad_input(missing + " (and not a model id like org/name)");
+    throw_bad_input(missing + " (and not a model id like org/name)" + hint_at_folder(path_or_id));
   }
   if (at != std::string::npos && !all_safe(split(revision, '/'))) {
     throw_bad_input(missing + " (and \"" + revision + "\" is not a revision)");
-  }
-  // A folder that is to be made yet, rather than an id.
-  if (const fs::path parent = fs::path(path_or_id).parent_path();
-      !parent.empty() && fs::is_directory(parent, error)) {
-    throw_bad_input(missing + "\n  hint: " + parent.string() + " is there; what is to make " +
-                    fs::path(path_or_id).filename().string() + " in it?");
   }
   const std::string download =
       "\n  hint: hf download " + id + (revision.empty() ? "" : " --revision " + revision);
@@ -188,8 +186,9 @@ fs::path resolve_model_path(const std::string& path_or_id) {
   }
   const fs::path repo = cached_hub_folder(HubRepo::kModel, id);
   if (!fs::is_directory(repo, error)) {
+    const std::string hint = hint_at_folder(path_or_id);
     throw_bad_input(missing + ", and no model of that id in " + cache.string() + ": " +
-                    describe_cache(cache, id) + download);
+                    describe_cache(cache, id) + (hint.empty() ? download : hint));
   }
 
   const fs::path snapshots = repo / "snapshots";

@@ -374,6 +374,16 @@ ModelConfig parse_model_config(const json& root, const std::string& source) {
   return config;
 }
 
+void check_ids(const std::vector<int32_t>& ids, const ModelConfig& config,
+               const std::string& subject) {
+  const auto outside = std::find_if(ids.begin(), ids.end(),
+                                    [&](int32_t id) { return id < 0 || id >= config.vocab_size; });
+  if (outside == ids.end()) return;
+  throw_bad_input(subject + ": id " + std::to_string(*outside) +
+                  " does not fit the model's vocabulary of " + std::to_string(config.vocab_size) +
+                  "\n  hint: the tokenizer belongs to another model");
+}
+
 json hla_config_json(const ModelConfig& config) {
   json result = config.raw;
   result["model_type"] = "hla";

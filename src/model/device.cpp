@@ -2,11 +2,13 @@
 
 #include <ATen/Parallel.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/DeviceGuard.h>
 #include <dlfcn.h>
 #include <torch/cuda.h>
 
 #include <charconv>
 #include <filesystem>
+#include <limits>
 
 #include "hla/core/error.h"
 #include "hla/core/log.h"
@@ -39,10 +41,11 @@ int compute_capability_major(int device) {
 }  // namespace
 
 ExitCode exit_code_of(const c10::Error& error) {
-  const bool out_of_memory =
-      dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
-      std::string_view(error.what_without_backtrace()).find("can't allocate memory") !=
-          std::string_view::npos;
+  const std::string_view text = error.what_without_backtrace();
+  const auto says = [&](const char* part) { return text.find(part) != std::string_view::npos; };
+  const bool out_of_memory = dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
+                             says("can't allocate memory") || says("out of memory") ||
+                             says("CUBLAS_STATUS_ALLOC_FAILED");
   return out_of_memory ? ExitCode::kOutOfMemory : ExitCode::kRuntime;
 }
 
@@ -148,6 +151,17 @@ DType to_dtype(at::ScalarType dtype) {
     if (to_scalar_type(candidate) == dtype) return candidate;
   }
   throw_runtime(std::string("cannot store tensors of type ") + c10::toString(dtype));
+}
+
+uint64_t available_memory_bytes(const at::Device& device) {
+  if (!device.is_cuda()) return available_memory_bytes();
+  using GetInfo = int (*)(size_t*, size_t*);  // cudaMemGetInfo, of the current device
+  const auto get = reinterpret_cast<GetInfo>(dlsym(RTLD_DEFAULT, "cudaMemGetInfo"));
+  const c10::DeviceGuard guard(device);
+  size_t free = 0;
+  size_t total = 0;
+  if (get == nullptr || get(&free, &total) != 0) return std::numeric_limits<uint64_t>::max();
+  return free;
 }
 
 uint64_t peak_memory_bytes(const at::Device& device) {

@@ -18,6 +18,7 @@
 #include "hla/core/join.h"
 #include "hla/core/log.h"
 #include "hla/core/sha256.h"
+#include "hla/io/folder.h"
 #include "hla/io/hub_cache.h"
 #include "hla/io/json_file.h"
 #include "hla/io/mapped_file.h"
@@ -28,17 +29,6 @@ namespace hla {
 namespace {
 
 namespace fs = std::filesystem;
-
-// As many names as a message shows.
-constexpr size_t kShown = 12;
-
-std::string list(const std::vector<std::string>& names) {
-  std::string result;
-  for (size_t i = 0; i < names.size() && i < kShown; ++i) {
-    result += (result.empty() ? "" : ", ") + names[i];
-  }
-  return names.size() > kShown ? result + ", …" : result;
-}
 
 enum class Format { kText, kJsonl, kParquet };
 
@@ -147,7 +137,7 @@ bool read_jsonl(const fs::path& file, const std::string& field, Rows& rows) {
         std::vector<std::string> keys;
         for (const auto& item : object.items()) keys.push_back(json_excerpt(item.key()));
         throw_bad_input(where + "no field " + json_excerpt(field) +
-                        "; there are: " + (keys.empty() ? "none" : list(keys)));
+                        "; there are: " + (keys.empty() ? "none" : join_some(keys)));
       }
       if (!found->is_string()) {
         throw_bad_input(where + "field " + json_excerpt(field) + ": expected a string, got " +
@@ -254,17 +244,6 @@ Corpus read_files(const Source& source) {
   return corpus;
 }
 
-std::vector<std::string> names_in(const fs::path& folder) {
-  std::vector<std::string> names;
-  std::error_code error;
-  for (fs::directory_iterator it(folder, error), end; !error && it != end; it.increment(error)) {
-    names.push_back(it->path().filename().string());
-  }
-  if (error) throw_bad_input(folder.string() + ": cannot read: " + error.message());
-  std::sort(names.begin(), names.end());
-  return names;
-}
-
 const std::array<std::string, 3> kSplits = {"train", "validation", "test"};
 
 // The name of a split as the Hub spells it; empty for anything else.
@@ -277,7 +256,9 @@ std::string canonical_split(const std::string& split) {
 std::vector<fs::path> files_of_folder(const fs::path& folder) {
   std::map<Format, std::vector<fs::path>> files;
   std::set<std::string> splits;
-  const std::vector<std::string> names = names_in(folder);
+  std::error_code unread;
+  const std::vector<std::string> names = names_in(folder, unread);
+  if (unread) throw_bad_input(folder.string() + ": cannot read: " + unread.message());
   for (const std::string& name : names) {
     const fs::path file = folder / name;
     std::error_code error;
@@ -290,11 +271,11 @@ std::vector<fs::path> files_of_folder(const fs::path& folder) {
   }
   if (files.empty()) {
     throw_bad_input(folder.string() + ": no .parquet, .jsonl, .ndjson or .txt file in this folder" +
-                    (names.empty() ? ", it is empty" : "; there are: " + list(names)));
+                    (names.empty() ? ", it is empty" : "; there are: " + join_some(names)));
   }
   if (splits.size() > 1) {
     throw_bad_input(folder.string() + ": files of several splits (" +
-                    list({splits.begin(), splits.end()}) + ")\n  hint: name one file");
+                    join_some({splits.begin(), splits.end()}) + ")\n  hint: name one file");
   }
   for (const Format format : {Format::kParquet, Format::kJsonl, Format::kText}) {
     if (files.count(format) == 0) continue;
@@ -493,12 +474,13 @@ Search find_dataset(const Dataset& dataset, const std::string& split) {
         if (!search.files.empty()) return search;
       }
       const std::vector<std::string> there = files_below(snapshot);
-      search.places.push_back(snapshot.string() + ": no " + list(patterns) +
-                              "; there are: " + (there.empty() ? "no files" : list(there)));
+      search.places.push_back(snapshot.string() + ": no " + join_some(patterns) +
+                              "; there are: " + (there.empty() ? "no files" : join_some(there)));
     }
   }
   if (!repos.empty() && !cached.empty()) {
-    search.places.push_back("datasets in " + hub_cache_folder().string() + ": " + list(cached));
+    search.places.push_back("datasets in " + hub_cache_folder().string() + ": " +
+                            join_some(cached));
   }
   return search;
 }
@@ -519,14 +501,14 @@ Source source_of_dataset(const std::string& name, const std::string& split,
   const auto found = std::find_if(datasets().begin(), datasets().end(),
                                   [&](const Dataset& known) { return known.name == name; });
   if (found == datasets().end()) {
-    throw_usage("unknown dataset \"" + name + "\"; known are: " + list(dataset_names()) +
+    throw_usage("unknown dataset \"" + name + "\"; known are: " + join_some(dataset_names()) +
                 "\n  hint: a file or folder can be read as it is");
   }
   const Dataset& dataset = *found;
   const std::string wanted = split.empty() ? dataset.splits.back() : canonical_split(split);
   if (std::find(dataset.splits.begin(), dataset.splits.end(), wanted) == dataset.splits.end()) {
     throw_usage("dataset " + name + ": no split \"" + split +
-                "\"; there are: " + list(dataset.splits));
+                "\"; there are: " + join_some(dataset.splits));
   }
   Source source;
   source.name = name + ", split " + wanted;

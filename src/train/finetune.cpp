@@ -81,6 +81,7 @@ class Run {
     preflight_disk(config_.output, disk_bytes(trainer), work.scratch());
     const nlohmann::json* saved = work.result(kCheckpoint);
     const bool goes_on = saved != nullptr && !saved->empty();
+    if (saved != nullptr && !goes_on) log_info("no checkpoint is left: it begins anew");
     const uint64_t metrics_bytes = goes_on ? take_up(work, *saved, trainer) : 0;
     metrics_.emplace(work.scratch() / kMetrics, metrics_bytes);
     report_.device = model_->device().str();
@@ -117,6 +118,9 @@ class Run {
     if (config.model.empty()) throw_usage("[model] expected a model to tune; set it in the config");
     if (config.output.empty()) throw_usage("[output] expected a folder to make");
     if (config.data.train.empty()) throw_usage("[data.train] expected a text at least");
+    if (config.distill.attention_steps > 0 && config.distill.teacher.empty()) {
+      throw_usage("[distill.attention_steps] expected a model to learn from in distill.teacher");
+    }
     WorkDir::check_target(config.output, options.force);
     std::vector<std::filesystem::path> inputs(config.data.train.begin(), config.data.train.end());
     inputs.insert(inputs.end(), {config.model, config.distill.teacher, config.data.valid});
@@ -235,9 +239,6 @@ class Run {
       report_.planned_steps = std::min(report_.planned_steps, config_.train.max_steps);
     }
     steps_.loss = report_.planned_steps;
-    if (config_.distill.attention_steps > 0 && !teacher_) {
-      throw_usage("[distill.attention_steps] expected a model to learn from in distill.teacher");
-    }
     steps_.attention = config_.distill.attention_steps;
     report_.planned_steps = steps_.total();
     if (report_.planned_steps == 0) throw_usage("[train.epochs] expected a step at least");
@@ -271,10 +272,17 @@ class Run {
     const nlohmann::json* saved = work.result(kCheckpoint);
     if (saved == nullptr || saved->empty()) return std::nullopt;
     nlohmann::json states = *saved;
-    if (states.back().at("step") == report_.steps) {
+    const bool evaluated =
+        !report_.evaluations.empty() && report_.evaluations.back().step == report_.steps;
+    if (states.back().at("step") == report_.steps && !evaluated) {
       states.erase(states.size() - 1);
-      work.complete(kCheckpoint, states);
-      std::filesystem::remove(checkpoint_file(work, report_.steps));
+      try {
+        work.complete(kCheckpoint, states);
+      } catch (const Error& error) {  // what is broken counts more
+        log_warning(std::string("the last checkpoint could not be taken back: ") + error.what());
+      }
+      std::error_code error;
+      std::filesystem::remove(checkpoint_file(work, report_.steps), error);
     }
     if (states.empty()) return std::nullopt;
     return states.back().at("step").get<int64_t>();
@@ -442,9 +450,11 @@ class Run {
   void evaluate(WorkDir& work, const Trainer& trainer) {
     release_free_memory();  // which does not count as available
     PerplexityResult result;
+    std::vector<std::string> samples;
     say_what_is_left(work, [&] {
       try {
         result = score(*model_, {plan_}, {.progress = false}, teacher_.get())[0];
+        samples = continuations();
       } catch (const Error& error) {
         if (error.code() != ExitCode::kNonFinite) throw;
         throw Error(error.code(),
@@ -454,20 +464,23 @@ class Run {
     throw_if_interrupted();
     FinetuneEvaluation now = {report_.steps, result.nll, result.perplexity.value};
     if (result.divergence) now.kl = result.divergence->kl.value;
-    now.samples = continuations();
+    now.samples = std::move(samples);
     nlohmann::json line = {
         {"step", now.step}, {"eval_loss", now.nll}, {"eval_perplexity", now.perplexity}};
     if (now.kl) line["eval_kl"] = *now.kl;
     metrics_->add(line);
     report_.evaluations.push_back(std::move(now));
     const auto last = static_cast<int64_t>(report_.evaluations.size()) - 1;
-    if (last > 0) keep_if_good(work, trainer, last);
+    if (last > 0) say_what_is_left(work, [&] { keep_if_good(work, trainer, last); });
     log_info(
         "step " + std::to_string(report_.steps) + " of " + std::to_string(report_.planned_steps) +
         ": perplexity " + fixed(result.perplexity.value, 4) +
         (result.divergence ? ", KL to the teacher " + fixed(result.divergence->kl.value, 5) : "") +
         (last > 0 && best() == last ? ", the best" : ""));
     show_metrics(work);
+    nlohmann::json known = to_json(resolved_);
+    known.update({{"steps", report_.steps}, {"evaluations", report_.evaluations_json()}});
+    write_json_file(work.scratch() / kReport, known, /*force=*/true);
   }
 
   std::vector<std::string> continuations() const {
@@ -495,17 +508,19 @@ class Run {
 
   void keep_if_good(const WorkDir& work, const Trainer& trainer, int64_t number) {
     const auto worse = [&](int64_t a, int64_t b) { return evaluation(a).nll < evaluation(b).nll; };
-    best_.insert(std::upper_bound(best_.begin(), best_.end(), number, worse), number);
+    std::vector<int64_t> best = best_;
+    best.insert(std::upper_bound(best.begin(), best.end(), number, worse), number);
     int64_t out = -1;
-    if (static_cast<int64_t>(best_.size()) > config_.checkpoint.keep_best) {
-      out = best_.back();
-      best_.pop_back();
+    if (static_cast<int64_t>(best.size()) > config_.checkpoint.keep_best) {
+      out = best.back();
+      best.pop_back();
     }
     if (out == number) return;
     const std::filesystem::path folder = model_folder(work, report_.steps);
     std::filesystem::remove_all(folder);
     std::filesystem::create_directory(folder);
     write_model(trainer, folder);
+    best_ = std::move(best);
     if (out >= 0) std::filesystem::remove_all(model_folder(work, evaluation(out).step));
   }
 

@@ -15,10 +15,24 @@ namespace {
 
 constexpr size_t kMostPoints = 200;  // of a curve
 
-PlotSeries means(std::string label, const std::vector<double>& x, const std::vector<double>& y) {
+// By step, the numbers of a key in the lines that have it.
+PlotSeries series_of(const std::vector<nlohmann::json>& lines, const char* key, std::string label) {
+  PlotSeries series;
+  series.label = std::move(label);
+  for (const nlohmann::json& line : lines) {
+    if (!line.contains(key)) continue;
+    series.x.push_back(line["step"]);
+    series.y.push_back(line[key]);
+  }
+  return series;
+}
+
+PlotSeries means(const PlotSeries& all) {
+  const std::vector<double>& x = all.x;
+  const std::vector<double>& y = all.y;
   PlotSeries series;
   const size_t together = (x.size() + kMostPoints - 1) / kMostPoints;
-  series.label = std::move(label);
+  series.label = all.label;
   if (together > 1) series.label += ", means of " + std::to_string(together) + " steps";
   series.markers = false;
   for (size_t begin = 0; begin < x.size(); begin += together) {
@@ -93,43 +107,25 @@ std::string metrics_csv(const std::vector<nlohmann::json>& lines) {
 }
 
 PlotSpec loss_plot(const std::vector<nlohmann::json>& lines, const std::string& title) {
-  std::vector<double> steps;
-  std::vector<double> losses;
-  PlotSeries evaluations;
-  evaluations.label = "evaluation";
-  for (const nlohmann::json& line : lines) {
-    if (line.contains("eval_loss")) {
-      evaluations.x.push_back(line["step"]);
-      evaluations.y.push_back(line["eval_loss"]);
-    } else if (line.contains("loss")) {
-      steps.push_back(line["step"]);
-      losses.push_back(line["loss"]);
-    }
-  }
   PlotSpec plot;
   plot.title = "Loss";
   plot.subtitle = title;
   plot.x_label = "step";
   plot.y_label = "nats per token";
-  if (!steps.empty()) plot.series.push_back(means("training", steps, losses));
-  plot.series.push_back(std::move(evaluations));
+  const PlotSeries training = series_of(lines, "loss", "training");
+  if (!training.x.empty()) plot.series.push_back(means(training));
+  plot.series.push_back(series_of(lines, "eval_loss", "evaluation"));
   return plot;
 }
 
 PlotSpec attention_plot(const std::vector<nlohmann::json>& lines, const std::string& title) {
-  std::vector<double> steps;
-  std::vector<double> errors;
-  for (const nlohmann::json& line : lines) {
-    if (!line.contains("attention_error")) continue;
-    steps.push_back(line["step"]);
-    errors.push_back(line["attention_error"]);
-  }
   PlotSpec plot;
   plot.title = "Steps on attention";
   plot.subtitle = title;
   plot.x_label = "step";
   plot.y_label = "error of the layers' attention";
-  if (!steps.empty()) plot.series.push_back(means("training", steps, errors));
+  const PlotSeries training = series_of(lines, "attention_error", "training");
+  if (!training.x.empty()) plot.series.push_back(means(training));
   return plot;
 }
 

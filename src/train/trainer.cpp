@@ -146,12 +146,19 @@ uint64_t Trainer::checkpoint_bytes() const {
 }
 
 std::pair<std::string, double> Trainer::gradient_norm() const {
-  double square = 0;
+  std::vector<std::string> names;
+  std::vector<at::Tensor> norms;
   for (const auto& [name, master] : masters_) {
     if (!master.grad().defined()) continue;
-    const double norm =
-        master.grad().norm(2, at::promote_types(master.scalar_type(), at::kFloat)).item<double>();
-    if (!std::isfinite(norm)) return {name, norm};
+    names.push_back(name);
+    norms.push_back(master.grad().norm(2, at::promote_types(master.scalar_type(), at::kFloat)));
+  }
+  if (norms.empty()) return {"", 0};
+  const at::Tensor all = at::stack(norms).to(at::kDouble).cpu();  // waits for a GPU once
+  double square = 0;
+  for (size_t i = 0; i < names.size(); ++i) {
+    const double norm = all.const_data_ptr<double>()[i];
+    if (!std::isfinite(norm)) return {names[i], norm};
     square += norm * norm;
   }
   return {"", std::sqrt(square)};

@@ -43,6 +43,21 @@ TEST(ProgressTest, RendersShareAndEta) {
   EXPECT_EQ(Progress::render("w", 900, 1000, 10, "", 900).find("left"), std::string::npos);
 }
 
+// Where stderr is no terminal, as here.
+TEST(ProgressTest, GoesToTheLogWhereThatIsWanted) {
+  const auto shown = [](int64_t seconds) {
+    ::testing::internal::CaptureStderr();
+    Progress progress("tuning", 10);
+    if (seconds >= 0) progress.log_every(std::chrono::seconds(seconds));
+    progress.advance(4, "loss 2.5");
+    return ::testing::internal::GetCapturedStderr();
+  };
+  EXPECT_NE(shown(0).find("40%  4/10  tuning"), std::string::npos) << shown(0);
+  EXPECT_NE(shown(0).find("loss 2.5\n"), std::string::npos);
+  EXPECT_EQ(shown(3600), "");
+  EXPECT_EQ(shown(-1), "");
+}
+
 TEST(MemoryTest, KnowsThisProcessAndRefusesTooMuch) {
   EXPECT_GT(peak_rss_bytes(), 1u << 20);
   EXPECT_GT(available_memory_bytes(), 1u << 20);

@@ -268,6 +268,17 @@ TEST(ConvertTest, TargetPerplexityIncreaseIsMet) {
   EXPECT_TRUE(found);
 }
 
+TEST(ConvertTest, RefusesTextWithIdsThatTheModelLacks) {
+  const TempDir folder;
+  std::filesystem::copy(source_path("tests/data/models/gqa"), folder / "gqa");
+  std::filesystem::copy_file(source_path("data/stories260K/tok512.model"),
+                             folder / "gqa" / "tokenizer.model");
+  const Error error = error_of(
+      [&] { convert(Checkpoint::open((folder / "gqa").string()), folder / "out", calibrated()); });
+  EXPECT_EQ(error.code(), ExitCode::kBadInput);
+  EXPECT_NE(std::string(error.what()).find("vocabulary of 96"), std::string::npos) << error.what();
+}
+
 // Held-out text is not calibrated on.
 TEST(CalibrationTest, TextsTakeTurnsAndKeepTheirLastTenthApart) {
   const TempDir folder;

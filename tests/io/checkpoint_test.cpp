@@ -46,6 +46,13 @@ TEST(CheckpointTest, SideFilesIncludeTheTokenizersGoldens) {
   write_file(folder / "copy/tokenizer_goldens.json", "{}");
   EXPECT_EQ(names(folder / "copy"),
             (std::vector<std::string>{"tokenizer_goldens.json", "generation_config.json"}));
+  // Terms that what is made of the weights has to carry on.
+  for (const char* name : {"LICENSE.txt", "NOTICE", "USE_POLICY.md", "README.md"}) {
+    write_file(folder / "copy" / name, "x");
+  }
+  EXPECT_EQ(names(folder / "copy"),
+            (std::vector<std::string>{"tokenizer_goldens.json", "generation_config.json",
+                                      "LICENSE.txt", "NOTICE", "USE_POLICY.md"}));
 }
 
 TEST(CheckpointTest, IndexProblemsAreAllReported) {

@@ -41,5 +41,19 @@ TEST(HubCacheTest, SnapshotsOfDatasets) {
   EXPECT_EQ(cached_hub_ids(HubRepo::kModel), std::vector<std::string>{"org/model"});
 }
 
+// What is missing in a folder that is there is no id to download.
+TEST(HubCacheTest, HintsAtWhatIsMissing) {
+  const TempDir folder;
+  const EnvironmentVariable cache("HF_HUB_CACHE", folder.path().string());
+  const auto message_of = [](const std::string& path) {
+    return std::string(testing::error_of([&] { resolve_model_path(path); }).what());
+  };
+  const std::string here = (folder / "latent-50").string();
+  EXPECT_NE(message_of(here).find("what is to make latent-50 in it?"), std::string::npos)
+      << message_of(here);
+  EXPECT_NE(message_of("org/latent-50").find("hint: hf download org/latent-50"), std::string::npos)
+      << message_of("org/latent-50");
+}
+
 }  // namespace
 }  // namespace hla

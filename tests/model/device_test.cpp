@@ -21,6 +21,11 @@ TEST(DeviceTest, ErrorsOfMemoryHaveTheirExitCode) {
   EXPECT_EQ(code([] { at::ones({2}).view({3}); }), ExitCode::kRuntime);
   EXPECT_EQ(code([] { C10_THROW_ERROR(OutOfMemoryError, "CUDA out of memory"); }),
             ExitCode::kOutOfMemory);
+  // As CUDA's runtime and cuBLAS have them.
+  for (const char* text : {"CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"}) {
+    EXPECT_EQ(code([&] { TORCH_CHECK(false, text); }), ExitCode::kOutOfMemory) << text;
+  }
+  EXPECT_EQ(code([] { TORCH_CHECK(false, "CUDA error: invalid argument"); }), ExitCode::kRuntime);
 }
 
 }  // namespace

@@ -165,7 +165,10 @@ TEST(CorpusTest, Folders) {
   // Data files go before texts.
   write_file(folder / "2.jsonl", "{\"text\": \"two\"}\n");
   write_file(folder / "1.jsonl", "{\"text\": \"one\"}\n");
+  ::testing::internal::CaptureStderr();
   EXPECT_THAT(read_corpus(folder.path()).documents, ElementsAre("one", "two"));
+  EXPECT_THAT(::testing::internal::GetCapturedStderr(),
+              HasSubstr("several formats; only those like 1.jsonl are read"));
   const Corpus first = read_corpus(folder.path(), {"text", 1});
   EXPECT_THAT(first.documents, ElementsAre("one"));
   EXPECT_THAT(first.source, Not(HasSubstr("more")));

@@ -11,6 +11,7 @@
 
 #include "hla/io/checkpoint.h"
 #include "hla/io/json_file.h"
+#include "hla/io/parquet.h"
 #include "hla/model/load.h"
 #include "tensor_util.h"
 
@@ -173,12 +174,12 @@ TEST(FinetuneTest, GoesOnAfterKills) {
         testing::run_command(command("killed") + " & pid=$!; sleep " + std::to_string(seconds) +
                              "; kill -9 $pid 2>/dev/null; wait $pid");
     err += result.err;
-    if (result.code == 137) {
-      ++kills;
-      continue;
-    }
+    kills += result.code == 137 ? 1 : 0;
+    if (result.code == 137 && !std::filesystem::exists(folder / "killed")) continue;
     // It was through before that: so once more from the beginning.
-    ASSERT_EQ(result.code, 0) << result.err;
+    if (result.code != 137) {
+      ASSERT_EQ(result.code, 0) << result.err;
+    }
     check_whole();
     std::filesystem::remove_all(folder / "killed");
   }
@@ -334,6 +335,7 @@ TEST(FinetuneTest, GoesOnFromAnOlderCheckpoint) {
 // Tuned on one corpus, a folder of Parquet files, evaluated on another; the order of the rows is
 // the seed's.
 TEST(FinetuneTest, TunesOnOneCorpusAndEvaluatesAnother) {
+  if (!has_parquet_support()) GTEST_SKIP() << "built without Arrow";
   const TempDir folder;
   std::filesystem::create_directory(folder / "corpus");
   for (const std::string name : {"0.parquet", "1.parquet"}) {
@@ -436,6 +438,7 @@ TEST(FinetuneTest, Refuses) {
   EXPECT_EQ(code_of("data.train=/nowhere.txt"), ExitCode::kBadInput);
   EXPECT_EQ(code_of("data.context=4096"), ExitCode::kBadInput);
   EXPECT_EQ(code_of("train.epochs=0"), ExitCode::kUsage);
+  EXPECT_EQ(message_of("distill.attention_steps=3").find("[distill.attention_steps] expected"), 0u);
   EXPECT_EQ(code_of("distill.teacher=" + source_path("tests/data/models/gqa").string()),
             ExitCode::kBadInput);
   EXPECT_EQ(code_of("train.parameters=factors"), ExitCode::kBadInput);

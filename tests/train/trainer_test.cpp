@@ -299,6 +299,68 @@ TEST(TrainerTest, HalfPrecisionLearnsInFp32) {
   }
 }
 
+// All that is tuned, in any precision: three steps, a checkpoint and three more of another process
+// are six steps, to the bit.
+TEST(TrainerTest, GoesOnFromACheckpoint) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    for (const int64_t lora_rank : {0, 2}) {
+      SCOPED_TRACE(std::string(c10::toString(dtype)) + ", LoRA " + std::to_string(lora_rank));
+      FinetuneConfig config;
+      config.train.parameters = lora_rank > 0 ? "attention" : "all";
+      config.train.lora_rank = lora_rank;
+      config.optimizer.learning_rate = 1e-2;
+      at::manual_seed(14);
+      std::vector<TrainingRows::Batch> batches;
+      for (int i = 0; i < 12; ++i)
+        batches.push_back(batch_of(at::randint(3, 96, {2, 24}, at::kLong)));
+      const auto run = [&](Trainer& trainer, size_t first, size_t last) {
+        for (size_t i = first; i < last; ++i) trainer.step({batches[2 * i], batches[2 * i + 1]});
+      };
+      const auto model = load_committed("gqa");
+      Trainer whole(*model, config, {.loss = 6}, nullptr, dtype);
+      run(whole, 0, 6);
+      const TempDir folder;
+      {
+        const auto part = load_committed("gqa");
+        Trainer trainer(*part, config, {.loss = 6}, nullptr, dtype);
+        run(trainer, 0, 3);
+        trainer.save(folder / "state");
+      }
+      const auto rest = load_committed("gqa");
+      Trainer trainer(*rest, config, {.loss = 6}, nullptr, dtype);
+      trainer.load(folder / "state", 3);
+      run(trainer, 3, 6);
+      EXPECT_EQ(trainer.skipped_steps(), whole.skipped_steps());
+      const auto expected = whole.tuned_weights();
+      for (const auto& [name, weight] : trainer.tuned_weights()) {
+        EXPECT_TRUE(weight.equal(expected.at(name))) << name;
+      }
+      const auto held = weights_of(*model);
+      for (const auto& [name, weight] : weights_of(*rest)) {
+        EXPECT_TRUE(weight.equal(held.at(name))) << name;
+      }
+    }
+  }
+}
+
+TEST(TrainerTest, StepsInFp64) {
+  at::manual_seed(15);
+  const TrainingRows::Batch batch = batch_of(at::randint(3, 96, {2, 24}, at::kLong));
+  std::vector<double> losses;
+  std::vector<double> norms;
+  for (const at::ScalarType dtype : {at::kFloat, at::kDouble}) {
+    const auto model = load_committed("gqa", dtype);
+    FinetuneConfig config;
+    Trainer trainer(*model, config, {.loss = 4});
+    trainer.step({batch});
+    const Trainer::Step step = trainer.step({batch});
+    losses.push_back(step.loss);
+    norms.push_back(step.gradient_norm);
+  }
+  EXPECT_NEAR(losses[0], losses[1], 1e-5 * losses[1]);
+  EXPECT_NEAR(norms[0], norms[1], 1e-4 * norms[1]);
+}
+
 TEST(TrainerTest, Fp16SkipsStepsUntilItsScaleFits) {
   at::manual_seed(9);
   const auto model = load_committed("gqa", at::kHalf);

@@ -29,6 +29,7 @@ std::string with_thousands(std::string number);
 
 // printf's %.*f, whatever the locale; from 1e15 on with an exponent.
 std::string fixed(double value, int decimals);
+std::string percent(double share, int decimals = 2);  // 0.5 -> "50.00 %"
 // printf's %.*g, whatever the locale: 8.1e-05. At most 17 digits.
 std::string significant(double value, int digits);
 

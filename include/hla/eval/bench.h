@@ -69,6 +69,9 @@ struct BenchReport {
   std::string device;
   int threads = 0;
   int64_t models = 0;
+  std::vector<std::string> paths;  // of the models, as they were given
+  std::string cache_dtype;
+  double absorb_error = 0;
 
   double bandwidth() const;  // the median
   // Median over the turns of the first model's time over a row's.

@@ -36,6 +36,7 @@ struct Continuation {
 };
 
 struct GenerateReport {
+  std::string device, dtype, cache_dtype;
   std::vector<Continuation> continuations;  // one per prompt
   int64_t prompt_tokens = 0;
   double prompt_seconds = 0;
@@ -49,7 +50,8 @@ struct GenerateReport {
 using OnText = std::function<void(size_t prompt, std::string_view text)>;
 
 // Continues prompts of one or more ids each. A sequence does not depend on the others, but for the
-// rounding of sums that go over all of them. Throws kBadInput for an empty prompt, or one that is
+// rounding of sums that go over all of them, and, with dynamic RoPE, for the length that the longest
+// of them can reach (longest_sequence). Throws kBadInput for an empty prompt, or one that is
 // too long for the decoder, kOutOfMemory where the caches would not fit.
 GenerateReport generate(const Decoder& decoder, const Tokenizer& tokenizer,
                         const std::vector<std::vector<int32_t>>& prompts,

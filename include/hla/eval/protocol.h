@@ -56,10 +56,6 @@ struct PlannedPage {
   int64_t bytes = 0;
 };
 
-// Throws kBadInput where the model has no such ids; `subject` is where they come from.
-void check_ids(const std::vector<int32_t>& ids, const ModelConfig& config,
-               const std::string& subject);
-
 using TokenStream = std::shared_ptr<const std::vector<int32_t>>;
 
 struct WindowPlan {

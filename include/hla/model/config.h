@@ -107,6 +107,10 @@ struct ModelConfig {
 // Throws kBadInput listing every problem; `source` names the file in messages.
 ModelConfig parse_model_config(const nlohmann::json& json, const std::string& source);
 
+// Throws kBadInput where the model has no such ids; `subject` is where they come from.
+void check_ids(const std::vector<int32_t>& ids, const ModelConfig& config,
+               const std::string& subject);
+
 // The config.json of an HLA folder: config.raw with model_type "hla" and the "hla" object.
 nlohmann::json hla_config_json(const ModelConfig& config);
 

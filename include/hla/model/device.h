@@ -39,6 +39,9 @@ bool is_half(at::ScalarType dtype);             // fp16 or bf16
 at::ScalarType to_scalar_type(DType dtype);
 DType to_dtype(at::ScalarType dtype);  // throws kRuntime for types that files do not hold
 
+// What can still be allocated there; of a GPU where its runtime says so, else as if without limit.
+uint64_t available_memory_bytes(const at::Device& device);
+
 // The most memory that this process had so far: resident (CPU), or of LibTorch's allocator there.
 uint64_t peak_memory_bytes(const at::Device& device);
 

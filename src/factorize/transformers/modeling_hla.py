@@ -45,6 +45,7 @@ def positions_so_far(cache, position_ids):
     if known.shape[1] < past or len({1, len(known), len(position_ids)}) > 2:
         # A cache that was made elsewhere: its tokens are taken to be those just before the new ones.
         known = position_ids[:, :1] + torch.arange(-past, 0, device=position_ids.device)
+    known = known.to(position_ids.device)  # of the layer that was the last to see them
     batch = max(len(known), len(position_ids))
     return torch.cat([known[:, :past].expand(batch, -1), position_ids.expand(batch, -1)], dim=1)
 
@@ -201,7 +202,7 @@ class HlaAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2)), weights
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class HlaModel(LlamaModel):
