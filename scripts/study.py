@@ -76,7 +76,9 @@ class Study:
         words = [str(x) for x in command]
         self.commands.append(" ".join(words))
         self.made.append(str(done))
-        inputs = {word.removeprefix("model=") for word in words} - {str(done)}
+        # A plot is made beside `done`.
+        plots = {word for option, word in zip(words, words[1:]) if option == "--plot"}
+        inputs = {word.removeprefix("model=") for word in words} - plots - {str(done)}
         made_from = {name: self.made_from(name) for name in sorted(inputs)}
         step = {"command": words, "inputs": {name: how for name, how in made_from.items() if how}}
         if Path(done).exists():

@@ -50,9 +50,9 @@ struct GenerateReport {
 using OnText = std::function<void(size_t prompt, std::string_view text)>;
 
 // Continues prompts of one or more ids each. A sequence does not depend on the others, but for the
-// rounding of sums that go over all of them, and, with dynamic RoPE, for the length that the longest
-// of them can reach (longest_sequence). Throws kBadInput for an empty prompt, or one that is
-// too long for the decoder, kOutOfMemory where the caches would not fit.
+// rounding of sums that go over all of them, and, with dynamic RoPE, for the length that the
+// longest of them can reach (longest_sequence). Throws kBadInput for an empty prompt, or one that
+// is too long for the decoder, kOutOfMemory where the caches would not fit.
 GenerateReport generate(const Decoder& decoder, const Tokenizer& tokenizer,
                         const std::vector<std::vector<int32_t>>& prompts,
                         const GenerateOptions& options, const OnText& on_text = {});
