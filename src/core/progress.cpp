@@ -29,6 +29,7 @@ Progress::Progress(std::string label, int64_t total, bool enabled, int64_t done)
       before_(done),
       done_(done),
       enabled_(enabled),
+      on_terminal_(stderr_is_terminal()),
       start_(std::chrono::steady_clock::now()),
       logged_(start_) {}
 
@@ -56,11 +57,10 @@ void Progress::advance(int64_t steps, const std::string& status) {
   done_ += steps;
   if (!enabled_) return;
   const auto now = std::chrono::steady_clock::now();
-  const bool draws = stderr_is_terminal();
-  if (!draws && (!log_interval_ || now - logged_ < *log_interval_)) return;
+  if (!on_terminal_ && (!log_interval_ || now - logged_ < *log_interval_)) return;
   const double elapsed = std::chrono::duration<double>(now - start_).count();
   const std::string line = render(label_, done_, total_, elapsed, status, before_);
-  if (!draws) {
+  if (!on_terminal_) {
     log_info(line);
     logged_ = now;
     return;

@@ -121,12 +121,6 @@ class Worker {
       log_info(path + " was made for " + std::to_string(model_->config().max_position_embeddings) +
                " tokens (max_position_embeddings); times do not depend on that");
     }
-    if (model_->device().is_cpu()) {
-      const int64_t batch = *std::max_element(options.batches.begin(), options.batches.end());
-      const at::ScalarType dtype = options.cache_dtype.value_or(model_->dtype());
-      needed_bytes_ =
-          static_cast<uint64_t>(batch) * sequence_cache_bytes(model_->config(), dtype, longest);
-    }
     // Of an embedding that is not the output matrix, too, a step reads a row only.
     const ModelConfig& config = model_->config();
     int64_t elements = model_->parameter_count();
@@ -143,7 +137,7 @@ class Worker {
       case Command::kBandwidth:
         return reply;
       case Command::kOpen:
-        reply.needed_bytes = needed_bytes_;
+        reply.needed_bytes = cache_bytes();
         return reply;
       case Command::kDepth:
         if (!decoder_) open_decoder();
@@ -188,6 +182,15 @@ class Worker {
   int64_t longest_sequence() const {
     return *std::max_element(options_.depths.begin(), options_.depths.end()) +
            std::max({options_.prompt_tokens, options_.generated_tokens, int64_t{1}});
+  }
+
+  // Of the CPU's memory, at the most.
+  uint64_t cache_bytes() const {
+    if (!model_->device().is_cpu()) return 0;
+    const int64_t batch = *std::max_element(options_.batches.begin(), options_.batches.end());
+    const at::ScalarType dtype = options_.cache_dtype.value_or(model_->dtype());
+    return static_cast<uint64_t>(batch) *
+           sequence_cache_bytes(model_->config(), dtype, longest_sequence());
   }
 
   void open_decoder() {
@@ -292,7 +295,6 @@ class Worker {
   std::optional<Decoder> decoder_;
   std::vector<SequenceCache> caches_;
   uint64_t weight_bytes_ = 0;
-  uint64_t needed_bytes_ = 0;
   uint64_t state_ = 1;
 };
 

@@ -63,6 +63,11 @@ size_t output_sequences(const ConvertOptions& options, size_t sequences) {
   return (sequences + 2) / 3;
 }
 
+bool copies_weights(const Checkpoint& base, at::Device device) {
+  const at::ScalarType stored = stored_dtype(base);
+  return !device.is_cpu() || resolve_dtype(std::nullopt, stored, device) != stored;
+}
+
 Calibration::Calibration(const Checkpoint& base, const ModelConfig& config,
                          const ConvertOptions& options)
     : base_(base),
@@ -171,7 +176,7 @@ at::Tensor Calibration::embed(const at::Tensor& ids) const {
 }
 
 uint64_t Calibration::weight_bytes() const {
-  if (device_.is_cpu() && stored_dtype(base_) == dtype_) return 0;
+  if (!copies_weights(base_, device_)) return 0;
   int64_t elements = config_.vocab_size * config_.hidden_size;  // the output matrix
   for (const ParameterSpec& spec : parameter_specs(config_)) {
     if (spec.name.find(".layers.") != std::string::npos) {

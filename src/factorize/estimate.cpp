@@ -64,11 +64,6 @@ Sizes sizes_of(const ModelConfig& config, const ConvertOptions& options, int64_t
 
 double attention_weights(const Sizes& s) { return s.hidden * (2 * s.query + 2 * s.kv); }
 
-bool is_converted(const Checkpoint& base, const ConvertOptions& options) {
-  return !options.device.is_cpu() ||
-         resolve_dtype(std::nullopt, stored_dtype(base), options.device) != stored_dtype(base);
-}
-
 // Operations of the factorisation of one layer.
 double factorization_work(const Sizes& s, const ConvertOptions& options) {
   const double d = s.hidden;
@@ -126,7 +121,7 @@ uint64_t estimated_peak_memory(const Checkpoint& base, const ModelConfig& hla,
     // The layer as it is stored and, where that differs, as the calibration computes; hidden states
     // with a copy of the tensors on their way to disk.
     const double compute = sizeof(float);
-    layer += s.parameters * (stored + (is_converted(base, options) ? compute : 0)) -
+    layer += s.parameters * (stored + (copies_weights(base, options.device) ? compute : 0)) -
              attention_weights(s) * stored;
     layer += s.tokens * s.hidden * compute * (options.report_perplexity ? 1.25 : 1);
     forward = std::max(kStatisticsCopies * kStatisticsQueries * s.heads * s.length * compute +
@@ -140,7 +135,7 @@ uint64_t estimated_peak_memory(const Checkpoint& base, const ModelConfig& hla,
     const double held = options.low_memory ? 1 : layers;
     const double weights_used =
         held * s.parameters + static_cast<double>(hla.vocab_size) * s.hidden;
-    by_loss = weights_used * (stored + (is_converted(base, options) ? sizeof(float) : 0)) +
+    by_loss = weights_used * (stored + (copies_weights(base, options.device) ? sizeof(float) : 0)) +
               held / layers * static_cast<double>(curvature_bytes(hla, options.measures_ranks())) +
               static_cast<double>(loss_pass_bytes(hla, static_cast<int64_t>(s.length),
                                                   options.device.is_cpu(), options.low_memory));

@@ -86,7 +86,7 @@ class Run {
     metrics_.emplace(work.scratch() / kMetrics, metrics_bytes);
     report_.device = model_->device().str();
     report_.dtype = dtype_label(dtype_);
-    write_json_file(work.scratch() / kReport, to_json(resolved_), /*force=*/true);
+    write_known(work);
     Progress progress("tuning", report_.planned_steps, options_.progress, report_.steps);
     progress.log_every(kLogInterval);
     report_.stopped_by = "steps";
@@ -251,11 +251,13 @@ class Run {
     } catch (const Error& error) {
       if (error.code() != ExitCode::kNonFinite) throw;
       std::string message = error.what();
+      const nlohmann::json good = take_back_unproven(work);
       message += "\n  the last good checkpoint is ";
-      if (const std::optional<int64_t> step = last_good_checkpoint(work)) {
-        message += "of step " + std::to_string(*step) + ", in " + work.scratch().string();
-      } else {
+      if (good.empty()) {
         message += "none";
+      } else {
+        const int64_t step = good.back().at("step");
+        message += "of step " + std::to_string(step) + ", in " + work.scratch().string();
       }
       if (best() > 0) {
         const int64_t step = evaluation(best()).step;
@@ -267,25 +269,22 @@ class Run {
   }
 
   // Takes back a checkpoint whose weights have not done anything yet: they may be what is broken,
-  // and the run would go on from them.
-  std::optional<int64_t> last_good_checkpoint(WorkDir& work) const {
+  // and the run would go on from them. Returns those that are left.
+  nlohmann::json take_back_unproven(WorkDir& work) const {
     const nlohmann::json* saved = work.result(kCheckpoint);
-    if (saved == nullptr || saved->empty()) return std::nullopt;
-    nlohmann::json states = *saved;
-    const bool evaluated =
-        !report_.evaluations.empty() && report_.evaluations.back().step == report_.steps;
-    if (states.back().at("step") == report_.steps && !evaluated) {
-      states.erase(states.size() - 1);
-      try {
-        work.complete(kCheckpoint, states);
-      } catch (const Error& error) {  // what is broken counts more
-        log_warning(std::string("the last checkpoint could not be taken back: ") + error.what());
-      }
-      std::error_code error;
-      std::filesystem::remove(checkpoint_file(work, report_.steps), error);
+    nlohmann::json states = saved != nullptr ? *saved : nlohmann::json::array();
+    if (states.empty() || states.back().at("step") != report_.steps || is_evaluated()) {
+      return states;
     }
-    if (states.empty()) return std::nullopt;
-    return states.back().at("step").get<int64_t>();
+    states.erase(states.size() - 1);
+    try {
+      work.complete(kCheckpoint, states);
+    } catch (const Error& error) {  // what is broken counts more
+      log_warning(std::string("the last checkpoint could not be taken back: ") + error.what());
+    }
+    std::error_code error;
+    std::filesystem::remove(checkpoint_file(work, report_.steps), error);
+    return states;
   }
 
   // What the progress line says of it.
@@ -377,6 +376,13 @@ class Run {
     show_metrics(work);
   }
 
+  // The report, as far as it is known.
+  void write_known(const WorkDir& work) const {
+    nlohmann::json known = to_json(resolved_);
+    known.update({{"steps", report_.steps}, {"evaluations", report_.evaluations_json()}});
+    write_json_file(work.scratch() / kReport, known, /*force=*/true);
+  }
+
   // As tables and curves, anew.
   void show_metrics(const WorkDir& work) {
     const std::vector<nlohmann::json> lines = metrics_->lines();
@@ -421,11 +427,14 @@ class Run {
     return config_.eval.every_steps > 0 ? config_.eval.every_steps : steps_an_epoch_;
   }
 
+  // The model as it is now.
+  bool is_evaluated() const {
+    return !report_.evaluations.empty() && report_.evaluations.back().step == report_.steps;
+  }
+
   // Before the first step, every so many, and after the last.
   bool evaluation_is_due() const {
-    if (!report_.evaluations.empty() && report_.evaluations.back().step == report_.steps) {
-      return false;
-    }
+    if (is_evaluated()) return false;
     return report_.steps % evaluation_interval() == 0 || report_.steps == report_.planned_steps;
   }
 
@@ -478,9 +487,7 @@ class Run {
         (result.divergence ? ", KL to the teacher " + fixed(result.divergence->kl.value, 5) : "") +
         (last > 0 && best() == last ? ", the best" : ""));
     show_metrics(work);
-    nlohmann::json known = to_json(resolved_);
-    known.update({{"steps", report_.steps}, {"evaluations", report_.evaluations_json()}});
-    write_json_file(work.scratch() / kReport, known, /*force=*/true);
+    write_known(work);
   }
 
   std::vector<std::string> continuations() const {
@@ -564,7 +571,6 @@ class Run {
            i == 0 ? work.output() : work.output() / ("step-" + std::to_string(step)));
     }
     report_.best = best();
-    show_metrics(work);
     for (const char* name : {kMetrics, kMetricsTable, kLossPlot, kAttentionPlot}) {
       if (std::filesystem::exists(work.scratch() / name)) {
         copy(work.scratch() / name, work.output() / name);

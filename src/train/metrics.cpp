@@ -50,6 +50,19 @@ PlotSeries means(const PlotSeries& all) {
   return series;
 }
 
+// Of a key of the steps; without a series where no line has it.
+PlotSpec training_plot(const std::vector<nlohmann::json>& lines, const char* key, std::string title,
+                       std::string subtitle, std::string y_label) {
+  PlotSpec plot;
+  plot.title = std::move(title);
+  plot.subtitle = std::move(subtitle);
+  plot.x_label = "step";
+  plot.y_label = std::move(y_label);
+  const PlotSeries training = series_of(lines, key, "training");
+  if (!training.x.empty()) plot.series.push_back(means(training));
+  return plot;
+}
+
 }  // namespace
 
 Metrics::Metrics(std::filesystem::path file, uint64_t bytes) : path_(std::move(file)) {
@@ -107,26 +120,14 @@ std::string metrics_csv(const std::vector<nlohmann::json>& lines) {
 }
 
 PlotSpec loss_plot(const std::vector<nlohmann::json>& lines, const std::string& title) {
-  PlotSpec plot;
-  plot.title = "Loss";
-  plot.subtitle = title;
-  plot.x_label = "step";
-  plot.y_label = "nats per token";
-  const PlotSeries training = series_of(lines, "loss", "training");
-  if (!training.x.empty()) plot.series.push_back(means(training));
+  PlotSpec plot = training_plot(lines, "loss", "Loss", title, "nats per token");
   plot.series.push_back(series_of(lines, "eval_loss", "evaluation"));
   return plot;
 }
 
 PlotSpec attention_plot(const std::vector<nlohmann::json>& lines, const std::string& title) {
-  PlotSpec plot;
-  plot.title = "Steps on attention";
-  plot.subtitle = title;
-  plot.x_label = "step";
-  plot.y_label = "error of the layers' attention";
-  const PlotSeries training = series_of(lines, "attention_error", "training");
-  if (!training.x.empty()) plot.series.push_back(means(training));
-  return plot;
+  return training_plot(lines, "attention_error", "Steps on attention", title,
+                       "error of the layers' attention");
 }
 
 }  // namespace hla

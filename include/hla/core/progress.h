@@ -37,6 +37,7 @@ class Progress {
   int64_t before_;
   int64_t done_;
   bool enabled_;
+  bool on_terminal_;
   bool drawn_ = false;
   std::optional<std::chrono::seconds> log_interval_;
   std::chrono::steady_clock::time_point start_;

@@ -46,6 +46,10 @@ struct CalibrationText {
   std::string sha256;
 };
 
+// Whether a calibration holds copies of the base's weights, in another precision or on another
+// device, instead of reading them where the file is mapped.
+bool copies_weights(const Checkpoint& base, at::Device device);
+
 class Calibration {
  public:
   // Reads and tokenises the texts; their sequences take turns. Loads no weights; the checkpoint and
