@@ -149,7 +149,7 @@ class Worker {
         reserve(1, 1);
         decode(1, 1);
         truncate(command.depth);
-        add_costs(reply);
+        add_costs(reply, command.depth);
         return reply;
       case Command::kPrompt:
         hold(1);
@@ -172,8 +172,8 @@ class Worker {
                               model_->config().cache_bytes_per_token(
                                   static_cast<int64_t>(c10::elementSize(decoder_->cache_dtype()))));
     reply.weight_bytes = weight_bytes_;
-    reply.rss_bytes = hla::rss_bytes();
-    reply.peak_rss_bytes = hla::peak_rss_bytes();
+    reply.rss_bytes = memory_bytes(model_->device());
+    reply.peak_rss_bytes = peak_memory_bytes(model_->device());
     if (end_of_turn(command) == command.tokens) truncate(command.depth);
     return reply;
   }
@@ -225,26 +225,26 @@ class Worker {
     }
   }
 
-  void add_costs(Reply& reply) const {
+  void add_costs(Reply& reply, int64_t depth) const {
     const int64_t layers = model_->config().num_hidden_layers;
     for (int64_t layer = 0; layer < layers; ++layer) {
       const DecodeAttention& attention = decoder_->attention(layer);
       reply.decode_products += attention.decode_cost() / static_cast<double>(layers);
       reply.rebuild_products += attention.rebuild_cost() / static_cast<double>(layers);
     }
-    const auto rebuilds_from = [&](bool cached) -> int64_t {
+    const auto rebuilds_from = [&](int64_t before) -> int64_t {
       constexpr int64_t kMost = 1024;
       for (int64_t count = 1; count <= kMost; ++count) {
         int64_t rebuild = 0;
         for (int64_t layer = 0; layer < layers; ++layer) {
-          rebuild += decoder_->decodes(layer, count, cached) ? 0 : 1;
+          rebuild += decoder_->decodes(layer, count, before) ? 0 : 1;
         }
         if (2 * rebuild > layers) return count;
       }
       return 0;
     };
-    reply.rebuilds_from = rebuilds_from(/*cached=*/true);
-    reply.prompt_rebuilds_from = rebuilds_from(/*cached=*/false);
+    reply.rebuilds_from = rebuilds_from(std::max<int64_t>(depth, 1));
+    reply.prompt_rebuilds_from = rebuilds_from(0);
   }
 
   // So many sequences are in memory, and nothing of the tests before.
@@ -253,7 +253,7 @@ class Worker {
     caches_.resize(std::min(caches_.size(), wanted), decoder_->new_sequence());
     while (caches_.size() < wanted) caches_.push_back(caches_[0].clone());
     release_free_memory();
-    reset_peak_rss();
+    reset_peak_memory(model_->device());
   }
 
   // Room in the first sequences' caches, so that none need be made while a test is timed.

@@ -20,6 +20,28 @@ bool likelier(const Candidate& a, const Candidate& b) {
   return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
+// Candidates by rank, sorted as far as they are asked for: to sort a whole vocabulary takes as long
+// as a tenth of a small model's step.
+class Ranking {
+ public:
+  explicit Ranking(std::vector<Candidate> candidates) : candidates_(std::move(candidates)) {}
+  size_t size() const { return candidates_.size(); }
+  const Candidate& operator[](size_t rank) {
+    while (sorted_ <= rank) {
+      const auto begin = candidates_.begin() + static_cast<std::ptrdiff_t>(sorted_);
+      sorted_ = std::min(std::max<size_t>(256, 4 * sorted_), size());
+      const auto end = candidates_.begin() + static_cast<std::ptrdiff_t>(sorted_);
+      std::nth_element(begin, end - 1, candidates_.end(), likelier);
+      std::sort(begin, end, likelier);
+    }
+    return candidates_[rank];
+  }
+
+ private:
+  std::vector<Candidate> candidates_;
+  size_t sorted_ = 0;  // the first so many
+};
+
 void penalise(std::vector<Candidate>& candidates, const std::vector<int32_t>& history,
               double penalty) {
   std::vector<int32_t> seen = history;
@@ -80,25 +102,30 @@ int32_t Sampler::next(const at::Tensor& logits, const std::vector<int32_t>& hist
     std::nth_element(candidates.begin(), candidates.begin() + kept - 1, candidates.end(), likelier);
     candidates.resize(static_cast<size_t>(kept));
   }
-  std::sort(candidates.begin(), candidates.end(), likelier);
-  std::vector<double> weights;
-  double total = 0;
-  for (const Candidate& candidate : candidates) {
-    weights.push_back(std::exp((candidate.logit - best.logit) / options_.temperature));
-    total += weights.back();
-  }
-  // The candidate that reaches p is the last one.
+  const auto weight = [&](const Candidate& candidate) {  // of the likeliest: 1
+    return std::exp((candidate.logit - best.logit) / options_.temperature);
+  };
   double sum = 0;
-  size_t count = 0;
-  while (count < weights.size() && sum < options_.top_p * total) sum += weights[count++];
-  while (count > 1 && weights[count - 1] < options_.min_p * weights[0]) sum -= weights[--count];
+  for (const Candidate& candidate : candidates) sum += weight(candidate);
+  Ranking ranking(std::move(candidates));
+  size_t count = ranking.size();
+  if (options_.top_p < 1 || options_.min_p > 0) {
+    // The candidate that reaches p is the last one.
+    const double enough = options_.top_p * sum;
+    sum = 0;
+    for (count = 0; count < ranking.size() && sum < enough; ++count) {
+      const double next = weight(ranking[count]);
+      if (count > 0 && next < options_.min_p) break;
+      sum += next;
+    }
+  }
   const double uniform = static_cast<double>(random_() >> 11) * 0x1p-53;
   double left = uniform * sum;
   for (size_t i = 0; i < count; ++i) {
-    left -= weights[i];
-    if (left < 0) return candidates[i].id;
+    left -= weight(ranking[i]);
+    if (left < 0) return ranking[i].id;
   }
-  return candidates[count - 1].id;
+  return ranking[count - 1].id;
 }
 
 }  // namespace hla

@@ -39,10 +39,12 @@ at::Tensor causal_attention(const Qkv& qkv) {
     // Not selected: the gradient of a selection is written into a tensor of zeros.
     return sequence_attention(qkv.q.squeeze(0), qkv.k.squeeze(0), qkv.v.squeeze(0)).unsqueeze(0);
   }
+  // Not selected, for the same reason.
+  const std::vector<at::Tensor> q = qkv.q.unbind();
+  const std::vector<at::Tensor> k = qkv.k.unbind();
+  const std::vector<at::Tensor> v = qkv.v.unbind();
   std::vector<at::Tensor> sequences;
-  for (int64_t b = 0; b < qkv.q.size(0); ++b) {
-    sequences.push_back(sequence_attention(qkv.q[b], qkv.k[b], qkv.v[b]));
-  }
+  for (size_t b = 0; b < q.size(); ++b) sequences.push_back(sequence_attention(q[b], k[b], v[b]));
   return at::stack(sequences);
 }
 

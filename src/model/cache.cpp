@@ -12,7 +12,19 @@ int64_t blocks_of(int64_t tokens) { return (tokens + kCacheBlock - 1) / kCacheBl
 
 }  // namespace
 
+void LayerCache::resize_rows(int64_t tokens) {
+  const int64_t capacity = blocks_of(tokens) * kCacheBlock;
+  if (blocks_.empty() ? capacity == 0 : blocks_[0].size(0) == capacity) return;
+  const at::Tensor rows = at::empty({capacity, floats_}, options_);
+  if (length_ > 0) rows.slice(0, 0, length_).copy_(records());
+  blocks_ = {rows};
+}
+
 void LayerCache::reserve(int64_t tokens) {
+  if (layout_ == CacheLayout::kRows) {
+    if (blocks_.empty() || blocks_[0].size(0) < tokens) resize_rows(tokens);
+    return;
+  }
   while (static_cast<int64_t>(blocks_.size()) < blocks_of(tokens)) {
     blocks_.push_back(at::empty({kCacheBlock / kTileTokens, floats_, kTileTokens}, options_));
   }
@@ -21,8 +33,17 @@ void LayerCache::reserve(int64_t tokens) {
 void LayerCache::append(const at::Tensor& records) {
   TORCH_CHECK(records.dim() == 2 && records.size(1) == floats_, "[cache] expected (T, ", floats_,
               ") records, got ", records.sizes());
+  reserve(length_ + records.size(0));
+  if (layout_ == CacheLayout::kTiles) {
+    append_tiles(records);
+  } else if (records.size(0) > 0) {
+    blocks_[0].slice(0, length_, length_ + records.size(0)).copy_(records);
+    length_ += records.size(0);
+  }
+}
+
+void LayerCache::append_tiles(const at::Tensor& records) {
   const int64_t count = records.size(0);
-  reserve(length_ + count);
   for (int64_t done = 0; done < count;) {
     const at::Tensor& block = blocks_[static_cast<size_t>(length_ / kCacheBlock)];
     const int64_t tile = length_ % kCacheBlock / kTileTokens;
@@ -49,6 +70,7 @@ void LayerCache::append(const at::Tensor& records) {
 
 at::Tensor LayerCache::records() const {
   if (length_ == 0) return at::empty({0, floats_}, options_);
+  if (layout_ == CacheLayout::kRows) return blocks_[0].slice(0, 0, length_);
   const std::vector<at::Tensor> filled(blocks_.begin(), blocks_.begin() + blocks_of(length_));
   return at::cat(filled).transpose(1, 2).reshape({-1, floats_}).slice(0, 0, length_);
 }
@@ -57,7 +79,11 @@ void LayerCache::truncate(int64_t length) {
   TORCH_CHECK(length >= 0 && length <= length_, "[cache] expected at most ", length_,
               " tokens, got ", length);
   length_ = length;
-  blocks_.resize(static_cast<size_t>(blocks_of(length)));
+  if (layout_ == CacheLayout::kRows) {
+    resize_rows(length);
+  } else {
+    blocks_.resize(static_cast<size_t>(blocks_of(length)));
+  }
 }
 
 LayerCache LayerCache::clone() const {
@@ -72,10 +98,11 @@ uint64_t LayerCache::bytes() const {
   return sum;
 }
 
-SequenceCache::SequenceCache(const ModelConfig& config, at::ScalarType dtype, at::Device device) {
+SequenceCache::SequenceCache(const ModelConfig& config, at::ScalarType dtype, at::Device device,
+                             CacheLayout layout) {
   const auto options = at::TensorOptions(dtype).device(device);
   for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
-    layers_.emplace_back(config.cache_floats(layer), options);
+    layers_.emplace_back(config.cache_floats(layer), options, layout);
   }
 }
 

@@ -37,10 +37,10 @@ at::Tensor columns(const at::Tensor& x, const Ranges& ranges) {
   return at::cat(parts, 1);
 }
 
-// Columns `index` of x (T, n); zeros where it is negative.
-at::Tensor gather_columns(const at::Tensor& x, const at::Tensor& index) {
-  if (cpu::applies(x)) return cpu::gather_columns(x, index);
-  return x.index_select(1, index.clamp_min(0)) * index.ge(0).to(x.scalar_type());
+constexpr int64_t kTurnOperations = 14;  // of LibTorch, by DecodeAttention::turn()
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  return bias.defined() ? at::linear(x, weight, bias) : at::linear(x, weight);
 }
 
 // Largest error of interpolating e^{iωt} between the nodes over the tokens of a block.
@@ -204,10 +204,10 @@ Basis make_basis(Choice choice, const at::Tensor& rows, const at::Tensor& bias, 
 
 }  // namespace
 
-double default_independence(at::ScalarType model, at::ScalarType cache) {
+double default_independence(at::ScalarType model, at::ScalarType cache, at::Device device) {
   constexpr double kNoKey = 2;  // no row is longer than itself
-  if (c10::elementSize(model) < 4) return kNoKey;
-  return c10::elementSize(cache) < 4 ? 0.3 : 1e-2;
+  if (c10::elementSize(model) < 4 || !device.is_cpu()) return kNoKey;
+  return c10::elementSize(cache) < 4 ? 0.3 : DecodeAttentionOptions{}.independence;
 }
 
 class DecodeAttention::Builder {
@@ -361,6 +361,7 @@ class DecodeAttention::Builder {
       to_.stored_matrices_.push_back(matrix.defined() ? as_model(matrix) : matrix);
     tensors_of(maps_.rebuilt, rebuilt_, to_.rebuilt_, as_model);
     tensors_of(maps_.absorbed, absorbed_, to_.absorbed_, as_model);
+    if (!like.is_cpu() || like.scalar_type() != at::kFloat) make_rebuild_maps(as_model);
   }
 
   DecodeMaps take_maps() { return std::move(maps_); }
@@ -537,9 +538,15 @@ class DecodeAttention::Builder {
   // the others sharing what is left.
   Basis cheapest_basis(const at::Tensor& rows, const at::Tensor& bias, int64_t first) {
     constexpr int64_t kTries = 8;
+    Choice best;
+    if (options_.independence > 1) {  // no key is a coordinate
+      for (int64_t f = 0; f < rows.size(2); ++f) {
+        for (int64_t g = 0; g < maps_.kv_heads; ++g) best.leftover.push_back({g, first + f});
+      }
+      return make_basis(std::move(best), rows, bias, first);
+    }
     const at::Tensor flat = rows.flatten(0, 2);
     const at::Tensor gram = flat.matmul(flat.t());
-    Choice best;
     double least = std::numeric_limits<double>::infinity();
     const int64_t step = (maps_.kv_heads + kTries - 1) / kTries;
     for (int64_t whole = 0; whole < maps_.kv_heads; whole += step) {
@@ -566,6 +573,52 @@ class DecodeAttention::Builder {
       ++ranges.back().end;
     }
     return ranges;
+  }
+
+  template <typename AsModel>
+  void make_rebuild_maps(const AsModel& as_model) const {
+    const int64_t d = maps_.head_dim;
+    const int64_t kv = config_.kv_size();
+    at::Tensor rows = at::zeros({2 * kv, maps_.floats}, at::kDouble);
+    at::Tensor bias = at::zeros({2 * kv}, at::kDouble);
+    for (const std::vector<Leftover>* leftovers : {&rebuilt_, &absorbed_}) {
+      for (const Leftover& leftover : *leftovers) {
+        for (int64_t half = 0; half < 2; ++half) {
+          const int64_t row = leftover.pair.head * d + part(leftover.pair.frequency, half);
+          rows[row].copy_(leftover.rows[half]);
+          bias[row].copy_(leftover.bias[half]);
+        }
+      }
+    }
+    if (to_.values_.defined()) {
+      const at::Tensor values = wide(to_.values_).flatten(0, 1);  // (K·d, columns)
+      int64_t column = 0;
+      for (const Range& range : maps_.values[0].from) {
+        rows.slice(0, kv, 2 * kv)
+            .slice(1, range.begin, range.end)
+            .copy_(values.slice(1, column, column + range.size()));
+        column += range.size();
+      }
+      if (to_.values_bias_.defined())
+        bias.slice(0, kv, 2 * kv).copy_(wide(to_.values_bias_).flatten());
+    }
+    to_.rebuild_ = as_model(rows);
+    if (bias.abs().max().item<double>() > 0) to_.rebuild_bias_ = as_model(bias);
+
+    at::Tensor rotated = at::zeros({kv, maps_.floats}, at::kDouble);
+    for (int64_t key = 0; key < kv; ++key) {
+      const int64_t source = key_source_[static_cast<size_t>(key)];
+      if (source >= 0) rotated[key][source] = 1;
+    }
+    for (size_t i = 0; i < matrices_.size(); ++i) {
+      if (!matrices_[i].defined()) continue;
+      const DecodeMaps::Stored& group = maps_.stored[i];
+      const int64_t g = group.head / group.heads;
+      rotated.slice(0, g * d, (g + 1) * d)
+          .slice(1, group.range.begin, group.range.end)
+          .add_(matrices_[i]);
+    }
+    if (!maps_.stored.empty()) to_.rebuild_rotated_ = as_model(rotated);
   }
 
   template <typename AsModel>
@@ -679,9 +732,8 @@ DecodeAttention::Projected DecodeAttention::project(const at::Tensor& x,
     const at::Tensor records = attention_.records(x.unsqueeze(0), rope).squeeze(0);
     return {records, records};
   }
-  const at::Tensor plain = is_few_rows(x, down_)  ? few_rows_linear(x, down_, down_bias_)
-                           : down_bias_.defined() ? at::linear(x, down_, down_bias_)
-                                                  : at::linear(x, down_);
+  const at::Tensor plain =
+      is_few_rows(x, down_) ? few_rows_linear(x, down_, down_bias_) : linear(x, down_, down_bias_);
   return {plain, turn(plain, rotation_.numel(), rope, /*back=*/false)};
 }
 
@@ -701,7 +753,16 @@ std::pair<at::Tensor, at::Tensor> DecodeAttention::rebuild(const Projected& proj
     const at::Tensor heads = records.view({length, 2 * kv_heads, d});
     return {heads.slice(1, 0, kv_heads), heads.slice(1, kv_heads)};
   }
-  at::Tensor keys = gather_columns(records, key_source_);  // (L, K·d)
+  if (rebuild_.defined()) {
+    const at::Tensor all = linear(projected.plain, rebuild_, rebuild_bias_);  // (L, 2·K·d)
+    at::Tensor keys = apply_rope(all.slice(1, 0, kv_heads * d).unflatten(1, {kv_heads, d}), rope);
+    if (rebuild_rotated_.defined()) {
+      keys.flatten(1).add_(at::linear(records, rebuild_rotated_));
+    }
+    if (constant_keys_.defined()) keys.flatten(1).add_(constant_keys_);
+    return {keys, all.slice(1, kv_heads * d).unflatten(1, {kv_heads, d})};
+  }
+  at::Tensor keys = cpu::gather_columns(records, key_source_);  // (L, K·d)
   for (size_t i = 0; i < maps().stored.size(); ++i) {
     if (!stored_matrices_[i].defined()) continue;
     const DecodeMaps::Stored& group = maps().stored[i];
@@ -722,9 +783,8 @@ std::pair<at::Tensor, at::Tensor> DecodeAttention::rebuild(const Projected& proj
   at::Tensor values;
   if (values_.defined()) {
     const at::Tensor latent = columns(projected.plain, maps().values[0].from);
-    const at::Tensor matrix = values_.flatten(0, 1);
-    values = values_bias_.defined() ? at::linear(latent, matrix, values_bias_.flatten())
-                                    : at::linear(latent, matrix);
+    values = linear(latent, values_.flatten(0, 1),
+                    values_bias_.defined() ? values_bias_.flatten() : values_bias_);
   } else {
     values = at::zeros_like(keys);
   }
@@ -854,6 +914,11 @@ double DecodeAttention::decode_cost() const {
 double DecodeAttention::rebuild_cost() const {
   if (!down_.defined()) return 0;
   double sum = 4.0 * static_cast<double>(maps().unrotated.size());
+  if (rebuild_.defined()) {
+    sum += static_cast<double>(rebuild_.numel());
+    if (rebuild_rotated_.defined()) sum += static_cast<double>(rebuild_rotated_.numel());
+    return sum;
+  }
   for (const at::Tensor* matrix : {&rebuilt_.matrix, &absorbed_.matrix, &values_}) {
     if (matrix->defined()) sum += static_cast<double>(matrix->numel());
   }
@@ -861,6 +926,25 @@ double DecodeAttention::rebuild_cost() const {
     if (matrix.defined()) sum += static_cast<double>(matrix.numel());
   }
   return sum;
+}
+
+int64_t DecodeAttention::decode_operations() const {
+  const auto counted = [](size_t n) { return static_cast<int64_t>(n); };
+  int64_t sum = 20 + 3 * counted(maps().stored.size()) + 2 * counted(maps().values.size());
+  if (down_.defined()) sum += 5;  // gather()
+  if (!maps().unrotated.empty()) sum += kTurnOperations;
+  if (rebuilt_.matrix.defined()) sum += 11 + 2 * maps().kv_heads;
+  if (absorbed_.matrix.defined()) {
+    sum += 5 + counted(maps().turned.nodes.size()) * (12 + 6 * maps().kv_heads);
+  }
+  return sum;
+}
+
+int64_t DecodeAttention::rebuild_operations() const {
+  constexpr int64_t kAttention = 2;
+  if (!down_.defined()) return kAttention;
+  return kAttention + 6 + (rebuild_rotated_.defined() ? 2 : 0) +
+         (maps().unrotated.empty() ? 0 : kTurnOperations);
 }
 
 }  // namespace hla

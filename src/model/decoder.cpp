@@ -37,9 +37,10 @@ Decoder::Decoder(const LlamaForCausalLM& model, const DecoderOptions& options)
                       at::arange(positions, at::TensorOptions(at::kLong).device(model.device())),
                       model.dtype());
   if (uses_kernels()) tiled_rope_ = TiledRope(rope_, frequencies);
-  const DecodeAttentionOptions attention = {.absorb_error = options.absorb_error,
-                                            .independence = options.independence.value_or(
-                                                default_independence(model.dtype(), cache_dtype_))};
+  const DecodeAttentionOptions attention = {
+      .absorb_error = options.absorb_error,
+      .independence = options.independence.value_or(
+          default_independence(model.dtype(), cache_dtype_, model.device()))};
   for (const auto& layer : model.layers()) {
     attention_.push_back(std::make_unique<DecodeAttention>(layer->self_attn(), config,
                                                            frequencies.inv_freq, attention));
@@ -52,10 +53,11 @@ bool Decoder::uses_kernels() const {
 }
 
 SequenceCache Decoder::new_sequence() const {
-  return SequenceCache(model_.config(), cache_dtype_, model_.device());
+  return SequenceCache(model_.config(), cache_dtype_, model_.device(),
+                       uses_kernels() ? CacheLayout::kTiles : CacheLayout::kRows);
 }
 
-bool Decoder::decodes(int64_t layer, int64_t count, bool cached) const {
+bool Decoder::decodes(int64_t layer, int64_t count, int64_t before) const {
   if (options_.attend != DecoderOptions::Attend::kCheapest) {
     return options_.attend == DecoderOptions::Attend::kDecode;
   }
@@ -69,9 +71,19 @@ bool Decoder::decodes(int64_t layer, int64_t count, bool cached) const {
   const double attending =
       2.0 * static_cast<double>(attention.maps().heads * attention.maps().head_dim);
   const double decoding = queries * (attention.decode_cost() + kLoad * floats);
-  const double rebuilding =
-      attention.rebuild_cost() + (cached ? kCopy * floats : 0.0) + queries * attending;
-  return decoding < rebuilding;
+  if (uses_kernels()) {
+    return decoding <
+           attention.rebuild_cost() + (before > 0 ? kCopy * floats : 0.0) + queries * attending;
+  }
+  // LibTorch's operations, a query at a time or for all of them at once: to start one takes as long
+  // as so many products, by order of magnitude (5 µs at 10 T products/s, 2 µs at 50 G).
+  const double start = model_.device().is_cpu() ? 1e5 : 5e7;
+  const double made =
+      model_.config().hla ? 2.0 * static_cast<double>(model_.config().kv_size()) : 0;
+  const double rebuilding = attention.rebuild_cost() + kCopy * made + queries * attending;
+  const auto length = static_cast<double>(before + count);
+  return length * decoding + start * queries * static_cast<double>(attention.decode_operations()) <
+         length * rebuilding + start * static_cast<double>(attention.rebuild_operations());
 }
 
 at::Tensor Decoder::contexts(int64_t layer, const std::vector<Reader>& readers,
@@ -94,6 +106,8 @@ at::Tensor Decoder::contexts(int64_t layer, const std::vector<Reader>& readers,
   std::vector<std::vector<const void*>> blocks;
   std::vector<DecodeItem> items;
   for (const Reader& reader : readers) {
+    TORCH_CHECK(reader.cache->layout() == CacheLayout::kTiles,
+                "[decoder] expected a sequence of this decoder, got one in rows");
     std::vector<const void*>& pointers = blocks.emplace_back();
     for (const at::Tensor& block : reader.cache->blocks())
       pointers.push_back(block.const_data_ptr());
@@ -108,10 +122,54 @@ at::Tensor Decoder::contexts(int64_t layer, const std::vector<Reader>& readers,
   return result;
 }
 
+std::vector<Decoder::KeysValues> Decoder::rebuild(int64_t layer,
+                                                  const std::vector<const LayerCache*>& caches,
+                                                  at::ScalarType dtype) const {
+  // Without kernels, those of all sequences by one product, as far as memory is no concern.
+  constexpr int64_t kTogether = 32768;  // tokens
+  const bool together = !uses_kernels() && model_.config().hla;
+  const DecodeAttention& attention = this->attention(layer);
+  std::vector<KeysValues> result;
+  for (size_t begin = 0; begin < caches.size();) {
+    std::vector<at::Tensor> records, cos, sin;
+    int64_t tokens = 0;
+    size_t end = begin;
+    do {
+      const int64_t length = caches[end]->length();
+      const RopeTables rope = positions_of(rope_, 0, length);
+      records.push_back(caches[end]->records().to(dtype));
+      cos.push_back(rope.cos);
+      sin.push_back(rope.sin);
+      tokens += length;
+      ++end;
+    } while (together && end < caches.size() && tokens + caches[end]->length() <= kTogether);
+    const auto whole = [](const std::vector<at::Tensor>& parts) {
+      return parts.size() == 1 ? parts[0] : at::cat(parts);
+    };
+    const auto [k, v] = attention.rebuild(whole(records), {whole(cos), whole(sin)});
+    int64_t row = 0;
+    for (; begin < end; ++begin) {
+      const int64_t next = row + caches[begin]->length();
+      result.push_back({k.slice(0, row, next), v.slice(0, row, next)});
+      row = next;
+    }
+  }
+  return result;
+}
+
 at::Tensor Decoder::attend(int64_t layer, const std::vector<Chunk>& chunks, const at::Tensor& q,
                            const DecodeAttention::Projected& projected,
                            const RopeTables& rope) const {
   const DecodeAttention& attention = this->attention(layer);
+  std::vector<const LayerCache*> caches;  // of those that rebuild behind others
+  for (const Chunk& chunk : chunks) {
+    const LayerCache& cache = chunk.cache->layer(layer);
+    const auto count = static_cast<int64_t>(chunk.ids.size());
+    const int64_t before = cache.length() - count;
+    if (before > 0 && !decodes(layer, count, before)) caches.push_back(&cache);
+  }
+  const std::vector<KeysValues> rebuilt = rebuild(layer, caches, q.scalar_type());
+  size_t next_rebuilt = 0;
   std::vector<Reader> readers;
   std::vector<at::Tensor> gathered;  // by chunk; undefined: of the readers
   int64_t begin = 0;
@@ -120,12 +178,11 @@ at::Tensor Decoder::attend(int64_t layer, const std::vector<Chunk>& chunks, cons
     const auto count = static_cast<int64_t>(chunk.ids.size());
     const int64_t end = begin + count;
     const int64_t before = cache.length() - count;
-    if (decodes(layer, count, before > 0)) {
+    if (decodes(layer, count, before)) {
       for (int64_t i = 0; i < count; ++i) readers.push_back({&cache, before + i + 1, begin + i});
       gathered.emplace_back();
     } else {
-      const auto [k, v] = before > 0 ? attention.rebuild(cache.records().to(q.scalar_type()),
-                                                         positions_of(rope_, 0, cache.length()))
+      const auto [k, v] = before > 0 ? rebuilt[next_rebuilt++]
                                      : attention.rebuild({projected.plain.slice(0, begin, end),
                                                           projected.records.slice(0, begin, end)},
                                                          positions_of(rope, begin, end));

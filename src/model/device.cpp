@@ -38,6 +38,13 @@ int compute_capability_major(int device) {
   return major;
 }
 
+c10::CachingAllocator::Stat allocated_bytes(const at::Device& device) {
+  using Type = c10::CachingAllocator::StatType;
+  return c10::getDeviceAllocator(device.type())
+      ->getDeviceStats(device.index())
+      .allocated_bytes[static_cast<size_t>(Type::AGGREGATE)];
+}
+
 }  // namespace
 
 ExitCode exit_code_of(const c10::Error& error) {
@@ -164,11 +171,17 @@ uint64_t available_memory_bytes(const at::Device& device) {
   return free;
 }
 
+uint64_t memory_bytes(const at::Device& device) {
+  return device.is_cpu() ? rss_bytes() : static_cast<uint64_t>(allocated_bytes(device).current);
+}
+
 uint64_t peak_memory_bytes(const at::Device& device) {
-  if (device.is_cpu()) return peak_rss_bytes();
-  using Stat = c10::CachingAllocator::StatType;
-  const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
-  return static_cast<uint64_t>(stats.allocated_bytes[static_cast<size_t>(Stat::AGGREGATE)].peak);
+  return device.is_cpu() ? peak_rss_bytes() : static_cast<uint64_t>(allocated_bytes(device).peak);
+}
+
+void reset_peak_memory(const at::Device& device) {
+  if (device.is_cpu()) return reset_peak_rss();
+  c10::getDeviceAllocator(device.type())->resetPeakStats(device.index());
 }
 
 }  // namespace hla

@@ -135,7 +135,8 @@ at::Tensor apply_rope(const at::Tensor& x, const RopeTables& tables) {
   const at::Tensor cos = tables.cos.unsqueeze(-2);  // (T, 1, F): broadcast over heads
   const at::Tensor sin = tables.sin.unsqueeze(-2);
   const std::vector<at::Tensor> halves = x.chunk(2, /*dim=*/-1);
-  return at::cat({halves[0] * cos - halves[1] * sin, halves[1] * cos + halves[0] * sin},
+  return at::cat({at::addcmul(halves[0] * cos, halves[1], sin, -1),
+                  at::addcmul(halves[1] * cos, halves[0], sin)},
                  /*dim=*/-1);
 }
 
@@ -150,9 +151,9 @@ at::Tensor apply_rope_interleaved(const at::Tensor& x, const RopeTables& tables)
   const at::Tensor pairs = x.unflatten(/*dim=*/-1, {-1, 2});  // (…, T, P, 2)
   const at::Tensor first = pairs.select(/*dim=*/-1, 0);
   const at::Tensor second = pairs.select(/*dim=*/-1, 1);
-  return at::stack(
-             {first * tables.cos - second * tables.sin, first * tables.sin + second * tables.cos},
-             /*dim=*/-1)
+  return at::stack({at::addcmul(first * tables.cos, second, tables.sin, -1),
+                    at::addcmul(second * tables.cos, first, tables.sin)},
+                   /*dim=*/-1)
       .flatten(/*start_dim=*/-2);
 }
 

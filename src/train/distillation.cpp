@@ -180,7 +180,7 @@ std::vector<double> match_attention(const LlamaForCausalLM& student,
     const at::NoGradGuard no_gradients;
     hidden = teacher.embed(ids);
   }
-  std::vector<double> errors;
+  std::vector<at::Tensor> errors;  // on the device, which is waited for once
   for (size_t i = 0; i < student.layers().size(); ++i) {
     at::Tensor attention;
     {
@@ -192,11 +192,12 @@ std::vector<double> match_attention(const LlamaForCausalLM& student,
     if (error.requires_grad()) {
       torch::autograd::backward({error}, {at::full_like(error, scale / layers)});
     }
-    errors.push_back(error.item<double>());
+    errors.push_back(error.detach());
     const at::NoGradGuard no_gradients;
     hidden = teacher.layers()[i]->finish(hidden, std::move(attention));  // writes over it
   }
-  return errors;
+  const at::Tensor all = at::stack(errors).to(at::kCPU, at::kDouble);
+  return {all.const_data_ptr<double>(), all.const_data_ptr<double>() + all.numel()};
 }
 
 }  // namespace hla

@@ -29,11 +29,15 @@ double learning_rate_ratio(const FinetuneConfig::Schedule& schedule, int64_t ste
   return schedule.final_ratio + (1 - schedule.final_ratio) * falling;
 }
 
+bool is_factor(const std::string& name) {
+  return name.find(".self_attn.") != std::string::npos &&
+         (name.find("_down.") != std::string::npos || name.find("_up.") != std::string::npos);
+}
+
 bool is_tuned(const std::string& which, const std::string& name) {
   if (which == "all") return true;
   if (name.find(".self_attn.") == std::string::npos) return false;
-  if (which == "attention") return true;
-  return name.find("_down.") != std::string::npos || name.find("_up.") != std::string::npos;
+  return which == "attention" || is_factor(name);
 }
 
 bool is_lora_target(const std::string& name, int64_t dimensions) {
@@ -90,22 +94,24 @@ void Trainer::add_parameters(at::ScalarType dtype) {
 }
 
 void Trainer::make_optimizer() {
-  std::vector<at::Tensor> matrices;
-  std::vector<at::Tensor> vectors;
-  for (const auto& [name, master] : masters_) {
-    (master.dim() >= 2 ? matrices : vectors).push_back(master);
-  }
   const FinetuneConfig::Optimizer& optimizer = config_.optimizer;
-  const auto options = [&](double decay) {
-    return std::make_unique<torch::optim::AdamWOptions>(
-        torch::optim::AdamWOptions(optimizer.learning_rate)
-            .betas({optimizer.beta1, optimizer.beta2})
-            .eps(optimizer.epsilon)
-            .weight_decay(decay));
-  };
   std::vector<torch::optim::OptimizerParamGroup> groups;
-  if (!matrices.empty()) groups.emplace_back(matrices, options(optimizer.weight_decay));
-  if (!vectors.empty()) groups.emplace_back(vectors, options(0));
+  ratios_.clear();
+  for (const bool factors : {false, true}) {
+    for (const bool decays : {true, false}) {  // matrices; norms and biases
+      std::vector<at::Tensor> group;
+      for (const auto& [name, master] : masters_) {
+        if (is_factor(name) == factors && (master.dim() >= 2) == decays) group.push_back(master);
+      }
+      if (group.empty()) continue;
+      groups.emplace_back(group, std::make_unique<torch::optim::AdamWOptions>(
+                                     torch::optim::AdamWOptions(optimizer.learning_rate)
+                                         .betas({optimizer.beta1, optimizer.beta2})
+                                         .eps(optimizer.epsilon)
+                                         .weight_decay(decays ? optimizer.weight_decay : 0)));
+      ratios_.push_back(factors ? optimizer.factors_ratio : 1);
+    }
+  }
   optimizer_ = std::make_unique<torch::optim::AdamW>(groups);
 }
 
@@ -376,7 +382,10 @@ Trainer::Step Trainer::step(const std::vector<TrainingRows::Batch>& batches) {
     for (auto& [name, master] : masters_) {
       if (factor != 1 && master.grad().defined()) master.mutable_grad().mul_(factor);
     }
-    for (auto& group : optimizer_->param_groups()) group.options().set_lr(result.learning_rate);
+    for (size_t i = 0; i < ratios_.size(); ++i) {
+      const double ratio = result.on_attention ? 1 : ratios_[i];
+      optimizer_->param_groups()[i].options().set_lr(ratio * result.learning_rate);
+    }
     optimizer_->step();
     write_weights();
   }

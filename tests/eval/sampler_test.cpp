@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <random>
 
 #include "tensor_util.h"
 
@@ -62,6 +63,48 @@ TEST(SamplerTest, EachLimitKeepsItsTokens) {
   EXPECT_EQ(kept({.temperature = 1, .top_k = 2, .top_p = 0.6}), (Ids{1, 3}));
   const auto found = shares({.temperature = 1, .top_k = 2}, logits());
   EXPECT_NEAR(found.at(1), 4.0 / 7, 0.02);
+}
+
+// Of many candidates, sorted only as far as they are drawn: as if all had been sorted.
+TEST(SamplerTest, DrawsOfALargeVocabularyByRank) {
+  constexpr int64_t kSize = 5000;
+  at::manual_seed(1);
+  const at::Tensor row = at::randn({kSize});
+  const at::Tensor sorted = std::get<0>(row.sort(/*dim=*/0, /*descending=*/true)).to(at::kDouble);
+  const auto draw = [&](const SamplingOptions& options, uint64_t stream) {
+    std::vector<double> weights;
+    for (int64_t i = 0; i < (options.top_k > 0 ? options.top_k : kSize); ++i) {
+      weights.push_back(std::exp((sorted[i] - sorted[0]).item<double>() / options.temperature));
+    }
+    double total = 0;
+    for (const double weight : weights) total += weight;
+    double sum = 0;
+    size_t count = 0;
+    while (count < weights.size() && sum < options.top_p * total) sum += weights[count++];
+    while (weights[count - 1] < options.min_p) sum -= weights[--count];
+    std::seed_seq seed = {static_cast<uint32_t>(options.seed), 0U, static_cast<uint32_t>(stream),
+                          0U};
+    std::mt19937_64 random(seed);
+    double left = static_cast<double>(random() >> 11) * 0x1p-53 * sum;
+    size_t rank = 0;
+    while (rank + 1 < count && (left -= weights[rank]) >= 0) ++rank;
+    return static_cast<int64_t>(rank);
+  };
+  int64_t highest = 0;
+  for (const SamplingOptions& options :
+       std::vector<SamplingOptions>{{.temperature = 1, .seed = 7},
+                                    {.temperature = 3, .seed = 7},
+                                    {.temperature = 2, .top_p = 0.9, .seed = 7},
+                                    {.temperature = 1, .min_p = 0.1, .seed = 7},
+                                    {.temperature = 2, .top_k = 700, .top_p = 0.99, .seed = 7}}) {
+    for (uint64_t stream = 0; stream < 30; ++stream) {
+      Sampler sampler(options, stream);
+      const int64_t rank = draw(options, stream);
+      EXPECT_EQ(row[sampler.next(row, {})].item<double>(), sorted[rank].item<double>());
+      highest = std::max(highest, rank);
+    }
+  }
+  EXPECT_GT(highest, 1000);
 }
 
 TEST(SamplerTest, RepetitionPenaltyCountsATokenOnce) {

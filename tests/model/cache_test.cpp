@@ -51,6 +51,37 @@ TEST(LayerCacheTest, TruncatesAndGoesOn) {
   EXPECT_THROW(cache.truncate(kCacheBlock + 6), c10::Error);
 }
 
+// One matrix of rows takes the same bytes, and is read without a copy.
+TEST(LayerCacheTest, RowsAreOneMatrix) {
+  at::manual_seed(3);
+  const at::Tensor all = at::randn({2 * kCacheBlock + 5, 7});
+  LayerCache cache(7, at::kFloat, CacheLayout::kRows);
+  LayerCache tiles(7, at::kFloat);
+  EXPECT_EQ(cache.records().sizes(), at::IntArrayRef({0, 7}));
+  int64_t begin = 0;
+  for (const int64_t count : {int64_t{1}, int64_t{0}, kCacheBlock - 1, kCacheBlock + 5}) {
+    cache.append(all.slice(0, begin, begin + count));
+    tiles.append(all.slice(0, begin, begin + count));
+    begin += count;
+    EXPECT_EQ(cache.length(), begin);
+    EXPECT_TRUE(cache.records().equal(all.slice(0, 0, begin))) << begin;
+    EXPECT_EQ(cache.bytes(), tiles.bytes()) << begin;
+  }
+  EXPECT_EQ(cache.records().const_data_ptr(), cache.blocks().at(0).const_data_ptr());
+  const LayerCache copy = cache.clone();
+  cache.truncate(kCacheBlock - 3);
+  tiles.truncate(kCacheBlock - 3);
+  EXPECT_EQ(cache.bytes(), tiles.bytes());
+  cache.append(-all.slice(0, kCacheBlock - 3, kCacheBlock + 5));
+  EXPECT_TRUE(cache.records().equal(at::cat(
+      {all.slice(0, 0, kCacheBlock - 3), -all.slice(0, kCacheBlock - 3, kCacheBlock + 5)})));
+  EXPECT_TRUE(copy.records().equal(all));
+  cache.reserve(3 * kCacheBlock + 1);
+  tiles.reserve(3 * kCacheBlock + 1);
+  EXPECT_EQ(cache.bytes(), tiles.bytes());
+  EXPECT_EQ(cache.length(), kCacheBlock + 5);
+}
+
 // Bytes of the storages are what the config says, for layers of different sizes.
 TEST(SequenceCacheTest, BytesAreThoseOfTheRecords) {
   ModelConfig config;

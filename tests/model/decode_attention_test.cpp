@@ -146,7 +146,8 @@ TEST(DecodeAttentionTest, CoordinatesAreKeys) {
   const c10::InferenceMode guard;
   at::manual_seed(3);
   const auto maps_of = [](int64_t rank) {
-    return Layer(config_of(HlaRope::kOriginal, layer_of(0, 0, {}, rank), false), at::kDouble, {})
+    return Layer(config_of(HlaRope::kOriginal, layer_of(0, 0, {}, rank), false), at::kDouble,
+                 {.independence = 1e-2})
         .decode.maps();
   };
   const DecodeMaps all = maps_of(48);

@@ -43,7 +43,7 @@ struct BenchRow {
   uint64_t weight_bytes = 0;    // read for every token
   uint64_t cache_bytes = 0;     // of the storages, at the end of the test
   uint64_t cached_bytes = 0;    // of them, that a step reads: records of `depth` tokens
-  uint64_t rss_bytes = 0;       // of the model's process, at the end of the test
+  uint64_t rss_bytes = 0;  // of the model's process, at the end of the test; on a GPU LibTorch's
   uint64_t peak_rss_bytes = 0;  // in the test
 
   double tokens_per_second(size_t repetition) const;
@@ -57,8 +57,8 @@ struct AttendCosts {
   std::string model;
   double decode_products = 0;   // per new token, cached token and layer (mean)
   double rebuild_products = 0;  // per cached token and layer (mean), once for all new tokens
-  // New tokens at which most layers rebuild, behind something cached and at the beginning; 0: they
-  // never do.
+  // New tokens at which most layers rebuild, behind the last test's depth (which matters where
+  // there are no kernels) and at the beginning; 0: they never do.
   int64_t rebuilds_from = 0, prompt_rebuilds_from = 0;
 };
 

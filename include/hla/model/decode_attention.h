@@ -5,7 +5,9 @@
 // the fastest frequencies first, cached rotated as a Llama caches them; the others are orthogonal
 // to those. So scores of most frequencies are read straight off the cache, exactly, and values come
 // from averages of records. Keys that the coordinates do not hold are absorbed by the query per
-// block of tokens where they turn slowly, and made again where they do not.
+// block of tokens where they turn slowly, and made again where they do not. Where there are no
+// kernels for that (GPUs, 16 bits), coordinates are the latents themselves, and keys and values of
+// all records are made by one product.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,12 +33,15 @@ struct DecodeAttentionOptions {
   // A key becomes a coordinate where at least this share of its map is independent of the others'.
   // The less, the more keys are read straight off the cache, but the larger are the numbers that
   // cancel in values, which records or weights in 16 bits cannot afford.
-  double independence = 1e-2;
+  double independence = 0.1;
 };
 
-// The independence for a model and a cache of these types: coordinates of fp32 are cheapest at
-// 1e-2; 16-bit records take 0.3, and 16-bit weights no other basis than the latent's own.
-double default_independence(at::ScalarType model, at::ScalarType cache);
+// The independence for a model and a cache of these types: with 0.1 logits of fp32 are right to
+// about 1e-3 on text (less is cheaper by a few products); 16-bit records take 0.3, and 16-bit
+// weights no other basis than the latent's own. Nor do other devices than the CPU, where what
+// counts is how few operations there are.
+double default_independence(at::ScalarType model, at::ScalarType cache,
+                            at::Device device = at::kCPU);
 
 class DecodeAttention {
  public:
@@ -71,6 +76,9 @@ class DecodeAttention {
   // Products per token read and query token, by decoding and, once for all queries, by rebuilding.
   double decode_cost() const;
   double rebuild_cost() const;
+  // LibTorch's operations, about: of context() and gather(), and of rebuild() and attention.
+  int64_t decode_operations() const;
+  int64_t rebuild_operations() const;
 
  private:
   class Builder;
@@ -96,6 +104,10 @@ class DecodeAttention {
   KeyTensors rebuilt_, absorbed_;
   at::Tensor constant_keys_;         // (K·d) the same for all tokens: no score feels it
   at::Tensor values_, values_bias_;  // (K, d, context of a head), (K, d)
+  // For LibTorch's operations: keys before rotation, then values, of records before rotation; and
+  // what keys take from records as they are cached, if they do.
+  at::Tensor rebuild_, rebuild_bias_;  // (2·K·d, n), (2·K·d)
+  at::Tensor rebuild_rotated_;         // (K·d, n)
 };
 
 }  // namespace hla

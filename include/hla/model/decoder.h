@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "hla/model/cache.h"
@@ -53,15 +54,19 @@ class Decoder {
   const DecodeAttention& attention(int64_t layer) const {
     return *attention_[static_cast<size_t>(layer)];
   }
-  // Whether `count` new tokens of a sequence read the records one by one, or from keys and values
-  // that are made anew of all of them.
-  bool decodes(int64_t layer, int64_t count, bool cached) const;
+  // Whether `count` new tokens of a sequence, behind `before` others, read the records one by one,
+  // or from keys and values that are made anew of all of them.
+  bool decodes(int64_t layer, int64_t count, int64_t before) const;
 
  private:
   bool uses_kernels() const;
   // What the chunks gather, (N, H·d), of queries q (N, H, d); their records are in the caches.
   at::Tensor attend(int64_t layer, const std::vector<Chunk>& chunks, const at::Tensor& q,
                     const DecodeAttention::Projected& projected, const RopeTables& rope) const;
+  // Keys and values (L, K, d) of all that the caches of a layer hold, by cache.
+  using KeysValues = std::pair<at::Tensor, at::Tensor>;
+  std::vector<KeysValues> rebuild(int64_t layer, const std::vector<const LayerCache*>& caches,
+                                  at::ScalarType dtype) const;
   // Averages (n, …) of single tokens, each over the first `length` records of a cache.
   struct Reader {
     const LayerCache* cache;

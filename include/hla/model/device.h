@@ -42,7 +42,10 @@ DType to_dtype(at::ScalarType dtype);  // throws kRuntime for types that files d
 // What can still be allocated there; of a GPU where its runtime says so, else as if without limit.
 uint64_t available_memory_bytes(const at::Device& device);
 
-// The most memory that this process had so far: resident (CPU), or of LibTorch's allocator there.
+// What this process has of memory: resident (CPU), or of LibTorch's allocator there; now, and at
+// most since it began or the peak was reset.
+uint64_t memory_bytes(const at::Device& device);
 uint64_t peak_memory_bytes(const at::Device& device);
+void reset_peak_memory(const at::Device& device);
 
 }  // namespace hla

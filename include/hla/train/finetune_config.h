@@ -48,6 +48,7 @@ struct FinetuneConfig {
   } distill;
   struct Optimizer {
     double learning_rate = 5e-5;
+    double factors_ratio = 1;
     double beta1 = 0.9;
     double beta2 = 0.999;
     double epsilon = 1e-8;

@@ -27,6 +27,9 @@ class LlamaForCausalLM;
 // The learning rate of a step, counted from 0, of `steps`, in parts of the highest.
 double learning_rate_ratio(const FinetuneConfig::Schedule& schedule, int64_t step, int64_t steps);
 
+// Whether the parameter of that HF name belongs to a down or up matrix of HLA.
+bool is_factor(const std::string& name);
+
 // Whether "train.parameters" `which` tunes the parameter of that HF name.
 bool is_tuned(const std::string& which, const std::string& name);
 
@@ -125,6 +128,7 @@ class Trainer {
   std::vector<LowRank> low_rank_;
   std::vector<std::pair<std::string, at::Tensor>> masters_;  // all that AdamW works on, by name
   std::unique_ptr<torch::optim::AdamW> optimizer_;
+  std::vector<double> ratios_;  // by its groups: learning rates, divided by learning_rate()
 };
 
 }  // namespace hla
