@@ -58,8 +58,8 @@ class Run {
     LoadOptions load = options.load;
     load.dtype = dtype_;
     load_teacher(load);
-    // What is tuned in half precision has fp32 weights behind it.
-    if (is_half(dtype_)) load.dtype = at::kFloat;
+    // What is tuned in half precision has fp32 weights behind it, which begin as they were stored.
+    if (is_half(dtype_)) load.dtype = is_half(stored) ? stored : at::kFloat;
     output_dtype_ = is_half(stored) ? dtype_ : *load.dtype;
     model_ = load_model(checkpoint_, load);
     balance_factors();

@@ -227,13 +227,6 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        0,
        1},
       {"optimizer.learning_rate", "of AdamW, at its highest", &c.optimizer.learning_rate, {}, 0, 1},
-      {"optimizer.factors_ratio",
-       "learning rate of HLA's down and up matrices and their biases, divided by that of all other "
-       "weights (steps on attention have one for all); a Llama has none of them",
-       &c.optimizer.factors_ratio,
-       {},
-       0,
-       1000},
       {"optimizer.beta1", "decay of the mean gradient", &c.optimizer.beta1, {}, 0, 0.9999999},
       {"optimizer.beta2", "decay of the mean square", &c.optimizer.beta2, {}, 0, 0.9999999},
       {"optimizer.epsilon", "added to the root of the mean square", &c.optimizer.epsilon, {}, 0},

@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/optim/adamw.h>
 
 #include <cmath>
 #include <numbers>
@@ -29,15 +28,11 @@ double learning_rate_ratio(const FinetuneConfig::Schedule& schedule, int64_t ste
   return schedule.final_ratio + (1 - schedule.final_ratio) * falling;
 }
 
-bool is_factor(const std::string& name) {
-  return name.find(".self_attn.") != std::string::npos &&
-         (name.find("_down.") != std::string::npos || name.find("_up.") != std::string::npos);
-}
-
 bool is_tuned(const std::string& which, const std::string& name) {
   if (which == "all") return true;
   if (name.find(".self_attn.") == std::string::npos) return false;
-  return which == "attention" || is_factor(name);
+  if (which == "attention") return true;
+  return name.find("_down.") != std::string::npos || name.find("_up.") != std::string::npos;
 }
 
 bool is_lora_target(const std::string& name, int64_t dimensions) {
@@ -51,11 +46,8 @@ Trainer::Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, TrainerS
     check_teacher(model_, *teacher_, steps_.attention > 0 || config_.distill.hidden > 0);
   }
   add_parameters(dtype.value_or(model.dtype()));
-  make_optimizer();
   if (model_.dtype() != at::kHalf) scale_.value = 1;
 }
-
-Trainer::~Trainer() = default;
 
 void Trainer::add_parameters(at::ScalarType dtype) {
   const bool narrows = is_half(dtype);
@@ -93,26 +85,37 @@ void Trainer::add_parameters(at::ScalarType dtype) {
   }
 }
 
-void Trainer::make_optimizer() {
-  const FinetuneConfig::Optimizer& optimizer = config_.optimizer;
-  std::vector<torch::optim::OptimizerParamGroup> groups;
-  ratios_.clear();
-  for (const bool factors : {false, true}) {
-    for (const bool decays : {true, false}) {  // matrices; norms and biases
-      std::vector<at::Tensor> group;
-      for (const auto& [name, master] : masters_) {
-        if (is_factor(name) == factors && (master.dim() >= 2) == decays) group.push_back(master);
-      }
-      if (group.empty()) continue;
-      groups.emplace_back(group, std::make_unique<torch::optim::AdamWOptions>(
-                                     torch::optim::AdamWOptions(optimizer.learning_rate)
-                                         .betas({optimizer.beta1, optimizer.beta2})
-                                         .eps(optimizer.epsilon)
-                                         .weight_decay(decays ? optimizer.weight_decay : 0)));
-      ratios_.push_back(factors ? optimizer.factors_ratio : 1);
+// A step of AdamW on all masters that have a gradient, in one pass over each.
+void Trainer::update(double learning_rate) {
+  struct Group {
+    std::vector<at::Tensor> weights, gradients, means, squares;
+  };
+  std::map<std::pair<bool, int64_t>, Group> groups;  // by whether they decay, and number of steps
+  for (const auto& [name, master] : masters_) {
+    if (!master.grad().defined()) continue;
+    Moments& moments = moments_[name];
+    if (!moments.mean.defined()) {
+      moments.mean = at::zeros_like(master);
+      moments.square = at::zeros_like(master);
     }
+    Group& group = groups[{master.dim() >= 2, ++moments.steps}];
+    group.weights.push_back(master);
+    group.gradients.push_back(master.grad().contiguous());
+    group.means.push_back(moments.mean);
+    group.squares.push_back(moments.square);
   }
-  optimizer_ = std::make_unique<torch::optim::AdamW>(groups);
+  const FinetuneConfig::Optimizer& optimizer = config_.optimizer;
+  for (auto& [key, group] : groups) {
+    const auto& [decays, steps] = key;
+    const std::vector<at::Tensor> counts =
+        at::full({static_cast<int64_t>(group.weights.size())}, steps,
+                 group.weights[0].options().dtype(at::kFloat).requires_grad(false))
+            .unbind();
+    at::_fused_adamw_(group.weights, group.gradients, group.means, group.squares, {}, counts,
+                      learning_rate, optimizer.beta1, optimizer.beta2,
+                      decays ? optimizer.weight_decay : 0, optimizer.epsilon, /*amsgrad=*/false,
+                      /*maximize=*/false);
+  }
 }
 
 std::map<std::string, at::Tensor> Trainer::tuned_weights() const {
@@ -174,12 +177,11 @@ void Trainer::save(const std::filesystem::path& file) const {
   std::vector<std::pair<std::string, at::Tensor>> tensors;
   for (const auto& [name, master] : masters_) {
     tensors.emplace_back("weight/" + name, master.detach());
-    const auto found = optimizer_->state().find(master.unsafeGetTensorImpl());
-    if (found == optimizer_->state().end()) continue;  // no gradient so far
-    const auto& state = static_cast<const torch::optim::AdamWParamState&>(*found->second);
-    tensors.emplace_back("mean/" + name, state.exp_avg());
-    tensors.emplace_back("square/" + name, state.exp_avg_sq());
-    tensors.emplace_back("steps/" + name, at::scalar_tensor(state.step(), at::kLong));
+    const auto found = moments_.find(name);
+    if (found == moments_.end()) continue;  // no gradient so far
+    tensors.emplace_back("mean/" + name, found->second.mean);
+    tensors.emplace_back("square/" + name, found->second.square);
+    tensors.emplace_back("steps/" + name, at::scalar_tensor(found->second.steps, at::kLong));
   }
   if (done_ < steps_.attention) {
     for (const auto& [name, tensor] : curvature_.tensors()) {
@@ -197,7 +199,7 @@ void Trainer::load(const std::filesystem::path& file, int64_t steps) {
   const at::NoGradGuard no_gradients;
   const auto reader = SafetensorsReader::open(file);
   Problems problems(file.string());
-  optimizer_->state().clear();
+  moments_.clear();
   for (auto& [name, master] : masters_) {
     if (!reader.has("weight/" + name) ||
         reader.view("weight/" + name).shape != master.sizes().vec()) {
@@ -206,11 +208,9 @@ void Trainer::load(const std::filesystem::path& file, int64_t steps) {
     }
     master.copy_(load_tensor(reader, "weight/" + name));
     if (!reader.has("mean/" + name)) continue;
-    auto state = std::make_unique<torch::optim::AdamWParamState>();
-    state->step(load_tensor(reader, "steps/" + name).item<int64_t>());
-    state->exp_avg(load_tensor(reader, "mean/" + name).to(master.device()));
-    state->exp_avg_sq(load_tensor(reader, "square/" + name).to(master.device()));
-    optimizer_->state()[master.unsafeGetTensorImpl()] = std::move(state);
+    moments_[name] = {load_tensor(reader, "mean/" + name).to(master.device()),
+                      load_tensor(reader, "square/" + name).to(master.device()),
+                      load_tensor(reader, "steps/" + name).item<int64_t>()};
   }
   problems.throw_if_any();
   curvature_ = {};
@@ -346,7 +346,7 @@ Trainer::Step Trainer::step(const std::vector<TrainingRows::Batch>& batches) {
   for (const TrainingRows::Batch& batch : batches) {
     result.labels += batch.labels.ge(0).sum().item<int64_t>();
   }
-  optimizer_->zero_grad(/*set_to_none=*/true);
+  for (auto& [name, master] : masters_) master.mutable_grad().reset();
   const auto labels = static_cast<double>(std::max<int64_t>(1, result.labels));
   for (const TrainingRows::Batch& batch : batches) {
     if (result.on_attention) {
@@ -382,14 +382,10 @@ Trainer::Step Trainer::step(const std::vector<TrainingRows::Batch>& batches) {
     for (auto& [name, master] : masters_) {
       if (factor != 1 && master.grad().defined()) master.mutable_grad().mul_(factor);
     }
-    for (size_t i = 0; i < ratios_.size(); ++i) {
-      const double ratio = result.on_attention ? 1 : ratios_[i];
-      optimizer_->param_groups()[i].options().set_lr(ratio * result.learning_rate);
-    }
-    optimizer_->step();
+    update(result.learning_rate);
     write_weights();
   }
-  if (done_ == steps_.attention) optimizer_->state().clear();  // moments of another loss
+  if (done_ == steps_.attention) moments_.clear();  // of another loss
   return result;
 }
 

@@ -202,48 +202,6 @@ TEST(TrainerTest, TunesWhatWasAskedFor) {
   EXPECT_EQ(error_of([&] { Trainer(*model, config, {.loss = 1}); }).code(), ExitCode::kBadInput);
 }
 
-// With moments of one gradient, every entry moves by its learning rate.
-TEST(TrainerTest, FactorsMayLearnFaster) {
-  at::manual_seed(9);
-  ModelConfig sizes;
-  sizes.hidden_size = 16;
-  sizes.intermediate_size = 24;
-  sizes.num_hidden_layers = 1;
-  sizes.num_attention_heads = 4;
-  sizes.num_key_value_heads = 2;
-  sizes.head_dim = 8;
-  sizes.vocab_size = 40;
-  HlaLayerConfig layer;
-  layer.kv_rank = 6;
-  sizes.hla = HlaConfig{HlaRope::kOriginal, 1.0, {layer}};
-  testing::RandomSource source(at::kFloat);
-  LlamaForCausalLM model(source, sizes);
-  FinetuneConfig config;
-  config.optimizer.learning_rate = 1e-3;
-  config.optimizer.factors_ratio = 4;
-  config.optimizer.weight_decay = 0;
-  config.schedule.kind = "constant";
-  ModelConfig base = sizes;
-  base.hla.reset();
-  const LlamaForCausalLM teacher(source, base);
-  config.distill.kl = 0;
-  Trainer trainer(model, config, {.attention = 1, .loss = 1}, &teacher);
-  for (const bool on_attention : {true, false}) {
-    const auto before = weights_of(model);
-    const Trainer::Step step = trainer.step({batch_of(at::randint(0, 40, {4, 24}, at::kLong))});
-    EXPECT_EQ(step.on_attention, on_attention);
-    EXPECT_DOUBLE_EQ(step.learning_rate, 1e-3);
-    for (const auto& [name, weight] : weights_of(model)) {
-      const bool factor = name.find("self_attn.kv_") != std::string::npos;
-      EXPECT_EQ(is_factor(name), factor) << name;
-      if (on_attention && !factor) continue;
-      EXPECT_NEAR((weight - before.at(name)).abs().median().item<double>(),
-                  factor && !on_attention ? 4e-3 : 1e-3, 2e-5)
-          << name;
-    }
-  }
-}
-
 TEST(TrainerTest, StopsAtNumbersThatAreNotFinite) {
   const auto model = load_committed("gqa");
   model->layers()[1]->named_parameters()["mlp.down_proj.weight"].fill_(NAN);

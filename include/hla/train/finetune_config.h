@@ -48,7 +48,6 @@ struct FinetuneConfig {
   } distill;
   struct Optimizer {
     double learning_rate = 5e-5;
-    double factors_ratio = 1;
     double beta1 = 0.9;
     double beta2 = 0.999;
     double epsilon = 1e-8;

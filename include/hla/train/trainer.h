@@ -16,19 +16,12 @@
 #include "hla/train/low_rank.h"
 #include "hla/train/training_rows.h"
 
-namespace torch::optim {
-class AdamW;
-}
-
 namespace hla {
 
 class LlamaForCausalLM;
 
 // The learning rate of a step, counted from 0, of `steps`, in parts of the highest.
 double learning_rate_ratio(const FinetuneConfig::Schedule& schedule, int64_t step, int64_t steps);
-
-// Whether the parameter of that HF name belongs to a down or up matrix of HLA.
-bool is_factor(const std::string& name);
 
 // Whether "train.parameters" `which` tunes the parameter of that HF name.
 bool is_tuned(const std::string& which, const std::string& name);
@@ -58,7 +51,6 @@ class Trainer {
   Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, TrainerSteps steps,
           const LlamaForCausalLM* teacher = nullptr,
           std::optional<at::ScalarType> dtype = std::nullopt);
-  ~Trainer();
 
   struct Step {
     double loss = 0;           // mean over the labels, nats
@@ -104,7 +96,7 @@ class Trainer {
   };
 
   void add_parameters(at::ScalarType dtype);
-  void make_optimizer();
+  void update(double learning_rate);
   // Adds the gradients of a batch to those of the masters, `losses` on the mean over the labels.
   void add_loss(const TrainingRows::Batch& batch, double labels, Step& losses);
   void add_attention(const TrainingRows::Batch& batch, double labels, Step& losses);
@@ -127,8 +119,11 @@ class Trainer {
   std::vector<Tuned> tuned_;
   std::vector<LowRank> low_rank_;
   std::vector<std::pair<std::string, at::Tensor>> masters_;  // all that AdamW works on, by name
-  std::unique_ptr<torch::optim::AdamW> optimizer_;
-  std::vector<double> ratios_;  // by its groups: learning rates, divided by learning_rate()
+  struct Moments {                                           // of AdamW
+    at::Tensor mean, square;
+    int64_t steps = 0;
+  };
+  std::map<std::string, Moments> moments_;  // of the masters that had a gradient
 };
 
 }  // namespace hla
