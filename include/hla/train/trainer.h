@@ -44,10 +44,10 @@ class Trainer {
   // Marks the parameters to be tuned; the others stay as they are. Model and teacher must outlive
   // it. `dtype` is what the model is to compute in, if not in its own; where that is half
   // precision, AdamW works on fp32 weights of the trainer's own, of which the model gets the
-  // rounded ones, and in fp16 the loss is scaled (LossScale). So a model is best loaded in fp32:
-  // from rounded weights no small step leads to others, as each is in the middle of those that
-  // round to it. Throws kBadInput where there is nothing to tune, or the teacher does not fit;
-  // kUsage where train.lora_rank has nothing to work on.
+  // rounded ones, and in fp16 the loss is scaled (LossScale). So a model is best loaded as it is
+  // stored, or in fp32: from rounded weights no small step leads to others, as each is in the
+  // middle of those that round to it. Throws kBadInput where there is nothing to tune, or the
+  // teacher does not fit; kUsage where train.lora_rank has nothing to work on.
   Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, TrainerSteps steps,
           const LlamaForCausalLM* teacher = nullptr,
           std::optional<at::ScalarType> dtype = std::nullopt);
