@@ -119,7 +119,8 @@ class Trainer {
   std::vector<Tuned> tuned_;
   std::vector<LowRank> low_rank_;
   std::vector<std::pair<std::string, at::Tensor>> masters_;  // all that AdamW works on, by name
-  struct Moments {                                           // of AdamW
+  // Of AdamW.
+  struct Moments {
     at::Tensor mean, square;
     int64_t steps = 0;
   };
