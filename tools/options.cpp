@@ -44,8 +44,7 @@ void add_attend_option(CLI::App& command, DecoderOptions::Attend& target) {
           "--attend", [ways, &target](const std::string& name) { target = ways.at(name); },
           "How new tokens attend to the cache: decode (records are read as they are), rebuild "
           "(keys and values of all tokens are made anew) or cheapest, by products and, without the "
-          "CPU's "
-          "kernels, by how many operations have to be started")
+          "CPU's kernels, by how many operations have to be started")
       ->check(CLI::IsMember({"cheapest", "decode", "rebuild"}))
       ->default_str("cheapest");
 }

@@ -39,8 +39,13 @@ at::Tensor columns(const at::Tensor& x, const Ranges& ranges) {
 
 constexpr int64_t kTurnOperations = 14;  // of LibTorch, by DecodeAttention::turn()
 
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  return bias.defined() ? at::linear(x, weight, bias) : at::linear(x, weight);
+// Writes the columns of `from` (N, …) over those of `to` in these ranges.
+void set_columns(const at::Tensor& to, const Ranges& ranges, const at::Tensor& from) {
+  int64_t column = 0;
+  for (const Range& range : ranges) {
+    to.slice(1, range.begin, range.end).copy_(from.slice(1, column, column + range.size()));
+    column += range.size();
+  }
 }
 
 // Largest error of interpolating e^{iωt} between the nodes over the tokens of a block.
@@ -447,12 +452,7 @@ class DecodeAttention::Builder {
       at::Tensor constant = -of_basis.matmul(basis.offset);
       if (bias.defined()) constant = constant + bias[pair.head].select(1, pair.frequency - first);
       at::Tensor all = at::zeros({2, maps_.floats}, at::kDouble);
-      int64_t column = 0;
-      for (const Range& range : columns) {
-        all.slice(1, range.begin, range.end)
-            .copy_(of_basis.slice(1, column, column + range.size()));
-        column += range.size();
-      }
+      set_columns(all, columns, of_basis);
       to.push_back({pair, all, constant});
     }
   }
@@ -591,20 +591,13 @@ class DecodeAttention::Builder {
       }
     }
     if (to_.values_.defined()) {
-      const at::Tensor values = wide(to_.values_).flatten(0, 1);  // (K·d, columns)
-      int64_t column = 0;
-      for (const Range& range : maps_.values[0].from) {
-        rows.slice(0, kv, 2 * kv)
-            .slice(1, range.begin, range.end)
-            .copy_(values.slice(1, column, column + range.size()));
-        column += range.size();
-      }
-      if (to_.values_bias_.defined())
-        bias.slice(0, kv, 2 * kv).copy_(wide(to_.values_bias_).flatten());
+      set_columns(rows.slice(0, kv), maps_.values[0].from, wide(to_.values_).flatten(0, 1));
+      if (to_.values_bias_.defined()) bias.slice(0, kv).copy_(wide(to_.values_bias_).flatten());
     }
     to_.rebuild_ = as_model(rows);
     if (bias.abs().max().item<double>() > 0) to_.rebuild_bias_ = as_model(bias);
 
+    if (maps_.stored.empty()) return;
     at::Tensor rotated = at::zeros({kv, maps_.floats}, at::kDouble);
     for (int64_t key = 0; key < kv; ++key) {
       const int64_t source = key_source_[static_cast<size_t>(key)];
@@ -618,7 +611,7 @@ class DecodeAttention::Builder {
           .slice(1, group.range.begin, group.range.end)
           .add_(matrices_[i]);
     }
-    if (!maps_.stored.empty()) to_.rebuild_rotated_ = as_model(rotated);
+    to_.rebuild_rotated_ = as_model(rotated);
   }
 
   template <typename AsModel>
@@ -732,8 +725,8 @@ DecodeAttention::Projected DecodeAttention::project(const at::Tensor& x,
     const at::Tensor records = attention_.records(x.unsqueeze(0), rope).squeeze(0);
     return {records, records};
   }
-  const at::Tensor plain =
-      is_few_rows(x, down_) ? few_rows_linear(x, down_, down_bias_) : linear(x, down_, down_bias_);
+  const at::Tensor plain = is_few_rows(x, down_) ? few_rows_linear(x, down_, down_bias_)
+                                                 : at::linear(x, down_, down_bias_);
   return {plain, turn(plain, rotation_.numel(), rope, /*back=*/false)};
 }
 
@@ -754,7 +747,7 @@ std::pair<at::Tensor, at::Tensor> DecodeAttention::rebuild(const Projected& proj
     return {heads.slice(1, 0, kv_heads), heads.slice(1, kv_heads)};
   }
   if (rebuild_.defined()) {
-    const at::Tensor all = linear(projected.plain, rebuild_, rebuild_bias_);  // (L, 2·K·d)
+    const at::Tensor all = at::linear(projected.plain, rebuild_, rebuild_bias_);  // (L, 2·K·d)
     at::Tensor keys = apply_rope(all.slice(1, 0, kv_heads * d).unflatten(1, {kv_heads, d}), rope);
     if (rebuild_rotated_.defined()) {
       keys.flatten(1).add_(at::linear(records, rebuild_rotated_));
@@ -783,8 +776,8 @@ std::pair<at::Tensor, at::Tensor> DecodeAttention::rebuild(const Projected& proj
   at::Tensor values;
   if (values_.defined()) {
     const at::Tensor latent = columns(projected.plain, maps().values[0].from);
-    values = linear(latent, values_.flatten(0, 1),
-                    values_bias_.defined() ? values_bias_.flatten() : values_bias_);
+    values = at::linear(latent, values_.flatten(0, 1),
+                        values_bias_.defined() ? values_bias_.flatten() : values_bias_);
   } else {
     values = at::zeros_like(keys);
   }

@@ -162,44 +162,48 @@ at::Tensor Decoder::attend(int64_t layer, const std::vector<Chunk>& chunks, cons
                            const DecodeAttention::Projected& projected,
                            const RopeTables& rope) const {
   const DecodeAttention& attention = this->attention(layer);
+  struct Part {  // of a chunk
+    const LayerCache* cache;
+    int64_t begin, end;  // its tokens among all new ones
+    int64_t before;      // those of its sequence that were there
+    bool decodes;
+  };
+  std::vector<Part> parts;
   std::vector<const LayerCache*> caches;  // of those that rebuild behind others
+  int64_t tokens = 0;
   for (const Chunk& chunk : chunks) {
     const LayerCache& cache = chunk.cache->layer(layer);
     const auto count = static_cast<int64_t>(chunk.ids.size());
     const int64_t before = cache.length() - count;
-    if (before > 0 && !decodes(layer, count, before)) caches.push_back(&cache);
+    parts.push_back({&cache, tokens, tokens + count, before, decodes(layer, count, before)});
+    tokens += count;
+    if (before > 0 && !parts.back().decodes) caches.push_back(&cache);
   }
   const std::vector<KeysValues> rebuilt = rebuild(layer, caches, q.scalar_type());
   size_t next_rebuilt = 0;
   std::vector<Reader> readers;
   std::vector<at::Tensor> gathered;  // by chunk; undefined: of the readers
-  int64_t begin = 0;
-  for (const Chunk& chunk : chunks) {
-    const LayerCache& cache = chunk.cache->layer(layer);
-    const auto count = static_cast<int64_t>(chunk.ids.size());
-    const int64_t end = begin + count;
-    const int64_t before = cache.length() - count;
-    if (decodes(layer, count, before)) {
-      for (int64_t i = 0; i < count; ++i) readers.push_back({&cache, before + i + 1, begin + i});
+  for (const auto& [cache, begin, end, before, decodes] : parts) {
+    if (decodes) {
+      for (int64_t i = begin; i < end; ++i) readers.push_back({cache, before + i - begin + 1, i});
       gathered.emplace_back();
-    } else {
-      const auto [k, v] = before > 0 ? rebuilt[next_rebuilt++]
-                                     : attention.rebuild({projected.plain.slice(0, begin, end),
-                                                          projected.records.slice(0, begin, end)},
-                                                         positions_of(rope, begin, end));
-      gathered.push_back(
-          Attention::context({q.slice(0, begin, end).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)})
-              .squeeze(0));
+      continue;
     }
-    begin = end;
+    const auto [k, v] = before > 0 ? rebuilt[next_rebuilt++]
+                                   : attention.rebuild({projected.plain.slice(0, begin, end),
+                                                        projected.records.slice(0, begin, end)},
+                                                       positions_of(rope, begin, end));
+    gathered.push_back(
+        Attention::context({q.slice(0, begin, end).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)})
+            .squeeze(0));
   }
   if (readers.empty()) return gathered.size() == 1 ? gathered[0] : at::cat(gathered);
   const at::Tensor read = attention.gather(contexts(layer, readers, q));
-  if (read.size(0) == begin) return read;
+  if (read.size(0) == tokens) return read;
   int64_t row = 0;
-  for (size_t i = 0; i < chunks.size(); ++i) {
-    if (gathered[i].defined()) continue;
-    const auto count = static_cast<int64_t>(chunks[i].ids.size());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (!parts[i].decodes) continue;
+    const int64_t count = parts[i].end - parts[i].begin;
     gathered[i] = read.slice(0, row, row + count);
     row += count;
   }

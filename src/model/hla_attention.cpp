@@ -24,7 +24,7 @@ at::Tensor through(const Linear& down, const Linear& up, const at::Tensor& x) {
   if (half || rows * rank * (in + out) <= (rows + rank) * in * out)
     return up.forward(down.forward(x));
   const at::Tensor product = at::mm(up.weight, down.weight);  // (out, in)
-  return up.bias.defined() ? at::linear(x, product, up.bias) : at::linear(x, product);
+  return at::linear(x, product, up.bias);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ Linear::Linear(ParameterSource& source, const std::string& prefix, int64_t in, i
 
 at::Tensor Linear::forward(const at::Tensor& x) const {
   if (is_few_rows(x, weight)) return few_rows_linear(x, weight, bias);
-  return bias.defined() ? at::linear(x, weight, bias) : at::linear(x, weight);
+  return at::linear(x, weight, bias);
 }
 
 RmsNorm::RmsNorm(ParameterSource& source, const std::string& prefix, int64_t size, double eps)
