@@ -22,7 +22,7 @@ import struct
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, decoders, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, decoders, processors, trainers
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "tests" / "data" / "text"
@@ -102,6 +102,46 @@ def synthetic():
                 else pre_tokenizers.Split(Regex(r"[\p{L}\s]+"), behavior, invert=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]))
             yield "split_" + behavior + ("_invert" if invert else ""), t.to_str(pretty=False)
+
+
+def characters():
+    """BPE on characters, as transformers writes it for models that came with a SentencePiece file."""
+    specials = ["<unk>", "<s>", "</s>"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    mark = "\u2581"
+    t = Tokenizer(models.BPE(unk_token="<unk>"))
+    t.pre_tokenizer = pre_tokenizers.Metaspace(replacement=mark, prepend_scheme="always", split=True)
+    t.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=700, show_progress=False,
+                                                      special_tokens=specials + bytes_))
+    data = json.loads(t.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in specials]
+    data["model"].update(byte_fallback=True, fuse_unk=True)
+    count = len(data["model"]["vocab"])
+    for i, (content, normalized) in enumerate([("<|im_start|>", True), ("<tool>", False)]):
+        data["added_tokens"].append({"id": count + i, "content": content, "single_word": False, "lstrip": False,
+                                     "rstrip": False, "normalized": normalized, "special": not normalized})
+
+    def made(pre, normalizer, **model):
+        copy = json.loads(json.dumps(data))
+        copy["model"].update(model)
+        t = Tokenizer.from_str(json.dumps(copy))
+        if normalizer is not None:
+            t.normalizer = normalizer
+        t = Tokenizer.from_str(json.dumps({**json.loads(t.to_str()), "pre_tokenizer": pre}))
+        t.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B",
+                                                         special_tokens=[("<s>", 1)])
+        t.decoder = decoders.Sequence([decoders.Replace(mark, " "), decoders.ByteFallback(), decoders.Fuse(),
+                                       decoders.Strip(" ", 1, 0)])
+        return t
+
+    yield "llama2_style", made(None, normalizers.Sequence([normalizers.Prepend(mark),
+                                                           normalizers.Replace(" ", mark)])).to_str(pretty=False)
+    for scheme, split, model in [("first", False, {}), ("always", True, {"byte_fallback": False}),
+                                 ("never", True, {"byte_fallback": False, "fuse_unk": False})]:
+        pre = {"type": "Metaspace", "replacement": mark, "prepend_scheme": scheme, "split": split}
+        t = made(pre, None, **model)
+        t.decoder = decoders.Metaspace(replacement=mark, prepend_scheme=scheme, split=split)
+        yield f"metaspace_{scheme}", t.to_str(pretty=False)
 
 
 def digest(ids):
@@ -222,10 +262,11 @@ def test_goldens():
 
     sp = sentencepiece.SentencePieceProcessor(model_file=str(ROOT / "data" / "stories260K" / "tok512.model"))
     record("tok512", lambda text, raw: [sp.bos_id()] + sp.encode(raw))
-    for name, text in synthetic():
+    for name, text in [*synthetic(), *characters()]:
         (OUT / f"{name}.json").write_text(text, "utf-8")
         t = Tokenizer.from_str(text)
         record(name, lambda text, raw, t=t: t.encode(text).ids)
+        goldens[name]["decoded"] = [t.decode(goldens[name]["short"], skip_special_tokens=skip) for skip in (True, False)]
     goldens["short_text"] = short
     (OUT / "goldens.json").write_text(json.dumps(goldens, ensure_ascii=False, indent=1) + "\n", "utf-8")
     print("wrote", OUT, {k: v["wiki"]["count"] for k, v in goldens.items() if isinstance(v, dict)})

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "hla/core/error.h"
@@ -241,13 +242,19 @@ GenerateReport generate(const Decoder& decoder, const Tokenizer& tokenizer,
 std::vector<int32_t> end_of_text_ids(const Checkpoint& checkpoint, const Tokenizer& tokenizer) {
   const auto ids_of = [](const nlohmann::json& config) {
     std::vector<int32_t> ids;
+    const auto add = [&](const nlohmann::json& id) {
+      if (!id.is_number_integer()) return;
+      const auto number = id.get<int64_t>();  // others than these are no tokens
+      if (number >= 0 && number <= std::numeric_limits<int32_t>::max()) {
+        ids.push_back(static_cast<int32_t>(number));
+      }
+    };
     const auto found = config.find("eos_token_id");
     if (found == config.end()) return ids;
-    if (found->is_number_integer()) ids.push_back(found->get<int32_t>());
-    if (found->is_array()) {
-      for (const nlohmann::json& id : *found) {
-        if (id.is_number_integer()) ids.push_back(id.get<int32_t>());
-      }
+    if (!found->is_array()) {
+      add(*found);
+    } else {
+      for (const nlohmann::json& id : *found) add(id);
     }
     return ids;
   };

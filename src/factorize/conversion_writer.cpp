@@ -30,11 +30,12 @@ std::optional<size_t> layer_of(const std::string& name) {
 
 bool is_factor(const std::string& name) { return name.find(".self_attn.") != std::string::npos; }
 
-void check_finite(const at::Tensor& tensor, const std::string& name) {
-  if (!tensor.isfinite().all().item<bool>()) {
-    throw Error(ExitCode::kNonFinite,
-                name + ": does not fit " + dtype_label(tensor.scalar_type()) + " (NaN or Inf)");
-  }
+void check_finite(const at::Tensor& tensor, const std::string& name, bool copied = false) {
+  if (tensor.isfinite().all().item<bool>()) return;
+  throw Error(
+      ExitCode::kNonFinite,
+      name + (copied ? ": NaN or Inf in the checkpoint"
+                     : ": does not fit " + dtype_label(tensor.scalar_type()) + " (NaN or Inf)"));
 }
 
 }  // namespace
@@ -110,8 +111,7 @@ void ConversionWriter::copy(const SafetensorsWriter::Entry& entry) {
   for (int64_t begin = 0; begin < stored.numel() || begin == 0; begin += kBlockElements) {
     const int64_t end = std::min(begin + kBlockElements, stored.numel());
     const at::Tensor block = stored.slice(0, begin, end).to(dtype);
-    // Only what this program computed is looked at: a byte-for-byte copy need not be read twice.
-    if (dtype != stored.scalar_type()) check_finite(block, entry.name);
+    check_finite(block, entry.name, /*copied=*/dtype == stored.scalar_type());
     writer_.write_part(entry.name, block.const_data_ptr(), block.nbytes());
     if (end < stored.numel()) base_.release_pages();
   }

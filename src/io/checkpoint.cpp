@@ -210,6 +210,36 @@ Shards open_weights(const fs::path& folder, Problems& problems) {
   return shards;
 }
 
+void rename_tensor(Opened& opened, TensorInfo& info, const std::string& name) {
+  opened.views.emplace(name, std::move(opened.views.at(info.name)));
+  opened.views.erase(info.name);
+  info.name = name;
+}
+
+// Names as LlamaForCausalLM has them, where the weights were saved in another way that says the
+// same: of the model without its head (LlamaModel, no "model." before the names), or a tied matrix
+// under the head's name alone (safetensors' save_model).
+void give_usual_names(Opened& opened) {
+  constexpr std::string_view kModel = "model.";
+  constexpr const char* kEmbedding = "model.embed_tokens.weight";
+  constexpr const char* kHead = "lm_head.weight";
+  const auto starts = [&](std::string_view prefix) {
+    return std::any_of(opened.tensors.begin(), opened.tensors.end(),
+                       [&](const TensorInfo& info) { return info.name.starts_with(prefix); });
+  };
+  if (starts("layers.") && !starts(kModel)) {
+    for (TensorInfo& info : opened.tensors) {
+      if (info.name != kHead) rename_tensor(opened, info, std::string(kModel) + info.name);
+    }
+  }
+  const json& config = opened.config;
+  const bool tied = config.contains("tie_word_embeddings") && config["tie_word_embeddings"] == true;
+  if (!tied || opened.views.contains(kEmbedding) || !opened.views.contains(kHead)) return;
+  for (TensorInfo& info : opened.tensors) {
+    if (info.name == kHead) rename_tensor(opened, info, kEmbedding);
+  }
+}
+
 Opened open_folder(const fs::path& folder) {
   Opened opened;
   opened.path = folder;
@@ -240,6 +270,7 @@ Opened open_folder(const fs::path& folder) {
       opened.tensors.push_back(info);
     }
   }
+  give_usual_names(opened);
   for (const char* name : kSideFiles) {
     if (is_file(folder / name)) opened.side_files.push_back(folder / name);
   }

@@ -114,8 +114,7 @@ WorkDir::~WorkDir() {
   } else if (!keep_ || steps_.empty()) {
     fs::remove_all(root_, ignored);
   } else {
-    log_info("kept the " + std::to_string(steps_.size()) + " steps that are complete in " +
-             root_.string() + "; the same command goes on there");
+    log_info("kept what is complete in " + root_.string() + "; the same command goes on there");
   }
   ::close(lock_fd_);
 }
@@ -164,7 +163,7 @@ bool WorkDir::take_up(Others others) {
   }
   steps_ = steps;
   log_info(root_.string() + ": going on after " + std::to_string(steps_.size()) +
-           " complete steps");
+           (steps_.size() == 1 ? " complete part" : " complete parts"));
   return true;
 }
 

@@ -67,6 +67,15 @@ void parse_rope_type(const json& object, RopeConfig& rope, Problems& problems) {
   }
 }
 
+// What an object of either style says beside rope_theta, however it names the type.
+json but_for_theta(json keys) {
+  if (!has_key(keys, "rope_type")) keys["rope_type"] = keys.value("type", json("default"));
+  keys.erase("type");
+  keys.erase("rope_theta");
+  for (auto it = keys.begin(); it != keys.end();) it = it->is_null() ? keys.erase(it) : ++it;
+  return keys;
+}
+
 RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t head_dim,
                       Problems& problems) {
   RopeConfig rope;
@@ -78,24 +87,24 @@ RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t
       return rope;
     }
   }
+  // The base may stand beside either of them or in it.
   rope.theta = positive_double(root, "rope_theta", 10000.0, problems);
-  if (!parameters.is_null() && !find(parameters, "rope_theta").is_null()) {
-    const double theta = positive_double(parameters, "rope_theta", 10000.0, problems);
-    if (!find(root, "rope_theta").is_null() && theta != rope.theta) {
-      problems.add("rope_theta: " + got(find(root, "rope_theta")) + " contradicts " +
-                   got(find(parameters, "rope_theta")) + " in rope_parameters");
+  const json* theta = &find(root, "rope_theta");
+  for (const auto& [name, value] :
+       {std::pair("rope_parameters", &parameters), std::pair("rope_scaling", &scaling)}) {
+    if (value->is_null() || find(*value, "rope_theta").is_null()) continue;
+    const json& inner = find(*value, "rope_theta");
+    const double read = positive_double(*value, "rope_theta", 10000.0, problems);
+    if (!theta->is_null() && read != rope.theta) {
+      problems.add("rope_theta: " + got(*theta) + " contradicts " + got(inner) + " in " + name);
     }
-    rope.theta = theta;
+    rope.theta = read;
+    theta = &inner;
   }
-  if (!parameters.is_null() && !scaling.is_null() && !scaling.empty()) {
-    RopeConfig old_style;
-    RopeConfig new_style;
-    parse_rope_type(scaling, old_style, problems);
-    parse_rope_type(parameters, new_style, problems);
-    if (old_style.type != new_style.type || find(scaling, "factor") != find(parameters, "factor")) {
-      problems.add("rope_scaling " + got(scaling) + " contradicts rope_parameters " +
-                   got(parameters));
-    }
+  if (!parameters.is_null() && !scaling.is_null() && !scaling.empty() &&
+      but_for_theta(scaling) != but_for_theta(parameters)) {
+    problems.add("rope_scaling " + got(scaling) + " contradicts rope_parameters " +
+                 got(parameters));
   }
   const json empty = json::object();
   const json& keys = !parameters.is_null() ? parameters : !scaling.is_null() ? scaling : empty;
@@ -106,17 +115,29 @@ RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t
   }
   if (rope.type == RopeType::kDefault) return rope;
 
-  if (find(keys, "factor").is_null()) {
+  // As in transformers, one beside the others counts as well.
+  constexpr const char* kOriginal = "original_max_position_embeddings";
+  const json& original = find(root, kOriginal);
+  const json& inner_original = find(keys, kOriginal);
+  if (!original.is_null() && !inner_original.is_null() && original != inner_original) {
+    problems.add(std::string(kOriginal) + ": " + got(original) + " contradicts " +
+                 got(inner_original) + " of the RoPE type");
+  }
+  rope.original_max_position_embeddings = positive_int(
+      inner_original.is_null() ? root : keys, kOriginal, max_position_embeddings, problems);
+  if (!find(keys, "factor").is_null()) {
+    rope.factor = get_double(keys, "factor", 1.0, problems);
+  } else if (rope.type == RopeType::kYarn && keys.contains("factor")) {
+    rope.factor = static_cast<double>(max_position_embeddings) /
+                  static_cast<double>(std::max<int64_t>(1, rope.original_max_position_embeddings));
+  } else {
     problems.add("rope factor: missing");
     return rope;
   }
-  rope.factor = get_double(keys, "factor", 1.0, problems);
   if (!(rope.factor >= 1.0) || !std::isfinite(rope.factor)) {
     problems.add("rope factor: expected a number of at least 1, got " + got(find(keys, "factor")));
     rope.factor = 1.0;
   }
-  rope.original_max_position_embeddings =
-      positive_int(keys, "original_max_position_embeddings", max_position_embeddings, problems);
   if (rope.type == RopeType::kDynamic && head_dim <= 2) {
     problems.add("dynamic RoPE: expected head_dim above 2, got " + std::to_string(head_dim));
   }

@@ -4,6 +4,7 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <set>
 
@@ -27,6 +28,17 @@ bool is_floating(DType dtype) {
          dtype == DType::kF64;
 }
 
+constexpr const char* kHead = "lm_head.weight";
+constexpr const char* kEmbedding = "model.embed_tokens.weight";
+
+// Whether both are there, of one dtype, shape and values.
+bool is_same(const Checkpoint& checkpoint, const std::string& a, const std::string& b) {
+  if (!checkpoint.has(a) || !checkpoint.has(b)) return false;
+  const TensorView x = checkpoint.tensor(a);
+  const TensorView y = checkpoint.tensor(b);
+  return x.dtype == y.dtype && x.shape == y.shape && std::memcmp(x.data, y.data, x.nbytes) == 0;
+}
+
 }  // namespace
 
 void check_tensors(const ModelConfig& config, const Checkpoint& checkpoint, Problems& problems) {
@@ -38,7 +50,7 @@ void check_tensors(const ModelConfig& config, const Checkpoint& checkpoint, Prob
     const auto found = present.find(spec.name);
     if (found == present.end()) {
       std::string problem = spec.name + ": missing, expected " + shape_text(spec.shape);
-      if (spec.name == "lm_head.weight") problem += " (tie_word_embeddings is false)";
+      if (spec.name == kHead) problem += " (tie_word_embeddings is false)";
       problems.add(problem);
       continue;
     }
@@ -53,8 +65,16 @@ void check_tensors(const ModelConfig& config, const Checkpoint& checkpoint, Prob
     }
   }
   for (const auto& [name, info] : present) {
-    // With tied embeddings some writers store the shared matrix twice; transformers ignores it too.
-    if (name == "lm_head.weight" && config.tie_word_embeddings) continue;
+    // With tied embeddings some writers store the shared matrix twice.
+    if (name == kHead && config.tie_word_embeddings) {
+      if (!is_same(checkpoint, kHead, kEmbedding)) {
+        problems.add(std::string(kHead) + " in " + info->file.filename().string() +
+                     ": expected the values of " + kEmbedding +
+                     ", as tie_word_embeddings is true, got others (versions of transformers use "
+                     "the one or the other): set it to false in config.json, or remove the tensor");
+      }
+      continue;
+    }
     if (!expected.contains(name)) {
       problems.add(name + " in " + info->file.filename().string() +
                    ": not a tensor of this architecture, got " + shape_text(info->shape));

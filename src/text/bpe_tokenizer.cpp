@@ -54,6 +54,13 @@ std::vector<json> parts_of(const json& component, const char* key) {
   return result;
 }
 
+// Whether BPE works on bytes, each spelt as a character (GPT-2), or on characters.
+bool is_byte_level(const json& root) {
+  const std::vector<json> pre = parts_of(member(root, "pre_tokenizer"), "pretokenizers");
+  return std::any_of(pre.begin(), pre.end(),
+                     [](const json& part) { return type_of(part) == "ByteLevel"; });
+}
+
 // ---- the byte-level alphabet ----
 
 // GPT-2's bijection from bytes to printable characters.
@@ -98,6 +105,46 @@ class Alphabet {
   std::unordered_map<std::string, char> bytes_;
   std::array<std::string, 256> utf8_;
 };
+
+// ---- normalizers, of BPE on characters ----
+
+// Prepend (`from` is empty), or Replace of a text.
+struct Normalizer {
+  std::string from;
+  std::string to;
+};
+
+std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
+  std::string result;
+  size_t done = 0;
+  for (size_t at; (at = text.find(from, done)) != std::string_view::npos; done = at + from.size()) {
+    result.append(text.substr(done, at - done)).append(to);
+  }
+  return result.append(text.substr(done));
+}
+
+std::string normalize(std::string_view text, const std::vector<Normalizer>& normalizers) {
+  std::string result(text);
+  for (const Normalizer& one : normalizers) {
+    if (result.empty()) break;
+    result = one.from.empty() ? one.to + result : replace_all(result, one.from, one.to);
+  }
+  return result;
+}
+
+// nullopt for what is not read.
+std::optional<Normalizer> make_normalizer(const json& part) {
+  const json& prepend = member(part, "prepend");
+  if (type_of(part) == "Prepend" && prepend.is_string()) {
+    return Normalizer{"", prepend.get<std::string>()};
+  }
+  const json& from = member(member(part, "pattern"), "String");
+  const json& to = member(part, "content");
+  if (type_of(part) == "Replace" && from.is_string() && from != "" && to.is_string()) {
+    return Normalizer{from.get<std::string>(), to.get<std::string>()};
+  }
+  return std::nullopt;
+}
 
 // ---- pre-tokenizers ----
 
@@ -172,12 +219,33 @@ std::vector<Span> apply_behavior(std::vector<Span> spans, Behavior behavior) {
   return spans;
 }
 
-// One step: splits a piece by a pattern, after putting a space before it if asked to.
+// Where Metaspace puts its mark before a piece that does not begin with one.
+enum class MarkBefore { kNone, kFirst, kAll };
+
+std::optional<MarkBefore> mark_before(const json& metaspace) {
+  const json& scheme = member(metaspace, "prepend_scheme");
+  if (scheme == "never") return MarkBefore::kNone;
+  if (scheme == "first") return MarkBefore::kFirst;
+  if (scheme == "always") return MarkBefore::kAll;
+  if (!scheme.is_null()) return std::nullopt;
+  // Files of older versions of the library.
+  return flag(metaspace, "add_prefix_space", true) ? MarkBefore::kAll : MarkBefore::kNone;
+}
+
+std::string metaspace_mark(const json& metaspace) {
+  const json& mark = member(metaspace, "replacement");
+  return mark.is_string() ? mark.get<std::string>() : "";
+}
+
+// One step: splits a piece by a pattern, after putting a space before it if asked to, or a mark in
+// the place of spaces.
 struct Step {
   std::optional<Regex> pattern;  // absent: the piece stays whole
   Behavior behavior = Behavior::kIsolated;
   bool invert = false;
   bool add_prefix_space = false;
+  std::string mark = {};  // of Metaspace
+  MarkBefore before = MarkBefore::kNone;
 };
 
 std::string escape_literal(const std::string& text) {
@@ -200,6 +268,11 @@ Step make_step(const json& part) {
   } else if (type == "ByteLevel") {
     step.add_prefix_space = flag(part, "add_prefix_space", true);
     if (flag(part, "use_regex", true)) step.pattern.emplace(kGpt2Pattern);
+  } else if (type == "Metaspace") {
+    step.mark = metaspace_mark(part);
+    step.before = *mark_before(part);
+    step.behavior = Behavior::kMergedWithNext;
+    if (flag(part, "split", true)) step.pattern.emplace(escape_literal(step.mark));
   } else {  // Split
     const json& pattern = member(part, "pattern");
     const json& regex = member(pattern, "Regex");
@@ -316,6 +389,13 @@ struct AddedToken {
   bool single_word = false;
 };
 
+// Bytes of the character that begins at i.
+size_t character_length(std::string_view text, size_t i) {
+  size_t end = i + 1;
+  while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) ++end;
+  return end - i;
+}
+
 // Finds the longest added token at each place, from left to right.
 class AddedTokenFinder {
  public:
@@ -372,11 +452,6 @@ class AddedTokenFinder {
   bool is_word_before(std::string_view text, size_t i) const {
     return i > 0 && is_word_at(text, previous_character(text, i));
   }
-  static size_t character_length(std::string_view text, size_t i) {
-    size_t end = i + 1;
-    while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) ++end;
-    return end - i;
-  }
   static size_t previous_character(std::string_view text, size_t i) {
     --i;
     while (i > 0 && (static_cast<unsigned char>(text[i]) & 0xC0) == 0x80) --i;
@@ -411,7 +486,13 @@ class BpeTokenizer : public Tokenizer {
     for (const std::string& name : unsupported_by_bpe(root)) {
       problems.add("not supported: " + name);
     }
-    problems.throw_if_any("use a folder with a tokenizer.model, or report the tokenizer");
+    problems.throw_if_any(
+        "a tokenizer.model beside it, as the original of such a model has, is read instead");
+    byte_level_ = is_byte_level(root);
+    for (const json& part : parts_of(member(root, "normalizer"), "normalizers")) {
+      normalizers_.push_back(*make_normalizer(part));
+    }
+    load_decoder(member(root, "decoder"));
     load_vocabulary(member(root, "model"), problems);
     load_added_tokens(member(root, "added_tokens"), problems);
     problems.throw_if_any();
@@ -449,8 +530,17 @@ class BpeTokenizer : public Tokenizer {
     plain_finder_.split(
         text,
         [&](std::string_view segment) {
+          const bool first = segment.data() == text.data();
+          if (!normalizers_.empty()) {
+            segment = run.storage.emplace_back(normalize(segment, normalizers_));
+          }
           normalized_finder_.split(
-              segment, [&](std::string_view piece) { encode_piece(piece, 0, run); }, emit);
+              segment,
+              [&](std::string_view piece) {
+                run.at_start = first && piece.data() == segment.data();
+                encode_piece(piece, 0, run);
+              },
+              emit);
         },
         emit);
     if (add_special_tokens) run.ids.insert(run.ids.end(), suffix_.begin(), suffix_.end());
@@ -464,6 +554,7 @@ class BpeTokenizer : public Tokenizer {
       if (skip_special_tokens && special_[static_cast<size_t>(id)]) continue;
       text += bytes_[static_cast<size_t>(id)];
     }
+    if (strips_space_ && text.starts_with(' ')) text.erase(0, 1);
     return sanitize_utf8(text);
   }
 
@@ -486,7 +577,7 @@ class BpeTokenizer : public Tokenizer {
   }
   std::optional<int32_t> bos_id() const override { return bos_; }
   std::optional<int32_t> eos_id() const override { return eos_; }
-  std::string kind() const override { return "byte-level BPE"; }
+  std::string kind() const override { return byte_level_ ? "byte-level BPE" : "BPE"; }
 
  private:
   // State of one encode(): its result and the words seen so far.
@@ -496,6 +587,7 @@ class BpeTokenizer : public Tokenizer {
     std::vector<int32_t> pool;
     std::vector<int32_t> symbols;
     std::deque<std::string> storage;  // pieces that are not part of the text
+    bool at_start = true;             // whether the piece begins where the text does
   };
 
   void check(int32_t id) const {
@@ -513,9 +605,39 @@ class BpeTokenizer : public Tokenizer {
       present_.resize(size, false);
     }
     tokens_[static_cast<size_t>(id)] = token;
-    bytes_[static_cast<size_t>(id)] = alphabet_.to_bytes(token).value_or(token);
+    bytes_[static_cast<size_t>(id)] = bytes_of(token).value_or(token);
     present_[static_cast<size_t>(id)] = true;
     ids_[token] = id;
+  }
+
+  // What a token of the vocabulary stands for in a text.
+  std::optional<std::string> bytes_of(const std::string& token) const {
+    if (byte_level_) return alphabet_.to_bytes(token);
+    if (falls_back_ && token.size() == byte_token(0).size() && token.starts_with("<0x")) {
+      for (size_t byte = 0; byte < 256; ++byte) {
+        if (token == byte_token(byte)) return std::string(1, static_cast<char>(byte));
+      }
+    }
+    return mark_.empty() ? token : replace_all(token, mark_, " ");
+  }
+
+  // How BPE on characters spells a byte of one that it has no token for: "<0x0A>".
+  static std::string byte_token(size_t byte) {
+    constexpr std::string_view kDigits = "0123456789ABCDEF";
+    return std::string("<0x") + kDigits[byte / 16] + kDigits[byte % 16] + '>';
+  }
+
+  void load_decoder(const json& decoder) {
+    for (const json& part : parts_of(decoder, "decoders")) {
+      const std::string type = type_of(part);
+      if (type == "Replace") mark_ = make_normalizer(part)->from;
+      if (type == "ByteFallback") falls_back_ = true;
+      if (type == "Strip") strips_space_ = member(part, "start") == 1;
+      if (type == "Metaspace") {
+        mark_ = metaspace_mark(part);
+        strips_space_ = *mark_before(part) != MarkBefore::kNone;
+      }
+    }
   }
 
   static bool is_id(const json& value) {
@@ -540,12 +662,21 @@ class BpeTokenizer : public Tokenizer {
         problems.add("model.vocab: id " + std::to_string(number) + " is given twice");
       }
       set_token(token, number);
-      if (auto bytes = alphabet_.to_bytes(token)) whole_words_[*bytes] = number;
+      const auto word = byte_level_ ? alphabet_.to_bytes(token) : token;
+      if (word) words_[*word] = number;
     }
+    const bool has_bytes = byte_level_ || flag(model, "byte_fallback", false);
     for (size_t byte = 0; byte < 256; ++byte) {
-      byte_ids_[byte] = token_to_id(alphabet_.utf8(byte)).value_or(-1);
+      const std::string name = byte_level_ ? alphabet_.utf8(byte) : byte_token(byte);
+      byte_ids_[byte] = has_bytes ? token_to_id(name).value_or(-1) : -1;
     }
     ignore_merges_ = flag(model, "ignore_merges", false);
+    fuses_unknown_ = flag(model, "fuse_unk", false);
+    const json& unknown = member(model, "unk_token");
+    if (!byte_level_ && unknown.is_string()) {
+      unknown_ = token_to_id(unknown.get<std::string>());
+      if (!unknown_) problems.add("model.unk_token: " + json_excerpt(unknown) + " is no token");
+    }
   }
 
   void load_added_tokens(const json& added, Problems& problems) {
@@ -573,8 +704,9 @@ class BpeTokenizer : public Tokenizer {
       set_token(token.content, token.id);
       bytes_[static_cast<size_t>(token.id)] = token.content;
       special_[static_cast<size_t>(token.id)] = token.special;
-      (flag(entry, "normalized", !token.special) ? normalized_finder_ : plain_finder_)
-          .add(std::move(token));
+      const bool normalized = flag(entry, "normalized", !token.special);
+      if (normalized) token.content = normalize(token.content, normalizers_);
+      (normalized ? normalized_finder_ : plain_finder_).add(std::move(token));
     }
   }
 
@@ -649,6 +781,13 @@ class BpeTokenizer : public Tokenizer {
     if (step.add_prefix_space && piece.front() != ' ') {
       piece = run.storage.emplace_back(" " + std::string(piece));
     }
+    if (!step.mark.empty()) {
+      std::string marked = replace_all(piece, " ", step.mark);
+      const bool before =
+          step.before == MarkBefore::kAll || (step.before == MarkBefore::kFirst && run.at_start);
+      if (before && !marked.starts_with(step.mark)) marked.insert(0, step.mark);
+      piece = run.storage.emplace_back(std::move(marked));
+    }
     if (!step.pattern) {
       encode_piece(piece, step_index + 1, run);
       return;
@@ -678,6 +817,38 @@ class BpeTokenizer : public Tokenizer {
     for (const Span& span : apply_behavior(std::move(spans), step.behavior)) go_on(span);
   }
 
+  void append_bytes(std::string_view word, std::vector<int32_t>& symbols) const {
+    for (const char c : word) {
+      const int32_t id = byte_ids_[static_cast<unsigned char>(c)];
+      if (id >= 0) symbols.push_back(id);  // no token for this byte: dropped, as the reference
+    }
+  }
+
+  // Characters without a token become those of their bytes, else unknown, one for a run of them if
+  // the file says so.
+  void append_characters(std::string_view word, std::vector<int32_t>& symbols) const {
+    bool after_unknown = false;
+    std::string character;
+    for (size_t i = 0; i < word.size(); i += character.size()) {
+      character = word.substr(i, character_length(word, i));
+      const auto found = words_.find(character);
+      const bool unknown = found == words_.end() && !has_bytes_of(character);
+      if (found != words_.end()) {
+        symbols.push_back(found->second);
+      } else if (!unknown) {
+        append_bytes(character, symbols);
+      } else if (unknown_ && !(fuses_unknown_ && after_unknown)) {
+        symbols.push_back(*unknown_);
+      }
+      after_unknown = unknown;
+    }
+  }
+
+  bool has_bytes_of(std::string_view character) const {
+    return std::all_of(character.begin(), character.end(),
+                       [&](char c) { return byte_ids_[static_cast<unsigned char>(c)] >= 0; });
+  }
+
   void encode_word(std::string_view word, Run& run) const {
     const auto known = run.words.find(word);
     if (known != run.words.end()) {
@@ -688,14 +859,11 @@ class BpeTokenizer : public Tokenizer {
     }
     std::vector<int32_t>& symbols = run.symbols;
     symbols.clear();
-    const auto whole = ignore_merges_ ? whole_words_.find(std::string(word)) : whole_words_.end();
-    if (whole != whole_words_.end()) {
+    const auto whole = ignore_merges_ ? words_.find(std::string(word)) : words_.end();
+    if (whole != words_.end()) {
       symbols.push_back(whole->second);
     } else {
-      for (const char c : word) {
-        const int32_t id = byte_ids_[static_cast<unsigned char>(c)];
-        if (id >= 0) symbols.push_back(id);  // no token for this byte: dropped, as the reference
-      }
+      byte_level_ ? append_bytes(word, symbols) : append_characters(word, symbols);
       constexpr size_t kLong = 48;
       symbols.size() < kLong ? merge_short(symbols, merges_) : merge_long(symbols, merges_);
     }
@@ -710,10 +878,18 @@ class BpeTokenizer : public Tokenizer {
   std::vector<bool> special_;
   std::vector<bool> present_;
   std::unordered_map<std::string, int32_t> ids_;
-  std::unordered_map<std::string, int32_t> whole_words_;  // by decoded bytes
+  std::unordered_map<std::string, int32_t> words_;  // of the vocabulary, by what is looked up
   std::array<int32_t, 256> byte_ids_ = {};
   MergeTable merges_;
+  bool byte_level_ = true;  // else on characters, as SentencePiece's
   bool ignore_merges_ = false;
+  bool fuses_unknown_ = false;
+  std::optional<int32_t> unknown_;
+  std::vector<Normalizer> normalizers_;
+  // What decoding does to tokens of characters.
+  std::string mark_;  // becomes a space
+  bool falls_back_ = false;
+  bool strips_space_ = false;  // one, at the beginning
   std::vector<Step> steps_;
   AddedTokenFinder plain_finder_;
   AddedTokenFinder normalized_finder_;
@@ -723,15 +899,32 @@ class BpeTokenizer : public Tokenizer {
   std::optional<int32_t> eos_;
 };
 
+bool is_decoder_of_characters(const json& part) {
+  const std::string type = type_of(part);
+  if (type == "Replace") {
+    const auto replace = make_normalizer(part);
+    return replace && replace->to == " ";
+  }
+  if (type == "Strip") {
+    const json& start = member(part, "start");
+    return member(part, "content") == " " && (start == 0 || start == 1) &&
+           member(part, "stop") == 0;
+  }
+  if (type == "Metaspace") return !metaspace_mark(part).empty() && mark_before(part);
+  return type == "ByteFallback" || type == "Fuse";
+}
+
 }  // namespace
 
 std::vector<std::string> unsupported_by_bpe(const json& root) {
   std::vector<std::string> names;
+  const bool on_bytes = is_byte_level(root);
   for (const json& part : parts_of(member(root, "normalizer"), "normalizers")) {
-    names.push_back("normalizer " + type_of(part));
+    if (on_bytes || !make_normalizer(part)) names.push_back("normalizer " + type_of(part));
   }
+  const std::vector<json> pre = parts_of(member(root, "pre_tokenizer"), "pretokenizers");
   bool byte_level = false;
-  for (const json& part : parts_of(member(root, "pre_tokenizer"), "pretokenizers")) {
+  for (const json& part : pre) {
     const std::string type = type_of(part);
     // It would see the byte alphabet instead of the text.
     if (byte_level) names.push_back("pre_tokenizer " + type + " behind ByteLevel");
@@ -745,20 +938,23 @@ std::vector<std::string> unsupported_by_bpe(const json& root) {
         names.push_back("pre_tokenizer Split with behavior " +
                         json_excerpt(member(part, "behavior")));
       }
+    } else if (type == "Metaspace") {
+      if (pre.size() > 1) names.push_back("pre_tokenizer Metaspace beside others");
+      if (metaspace_mark(part).empty() || !mark_before(part)) {
+        names.push_back("pre_tokenizer " + json_excerpt(part));
+      }
     } else if (type != "Digits" && type != "ByteLevel") {
       names.push_back("pre_tokenizer " + type);
     }
   }
   const json& model = member(root, "model");
   const std::string model_type = type_of(model);
-  if (model_type != "BPE") {
-    names.push_back("model " + model_type);
-  } else if (!byte_level) {
-    names.push_back("model BPE without a ByteLevel pre_tokenizer");
-  }
+  if (model_type != "BPE") names.push_back("model " + model_type);
   for (const char* key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
                           "byte_fallback"}) {
-    if (is_set(member(model, key))) {
+    const bool of_characters =
+        key == std::string("unk_token") || key == std::string("byte_fallback");
+    if (is_set(member(model, key)) && (on_bytes || !of_characters)) {
       names.push_back(std::string("model ") + key + " " + json_excerpt(member(model, key)));
     }
   }
@@ -769,7 +965,9 @@ std::vector<std::string> unsupported_by_bpe(const json& root) {
     }
   }
   for (const json& part : parts_of(member(root, "decoder"), "decoders")) {
-    if (type_of(part) != "ByteLevel") names.push_back("decoder " + type_of(part));
+    if (on_bytes ? type_of(part) != "ByteLevel" : !is_decoder_of_characters(part)) {
+      names.push_back("decoder " + type_of(part));
+    }
   }
   // "truncation" and "padding" are what some call was once told; transformers does not heed them
   // either unless a call asks for it.

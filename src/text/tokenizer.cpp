@@ -1,6 +1,7 @@
 #include "hla/text/tokenizer.h"
 
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "hla/core/error.h"
 #include "hla/core/log.h"
@@ -52,25 +53,36 @@ TokenizerSettings read_settings(const nlohmann::json& config, const fs::path& fi
   return settings;
 }
 
-// Tokens that a folder adds to those of its tokenizer.model: {"token": id} or
-// {"id": {"content": "token"}}.
-std::vector<std::string> tokens_beyond(const fs::path& folder, const nlohmann::json& config,
-                                       int64_t vocab_size) {
-  std::vector<std::string> tokens;
+// Tokens that a folder adds to those of its tokenizer.model, in added_tokens.json, {"token": id};
+// tokenizer_config.json, {"added_tokens_decoder": {"id": {"content": "token"}}}; or
+// tokenizer.json, {"added_tokens": [{"id": id, "content": "token"}]}.
+std::set<std::string> tokens_beyond(const fs::path& folder, const nlohmann::json& config,
+                                    const nlohmann::json& tokenizer, int64_t vocab_size) {
+  std::set<std::string> tokens;
+  const auto add = [&](int64_t id, const nlohmann::json& token) {
+    if (id >= vocab_size && token.is_string()) tokens.insert(token.get<std::string>());
+  };
+  const auto content = [](const nlohmann::json& token) {
+    return token.is_object() ? token.value("content", nlohmann::json()) : nlohmann::json();
+  };
   std::error_code error;
   const fs::path added = folder / "added_tokens.json";
   if (fs::is_regular_file(added, error)) {
     const nlohmann::json ids = read_json_file(added);
     for (const auto& [token, id] : ids.items()) {
-      if (id.is_number_integer() && id.get<int64_t>() >= vocab_size) tokens.push_back(token);
+      if (id.is_number_integer()) add(id.get<int64_t>(), token);
     }
   }
-  if (!tokens.empty() || !config.contains("added_tokens_decoder")) return tokens;
-  for (const auto& [id, token] : config["added_tokens_decoder"].items()) {
-    if (std::strtoll(id.c_str(), nullptr, 10) < vocab_size || !token.is_object()) continue;
-    if (token.contains("content") && token["content"].is_string()) {
-      tokens.push_back(token["content"].get<std::string>());
-    }
+  const nlohmann::json decoder = config.value("added_tokens_decoder", nlohmann::json());
+  for (const auto& [id, token] : decoder.items()) {
+    add(std::strtoll(id.c_str(), nullptr, 10), content(token));
+  }
+  const nlohmann::json listed =
+      tokenizer.is_object() ? tokenizer.value("added_tokens", nlohmann::json()) : nlohmann::json();
+  for (const auto& [index, token] : listed.items()) {
+    if (!token.is_object()) continue;
+    const nlohmann::json id = token.value("id", nlohmann::json());
+    if (id.is_number_integer()) add(id.get<int64_t>(), content(token));
   }
   return tokens;
 }
@@ -92,8 +104,9 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
   const fs::path config_file = parent / "tokenizer_config.json";
   const nlohmann::json config = read_tokenizer_config(config_file);
   const TokenizerSettings settings = read_settings(config, config_file);
+  nlohmann::json root;
   if (has_json) {
-    const nlohmann::json root = read_json_file(json_file);
+    root = read_json_file(json_file);
     const std::vector<std::string> unsupported = unsupported_by_bpe(root);
     if (unsupported.empty() || !has_model) {
       auto tokenizer = load_bpe(root, json_file.string(), settings);
@@ -108,10 +121,10 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
               " is not supported, tokenizer.model is used");
   }
   auto tokenizer = load_sentencepiece(model_file, settings);
-  const std::vector<std::string> beyond = tokens_beyond(parent, config, tokenizer->vocab_size());
+  const std::set<std::string> beyond = tokens_beyond(parent, config, root, tokenizer->vocab_size());
   if (!beyond.empty()) {
     log_warning(model_file.string() + ": " + std::to_string(beyond.size()) +
-                " tokens that were added to it, like " + json_excerpt(beyond.front()) +
+                " tokens that were added to it, like " + json_excerpt(*beyond.begin()) +
                 ", are read as plain text");
   }
   return tokenizer;

@@ -188,6 +188,11 @@ TEST_F(GenerateTest, EndOfTextIsWhatTheFilesSay) {
                       R"({"eos_token_id": [3, 5]})");
   EXPECT_EQ(end_of_text_ids(Checkpoint::open((folder / "m").string()), *tokenizer_),
             (std::vector<int32_t>{3, 5}));
+  // 2^40 + 3 is no token, and not 3 either.
+  testing::write_file(folder.path() / "m" / "generation_config.json",
+                      R"({"eos_token_id": [1099511627779, 5]})");
+  EXPECT_EQ(end_of_text_ids(Checkpoint::open((folder / "m").string()), *tokenizer_),
+            (std::vector<int32_t>{5}));
 }
 
 }  // namespace

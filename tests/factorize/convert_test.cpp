@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "hla/core/data_dir.h"
@@ -56,6 +57,31 @@ at::Tensor logits_of(const Checkpoint& checkpoint, const at::Tensor& ids) {
 at::Tensor ids_of(int64_t vocab, int64_t length) {
   at::manual_seed(7);
   return at::randint(vocab, {1, length}, at::kLong);
+}
+
+// Also in a tensor that is only copied, and without calibration, which would meet it.
+TEST(ConvertTest, NonFiniteWeightsAreRefused) {
+  const TempDir folder;
+  std::filesystem::copy(source_path("tests/data/models/gqa"), folder / "base");
+  const auto weights = folder / "base/model.safetensors";
+  const TensorView view =
+      SafetensorsReader::open(weights).view("model.layers.1.mlp.up_proj.weight");
+  const std::string values(reinterpret_cast<const char*>(view.data), view.nbytes);
+  std::string bytes = testing::read_file(weights);
+  const size_t at = bytes.find(values);
+  ASSERT_NE(at, std::string::npos);
+  const float infinity = std::numeric_limits<float>::infinity();
+  std::memcpy(bytes.data() + at + 8, &infinity, sizeof infinity);
+  testing::write_file(weights, bytes);
+  ConvertOptions options = quiet();
+  options.kv_ratio = 1.0;
+  const Error error = error_of(
+      [&] { convert(Checkpoint::open((folder / "base").string()), folder / "out", options); });
+  EXPECT_EQ(error.code(), ExitCode::kNonFinite);
+  EXPECT_NE(std::string(error.what()).find("mlp.up_proj.weight: NaN or Inf in the checkpoint"),
+            std::string::npos)
+      << error.what();
+  EXPECT_FALSE(std::filesystem::exists(folder / "out"));
 }
 
 // Compression is never left to luck: with all ranks, the base's logits come back. Random models

@@ -1,6 +1,7 @@
 #include "hla/io/checkpoint.h"
 
 #include <cstring>
+#include <functional>
 #include <nlohmann/json.hpp>
 
 #include "test_util.h"
@@ -70,6 +71,48 @@ TEST(CheckpointTest, IndexProblemsAreAllReported) {
   for (const char* part : {"00001-of-00009", "../outside", "model.norm.weight"}) {
     EXPECT_NE(message.find(part), std::string::npos) << part << " in " << message;
   }
+}
+
+// Of the model without its head, and, where embeddings are tied, of the head alone.
+TEST(CheckpointTest, OtherNamesOfTheSameTensors) {
+  const auto usual = source_path("tests/data/models/tied");
+  const Checkpoint expected = Checkpoint::open(usual.string());
+  const TempDir folder;
+  std::filesystem::copy_file(usual / "config.json", folder / "config.json");
+  const auto with_names = [&](const std::function<std::string(const std::string&)>& renamed) {
+    std::vector<SafetensorsWriter::Entry> entries;
+    for (const TensorInfo& info : expected.tensors()) {
+      entries.push_back({renamed(info.name), info.dtype, info.shape});
+    }
+    std::filesystem::remove(folder / "model.safetensors");
+    SafetensorsWriter writer(folder / "model.safetensors", entries);
+    for (const TensorInfo& info : expected.tensors()) {
+      const TensorView view = expected.tensor(info.name);
+      writer.write(renamed(info.name), view.data, view.nbytes);
+    }
+    writer.finish();
+    return Checkpoint::open(folder.path().string());
+  };
+  const auto expect_same = [&](const Checkpoint& checkpoint) {
+    ASSERT_EQ(checkpoint.tensors().size(), expected.tensors().size());
+    for (const TensorInfo& info : expected.tensors()) {
+      ASSERT_TRUE(checkpoint.has(info.name)) << info.name;
+      const TensorView a = expected.tensor(info.name);
+      const TensorView b = checkpoint.tensor(info.name);
+      EXPECT_EQ(a.shape, b.shape);
+      EXPECT_EQ(std::memcmp(a.data, b.data, a.nbytes), 0) << info.name;
+    }
+  };
+  expect_same(with_names([](const std::string& name) { return name.substr(6); }));  // "model."
+  const auto head_alone = [](const std::string& name) {
+    return name == "model.embed_tokens.weight" ? "lm_head.weight" : name;
+  };
+  expect_same(with_names(head_alone));
+  // Not tied: a head is no embedding.
+  auto config = nlohmann::json::parse(read_file(folder / "config.json"));
+  config["tie_word_embeddings"] = false;
+  write_file(folder / "config.json", config.dump());
+  EXPECT_FALSE(with_names(head_alone).has("model.embed_tokens.weight"));
 }
 
 TEST(CheckpointTest, MissingFiles) {

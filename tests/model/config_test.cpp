@@ -46,6 +46,27 @@ TEST(ModelConfigTest, ReadsBothRopeStyles) {
   }
 }
 
+// Where transformers reads them, too.
+TEST(ModelConfigTest, ReadsRopeKeysWhereverTheyStand) {
+  json config = good();
+  config["rope_scaling"] = {{"rope_type", "linear"}, {"factor", 2.0}, {"rope_theta", 500.0}};
+  EXPECT_DOUBLE_EQ(parse_model_config(config, "config.json").rope.theta, 500.0);
+  config["rope_scaling"] = {{"type", "default"}, {"rope_theta", 500.0}};
+  EXPECT_DOUBLE_EQ(parse_model_config(config, "config.json").rope.theta, 500.0);
+  // Both styles that say the same.
+  config["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 500.0}};
+  EXPECT_DOUBLE_EQ(parse_model_config(config, "config.json").rope.theta, 500.0);
+
+  config = good();
+  config["original_max_position_embeddings"] = 64;
+  config["rope_parameters"] = {{"rope_type", "yarn"}, {"factor", nullptr}, {"rope_theta", 1e4}};
+  const RopeConfig rope = parse_model_config(config, "config.json").rope;
+  EXPECT_EQ(rope.original_max_position_embeddings, 64);
+  EXPECT_DOUBLE_EQ(rope.factor, 2048.0 / 64);
+  config["rope_parameters"]["rope_type"] = "linear";
+  EXPECT_NE(message_of(config).find("factor: missing"), std::string::npos);
+}
+
 TEST(ModelConfigTest, CollectsEveryProblem) {
   json config = good();
   config.erase("vocab_size");
@@ -77,6 +98,23 @@ TEST(ModelConfigTest, RefusesContradictions) {
   config["rope_theta"] = 1e4;
   config["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 1e5}};
   EXPECT_NE(message_of(config).find("contradicts"), std::string::npos);
+  config = good();
+  config["rope_theta"] = 1e4;
+  config["rope_scaling"] = {{"rope_type", "linear"}, {"factor", 2.0}, {"rope_theta", 500.0}};
+  EXPECT_NE(message_of(config).find("in rope_scaling"), std::string::npos);
+  config = good();
+  config["rope_scaling"] = {{"type", "llama3"},
+                            {"factor", 8.0},
+                            {"low_freq_factor", 1.0},
+                            {"high_freq_factor", 4.0},
+                            {"original_max_position_embeddings", 64}};
+  config["rope_parameters"] = config["rope_scaling"];
+  EXPECT_NO_THROW(parse_model_config(config, "config.json"));
+  config["rope_parameters"]["high_freq_factor"] = 2.0;
+  EXPECT_NE(message_of(config).find("contradicts rope_parameters"), std::string::npos);
+  config.erase("rope_parameters");
+  config["original_max_position_embeddings"] = 128;
+  EXPECT_NE(message_of(config).find("128 contradicts 64"), std::string::npos);
   config = good();
   config["rope_scaling"] = {{"rope_type", "longrope"}, {"factor", 2}};
   EXPECT_NE(message_of(config).find("longrope"), std::string::npos);

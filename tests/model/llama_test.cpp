@@ -110,6 +110,40 @@ TEST(LoadModelTest, SameDtypeIsNotCopied) {
   EXPECT_EQ(parameters[name].const_data_ptr(), checkpoint.tensor(name).data);
 }
 
+// transformers uses such a head or not, depending on its version.
+TEST(LoadModelTest, RefusesAHeadThatDiffersFromTheEmbeddingsItIsTiedTo) {
+  const auto usual = source_path("tests/data/models/tied");
+  const auto reader = SafetensorsReader::open(usual / "model.safetensors");
+  const TensorView embedding = reader.view("model.embed_tokens.weight");
+  std::string head(reinterpret_cast<const char*>(embedding.data), embedding.nbytes);
+  for (const bool differs : {false, true}) {
+    const testing::TempDir folder;
+    std::filesystem::copy_file(usual / "config.json", folder / "config.json");
+    std::vector<SafetensorsWriter::Entry> entries;
+    for (const TensorInfo& info : reader.tensors()) {
+      entries.push_back({info.name, info.dtype, info.shape});
+    }
+    entries.push_back({"lm_head.weight", embedding.dtype, embedding.shape});
+    if (differs) head.back() ^= 1;
+    SafetensorsWriter writer(folder / "model.safetensors", entries);
+    for (const TensorInfo& info : reader.tensors()) {
+      const TensorView view = reader.view(info.name);
+      writer.write(info.name, view.data, view.nbytes);
+    }
+    writer.write("lm_head.weight", head.data(), head.size());
+    writer.finish();
+    const auto load = [&] { load_model(Checkpoint::open(folder.path().string())); };
+    if (!differs) {
+      EXPECT_NO_THROW(load());
+      continue;
+    }
+    const std::string message = testing::error_of(load).what();
+    EXPECT_NE(message.find("lm_head.weight in model.safetensors: expected the values of"),
+              std::string::npos)
+        << message;
+  }
+}
+
 TEST(LoadModelTest, ReportsEveryProblemAtOnce) {
   const testing::TempDir folder;
   std::filesystem::copy(source_path("tests/data/models/gqa"), folder.path(),

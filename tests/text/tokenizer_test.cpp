@@ -51,6 +51,11 @@ TEST_P(TokenizerGoldenTest, IdsEqualTheReference) {
     EXPECT_EQ(ids.size(), expected.at("count").get<size_t>()) << key;
     EXPECT_EQ(digest(ids), expected.at("sha256").get<std::string>()) << key;
   }
+  if (!golden.contains("decoded")) return;
+  for (const bool skip : {true, false}) {
+    EXPECT_EQ(tokenizer->decode(golden.at("short").get<Ids>(), skip),
+              golden.at("decoded").at(skip ? 0 : 1).get<std::string>());
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -66,7 +71,11 @@ INSTANTIATE_TEST_SUITE_P(
         Golden{"split_removed_invert", "tests/data/text/split_removed_invert.json"},
         Golden{"split_merged_with_previous", "tests/data/text/split_merged_with_previous.json"},
         Golden{"split_merged_with_next", "tests/data/text/split_merged_with_next.json"},
-        Golden{"split_contiguous", "tests/data/text/split_contiguous.json"}),
+        Golden{"split_contiguous", "tests/data/text/split_contiguous.json"},
+        Golden{"llama2_style", "tests/data/text/llama2_style.json"},
+        Golden{"metaspace_first", "tests/data/text/metaspace_first.json"},
+        Golden{"metaspace_always", "tests/data/text/metaspace_always.json"},
+        Golden{"metaspace_never", "tests/data/text/metaspace_never.json"}),
     [](const auto& param_info) { return param_info.param.name; });
 
 TEST(BpeTokenizerTest, SpecificationGoldens) {
@@ -101,6 +110,20 @@ TEST(BpeTokenizerTest, TokenBytes) {
   EXPECT_EQ(tokenizer->id_to_token(17097), "Ġæ");
   EXPECT_EQ(tokenizer->token_bytes(17097), " \xE6");
   EXPECT_EQ(error_of([&] { tokenizer->token_bytes(49152); }).code(), ExitCode::kBadInput);
+}
+
+// Characters that have no token, and bytes of them; the mark is the space that it was.
+TEST(BpeTokenizerTest, TokenBytesOfCharacters) {
+  const auto tokenizer = load_tokenizer(source_path("tests/data/text/llama2_style.json"));
+  EXPECT_EQ(tokenizer->kind(), "BPE");
+  const std::string text = "the naïve 日本語 🙂 don't\n\n x";
+  std::string bytes;
+  for (const int32_t id : tokenizer->encode(text, /*add_special_tokens=*/false)) {
+    bytes += tokenizer->token_bytes(id);
+  }
+  EXPECT_EQ(bytes, " " + text);
+  EXPECT_EQ(tokenizer->decode(tokenizer->encode(text)), text);
+  EXPECT_EQ(tokenizer->token_bytes(*tokenizer->token_to_id("<0x0A>")), "\n");
 }
 
 // The heap and the scan are two implementations of one rule; a long word goes through the former.
@@ -165,6 +188,11 @@ TEST(SentencePieceTokenizerTest, SaysThatAddedTokensAreText) {
   write_file(folder / "tokenizer_config.json",
              R"({"added_tokens_decoder": {"1": {"content": "<s>"}, "513": {"content": "<|x|>"}}})");
   EXPECT_NE(said().find("<|x|>"), std::string::npos);
+  std::filesystem::remove(folder / "tokenizer_config.json");
+  // A tokenizer.json that is passed over.
+  write_file(folder / "tokenizer.json", R"({"model": {"type": "Unigram"},
+    "added_tokens": [{"id": 1, "content": "<s>"}, {"id": 512, "content": "<|y|>"}]})");
+  EXPECT_NE(said().find("1 tokens that were added to it, like \"<|y|>\""), std::string::npos);
 }
 
 // LibTorch and Debian's sentencepiece both export protobuf symbols; this process uses both.

@@ -17,7 +17,9 @@ namespace hla {
 //
 // Two kinds are read:
 //  - "HF folder": config.json with model.safetensors, with shards listed in
-//    model.safetensors.index.json, or with the only *.safetensors file of the folder;
+//    model.safetensors.index.json, or with the only *.safetensors file of the folder. Tensors of a
+//    model that was saved without its head (LlamaModel) or, tied, with the head alone, get the
+//    names that LlamaForCausalLM has;
 //  - "llama2.c": a *.bin file of version 0 of https://github.com/karpathy/llama2.c. Its config is
 //    that of the equivalent HF Llama, its tensors bear HF names, and the rows of q and k are put
 //    from the interleaved into the half-split RoPE order.

@@ -19,7 +19,8 @@ struct LoadOptions {
   std::optional<at::ScalarType> dtype;  // nullopt: see resolve_dtype
 };
 
-// Adds every missing, extra and mis-shaped tensor of the checkpoint to `problems`. Reads no data.
+// Adds every missing, extra and mis-shaped tensor of the checkpoint to `problems`, and a head that
+// differs from the embeddings that it is tied to. Of no other tensors data are read.
 void check_tensors(const ModelConfig& config, const Checkpoint& checkpoint, Problems& problems);
 
 // The floating-point type that holds most of the checkpoint's elements.

@@ -1,5 +1,6 @@
-// Byte-level BPE from a tokenizer.json (GPT-2, Llama 3, cosmo2), as the Hugging Face `tokenizers`
-// library does it.
+// BPE from a tokenizer.json, on bytes (GPT-2, Llama 3, cosmo2) or on characters (Llama 2's and
+// other files that were made of SentencePiece models), as the Hugging Face `tokenizers` library
+// does it.
 #pragma once
 
 #include <memory>
@@ -11,10 +12,12 @@
 
 namespace hla {
 
-// Supported: no normalizer; pre-tokenizers Sequence, Digits, ByteLevel, Split; model BPE with
-// merges as pairs or strings, ignore_merges; added tokens, special or not; post-processors
-// ByteLevel, TemplateProcessing, Sequence; decoder ByteLevel. Names everything else that the file
-// asks for.
+// Supported: pre-tokenizers Sequence, Digits, ByteLevel, Split; model BPE with merges as pairs or
+// strings, ignore_merges; added tokens, special or not; post-processors ByteLevel,
+// TemplateProcessing, Sequence; decoder ByteLevel. Without a ByteLevel pre-tokenizer: normalizers
+// Prepend and Replace (of a text), pre-tokenizer Metaspace (alone), unk_token, fuse_unk,
+// byte_fallback, decoders Replace (by a space), ByteFallback, Fuse, Strip (a space at the
+// beginning) and Metaspace. Names everything else that the file asks for.
 std::vector<std::string> unsupported_by_bpe(const nlohmann::json& tokenizer_json);
 
 // Throws kBadInput, with `source` as the subject, for what is unsupported or malformed.
