@@ -110,14 +110,15 @@ def characters():
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     mark = "\u2581"
     t = Tokenizer(models.BPE(unk_token="<unk>"))
-    t.pre_tokenizer = pre_tokenizers.Metaspace(replacement=mark, prepend_scheme="always", split=True)
-    t.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=700, show_progress=False,
+    # Not split, so that there are tokens with marks at any place, and of several marks.
+    t.pre_tokenizer = pre_tokenizers.Metaspace(replacement=mark, prepend_scheme="always", split=False)
+    t.train_from_iterator(CORPUS + ["a" + " " * 8 + "b"] * 200, trainers.BpeTrainer(vocab_size=700, show_progress=False,
                                                       special_tokens=specials + bytes_))
     data = json.loads(t.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in specials]
     data["model"].update(byte_fallback=True, fuse_unk=True)
     count = len(data["model"]["vocab"])
-    for i, (content, normalized) in enumerate([("<|im_start|>", True), ("<tool>", False)]):
+    for i, (content, normalized) in enumerate([("<|im_start|>", True), ("<tool>", False), (mark + "<PRE>", False)]):
         data["added_tokens"].append({"id": count + i, "content": content, "single_word": False, "lstrip": False,
                                      "rstrip": False, "normalized": normalized, "special": not normalized})
 
@@ -249,6 +250,7 @@ def test_goldens():
     rows = [line if line.strip() else b"" for line in wiki.splitlines(keepends=True)]
     joined = b"\n\n".join(rows)
     short = "a word, words <left> b  <left>c <right>  d swordfish word emoji 🙂 <|end|>x<|end|> 12345 don't\n\n  zebra zebras"
+    tricky = "    x<tool>the <|im_start|>the </s><s> y    z \u2581<PRE>q<|end|>  "
     goldens = {}
 
     def record(name, encode):
@@ -266,8 +268,11 @@ def test_goldens():
         (OUT / f"{name}.json").write_text(text, "utf-8")
         t = Tokenizer.from_str(text)
         record(name, lambda text, raw, t=t: t.encode(text).ids)
+        goldens[name]["tricky"] = t.encode(tricky).ids
+        goldens[name]["tricky_decoded"] = [t.decode(goldens[name]["tricky"], skip_special_tokens=skip) for skip in (True, False)]
         goldens[name]["decoded"] = [t.decode(goldens[name]["short"], skip_special_tokens=skip) for skip in (True, False)]
     goldens["short_text"] = short
+    goldens["tricky_text"] = tricky
     (OUT / "goldens.json").write_text(json.dumps(goldens, ensure_ascii=False, indent=1) + "\n", "utf-8")
     print("wrote", OUT, {k: v["wiki"]["count"] for k, v in goldens.items() if isinstance(v, dict)})
 

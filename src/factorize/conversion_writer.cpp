@@ -110,8 +110,10 @@ void ConversionWriter::copy(const SafetensorsWriter::Entry& entry) {
   const at::ScalarType dtype = to_scalar_type(entry.dtype);
   for (int64_t begin = 0; begin < stored.numel() || begin == 0; begin += kBlockElements) {
     const int64_t end = std::min(begin + kBlockElements, stored.numel());
-    const at::Tensor block = stored.slice(0, begin, end).to(dtype);
-    check_finite(block, entry.name, /*copied=*/dtype == stored.scalar_type());
+    const at::Tensor source = stored.slice(0, begin, end);
+    check_finite(source, entry.name, /*copied=*/true);
+    const at::Tensor block = source.to(dtype);
+    if (dtype != stored.scalar_type()) check_finite(block, entry.name);
     writer_.write_part(entry.name, block.const_data_ptr(), block.nbytes());
     if (end < stored.numel()) base_.release_pages();
   }

@@ -69,7 +69,9 @@ void parse_rope_type(const json& object, RopeConfig& rope, Problems& problems) {
 
 // What an object of either style says beside rope_theta, however it names the type.
 json but_for_theta(json keys) {
-  if (!has_key(keys, "rope_type")) keys["rope_type"] = keys.value("type", json("default"));
+  if (!has_key(keys, "rope_type")) {
+    keys["rope_type"] = has_key(keys, "type") ? keys["type"] : json("default");
+  }
   keys.erase("type");
   keys.erase("rope_theta");
   for (auto it = keys.begin(); it != keys.end();) it = it->is_null() ? keys.erase(it) : ++it;
@@ -101,13 +103,14 @@ RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t
     rope.theta = read;
     theta = &inner;
   }
-  if (!parameters.is_null() && !scaling.is_null() && !scaling.empty() &&
+  if (!parameters.is_null() && !parameters.empty() && !scaling.is_null() && !scaling.empty() &&
       but_for_theta(scaling) != but_for_theta(parameters)) {
     problems.add("rope_scaling " + got(scaling) + " contradicts rope_parameters " +
                  got(parameters));
   }
   const json empty = json::object();
-  const json& keys = !parameters.is_null() ? parameters : !scaling.is_null() ? scaling : empty;
+  const bool old_style = parameters.is_null() || parameters.empty();
+  const json& keys = !old_style ? parameters : !scaling.is_null() ? scaling : empty;
   parse_rope_type(keys, rope, problems);
   const double partial = get_double(keys, "partial_rotary_factor", 1.0, problems);
   if (partial != 1.0 || get_double(root, "partial_rotary_factor", 1.0, problems) != 1.0) {
@@ -115,11 +118,13 @@ RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t
   }
   if (rope.type == RopeType::kDefault) return rope;
 
-  // As in transformers, one beside the others counts as well.
+  // As in transformers, one beside the others counts as well, for these types.
+  const bool has_original = rope.type == RopeType::kLlama3 || rope.type == RopeType::kYarn;
   constexpr const char* kOriginal = "original_max_position_embeddings";
   const json& original = find(root, kOriginal);
   const json& inner_original = find(keys, kOriginal);
-  if (!original.is_null() && !inner_original.is_null() && original != inner_original) {
+  if (has_original && !original.is_null() && !inner_original.is_null() &&
+      original != inner_original) {
     problems.add(std::string(kOriginal) + ": " + got(original) + " contradicts " +
                  got(inner_original) + " of the RoPE type");
   }

@@ -1,10 +1,10 @@
 #include "hla/model/load.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
-#include <cstring>
 #include <map>
 #include <set>
 
@@ -31,12 +31,14 @@ bool is_floating(DType dtype) {
 constexpr const char* kHead = "lm_head.weight";
 constexpr const char* kEmbedding = "model.embed_tokens.weight";
 
-// Whether both are there, of one dtype, shape and values.
-bool is_same(const Checkpoint& checkpoint, const std::string& a, const std::string& b) {
-  if (!checkpoint.has(a) || !checkpoint.has(b)) return false;
-  const TensorView x = checkpoint.tensor(a);
-  const TensorView y = checkpoint.tensor(b);
-  return x.dtype == y.dtype && x.shape == y.shape && std::memcmp(x.data, y.data, x.nbytes) == 0;
+bool is_equal(const Checkpoint& checkpoint, const std::string& a, const std::string& b) {
+  const at::Tensor x = checkpoint_tensor(checkpoint, a);
+  const at::Tensor y = checkpoint_tensor(checkpoint, b);
+  const bool equal = x.scalar_type() == y.scalar_type()
+                         ? at::equal(x, y)
+                         : at::equal(x.to(at::kFloat), y.to(at::kFloat));
+  checkpoint.release_pages();
+  return equal;
 }
 
 }  // namespace
@@ -67,7 +69,11 @@ void check_tensors(const ModelConfig& config, const Checkpoint& checkpoint, Prob
   for (const auto& [name, info] : present) {
     // With tied embeddings some writers store the shared matrix twice.
     if (name == kHead && config.tie_word_embeddings) {
-      if (!is_same(checkpoint, kHead, kEmbedding)) {
+      const auto embedding = present.find(kEmbedding);
+      const bool comparable = embedding != present.end() &&
+                              embedding->second->shape == info->shape &&
+                              is_floating(embedding->second->dtype) && is_floating(info->dtype);
+      if (comparable && !is_equal(checkpoint, kHead, kEmbedding)) {
         problems.add(std::string(kHead) + " in " + info->file.filename().string() +
                      ": expected the values of " + kEmbedding +
                      ", as tie_word_embeddings is true, got others (versions of transformers use "

@@ -549,10 +549,13 @@ class BpeTokenizer : public Tokenizer {
 
   std::string decode(const std::vector<int32_t>& ids, bool skip_special_tokens) const override {
     std::string text;
+    bool first = true;
     for (const int32_t id : ids) {
       check(id);
-      if (skip_special_tokens && special_[static_cast<size_t>(id)]) continue;
-      text += bytes_[static_cast<size_t>(id)];
+      const auto i = static_cast<size_t>(id);
+      if (skip_special_tokens && special_[i]) continue;
+      text += first && drops_first_marks_ ? replace_all(tokens_[i], mark_, "") : bytes_[i];
+      first = false;
     }
     if (strips_space_ && text.starts_with(' ')) text.erase(0, 1);
     return sanitize_utf8(text);
@@ -635,7 +638,7 @@ class BpeTokenizer : public Tokenizer {
       if (type == "Strip") strips_space_ = member(part, "start") == 1;
       if (type == "Metaspace") {
         mark_ = metaspace_mark(part);
-        strips_space_ = *mark_before(part) != MarkBefore::kNone;
+        drops_first_marks_ = *mark_before(part) != MarkBefore::kNone;
       }
     }
   }
@@ -702,10 +705,12 @@ class BpeTokenizer : public Tokenizer {
         continue;
       }
       set_token(token.content, token.id);
-      bytes_[static_cast<size_t>(token.id)] = token.content;
       special_[static_cast<size_t>(token.id)] = token.special;
       const bool normalized = flag(entry, "normalized", !token.special);
       if (normalized) token.content = normalize(token.content, normalizers_);
+      // As the reference decodes it.
+      bytes_[static_cast<size_t>(token.id)] =
+          byte_level_ ? token.content : bytes_of(token.content).value_or(token.content);
       (normalized ? normalized_finder_ : plain_finder_).add(std::move(token));
     }
   }
@@ -889,7 +894,8 @@ class BpeTokenizer : public Tokenizer {
   // What decoding does to tokens of characters.
   std::string mark_;  // becomes a space
   bool falls_back_ = false;
-  bool strips_space_ = false;  // one, at the beginning
+  bool strips_space_ = false;       // one, at the beginning
+  bool drops_first_marks_ = false;  // of the first token
   std::vector<Step> steps_;
   AddedTokenFinder plain_finder_;
   AddedTokenFinder normalized_finder_;
@@ -899,19 +905,27 @@ class BpeTokenizer : public Tokenizer {
   std::optional<int32_t> eos_;
 };
 
-bool is_decoder_of_characters(const json& part) {
-  const std::string type = type_of(part);
-  if (type == "Replace") {
-    const auto replace = make_normalizer(part);
-    return replace && replace->to == " ";
+// Metaspace; or Replace of a mark by a space, ByteFallback, Fuse and Strip of a space at the
+// beginning, in this order, of which the second and the last may be absent.
+bool is_decoder_of_characters(const json& decoder) {
+  std::vector<json> parts = parts_of(decoder, "decoders");
+  if (parts.size() == 1 && type_of(parts[0]) == "Metaspace") {
+    return !metaspace_mark(parts[0]).empty() && mark_before(parts[0]);
   }
-  if (type == "Strip") {
-    const json& start = member(part, "start");
-    return member(part, "content") == " " && (start == 0 || start == 1) &&
-           member(part, "stop") == 0;
+  if (!parts.empty() && type_of(parts.back()) == "Strip") {
+    const json& strip = parts.back();
+    const json& start = member(strip, "start");
+    if (member(strip, "content") != " " || (start != 0 && start != 1) ||
+        member(strip, "stop") != 0) {
+      return false;
+    }
+    parts.pop_back();
   }
-  if (type == "Metaspace") return !metaspace_mark(part).empty() && mark_before(part);
-  return type == "ByteFallback" || type == "Fuse";
+  std::string types;
+  for (const json& part : parts) types += type_of(part) + ' ';
+  if (types != "Replace Fuse " && types != "Replace ByteFallback Fuse ") return false;
+  const auto replace = make_normalizer(parts[0]);
+  return replace && replace->to == " ";
 }
 
 }  // namespace
@@ -964,9 +978,12 @@ std::vector<std::string> unsupported_by_bpe(const json& root) {
       names.push_back("post_processor " + type);
     }
   }
-  for (const json& part : parts_of(member(root, "decoder"), "decoders")) {
-    if (on_bytes ? type_of(part) != "ByteLevel" : !is_decoder_of_characters(part)) {
-      names.push_back("decoder " + type_of(part));
+  const json& decoder = member(root, "decoder");
+  if (!on_bytes) {
+    if (!is_decoder_of_characters(decoder)) names.push_back("decoder " + json_excerpt(decoder));
+  } else {
+    for (const json& part : parts_of(decoder, "decoders")) {
+      if (type_of(part) != "ByteLevel") names.push_back("decoder " + type_of(part));
     }
   }
   // "truncation" and "padding" are what some call was once told; transformers does not heed them

@@ -1,5 +1,6 @@
 #include "hla/text/tokenizer.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -87,6 +88,31 @@ std::set<std::string> tokens_beyond(const fs::path& folder, const nlohmann::json
   return tokens;
 }
 
+// As transformers does: what tokenizer_config.json says of added tokens counts, and it may have
+// more of them.
+void merge_added_tokens(const nlohmann::json& config, nlohmann::json& root) {
+  const nlohmann::json decoder = config.value("added_tokens_decoder", nlohmann::json());
+  if (!decoder.is_object() || !root.is_object()) return;
+  nlohmann::json& added = root["added_tokens"];
+  if (added.is_null()) added = nlohmann::json::array();
+  if (!added.is_array()) return;
+  const auto content = [](const nlohmann::json& token) {
+    return token.is_object() ? token.value("content", nlohmann::json()) : nlohmann::json();
+  };
+  for (const auto& [id, token] : decoder.items()) {
+    if (!content(token).is_string()) continue;
+    const auto known = std::find_if(added.begin(), added.end(), [&](const nlohmann::json& one) {
+      return content(one) == content(token);
+    });
+    if (known != added.end()) {
+      known->update(token);
+    } else {
+      added.push_back(token);
+      added.back()["id"] = std::strtoll(id.c_str(), nullptr, 10);
+    }
+  }
+}
+
 }  // namespace
 
 std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
@@ -107,13 +133,18 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
   nlohmann::json root;
   if (has_json) {
     root = read_json_file(json_file);
+    merge_added_tokens(config, root);
     const std::vector<std::string> unsupported = unsupported_by_bpe(root);
     if (unsupported.empty() || !has_model) {
       auto tokenizer = load_bpe(root, json_file.string(), settings);
       // As in transformers: what is added is what the file's post-processor adds.
-      if (settings.add_bos_token.value_or(false) && tokenizer->encode("").empty()) {
-        log_warning(config_file.string() +
-                    ": says add_bos_token, but tokenizer.json adds none, so none is added");
+      // Of Llama 2's kind one is expected.
+      const bool expects_bos = settings.add_bos_token.value_or(tokenizer->kind() == "BPE");
+      if (expects_bos && tokenizer->encode("").empty()) {
+        log_warning(
+            json_file.string() + ": adds no BOS" +
+            (settings.add_bos_token ? ", though tokenizer_config.json says add_bos_token" : "") +
+            ", so none is added");
       }
       return tokenizer;
     }

@@ -36,7 +36,7 @@ class Tokenizer {
   virtual std::string token_bytes(int32_t id) const = 0;
   virtual std::optional<int32_t> bos_id() const = 0;
   virtual std::optional<int32_t> eos_id() const = 0;
-  virtual std::string kind() const = 0;  // "byte-level BPE", "SentencePiece"
+  virtual std::string kind() const = 0;  // "byte-level BPE", "BPE", "SentencePiece"
 };
 
 // What tokenizer_config.json says beside the tokenizer itself.
