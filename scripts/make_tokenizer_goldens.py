@@ -112,8 +112,8 @@ def characters():
     t = Tokenizer(models.BPE(unk_token="<unk>"))
     # Not split, so that there are tokens with marks at any place, and of several marks.
     t.pre_tokenizer = pre_tokenizers.Metaspace(replacement=mark, prepend_scheme="always", split=False)
-    t.train_from_iterator(CORPUS + ["a" + " " * 8 + "b"] * 200, trainers.BpeTrainer(vocab_size=700, show_progress=False,
-                                                      special_tokens=specials + bytes_))
+    trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, special_tokens=specials + bytes_)
+    t.train_from_iterator(CORPUS + ["a" + " " * 8 + "b"] * 200, trainer)
     data = json.loads(t.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in specials]
     data["model"].update(byte_fallback=True, fuse_unk=True)
@@ -122,26 +122,21 @@ def characters():
         data["added_tokens"].append({"id": count + i, "content": content, "single_word": False, "lstrip": False,
                                      "rstrip": False, "normalized": normalized, "special": not normalized})
 
-    def made(pre, normalizer, **model):
-        copy = json.loads(json.dumps(data))
-        copy["model"].update(model)
-        t = Tokenizer.from_str(json.dumps(copy))
-        if normalizer is not None:
-            t.normalizer = normalizer
-        t = Tokenizer.from_str(json.dumps({**json.loads(t.to_str()), "pre_tokenizer": pre}))
+    def made(pre, decoder, **model):
+        t = Tokenizer.from_str(json.dumps({**data, "pre_tokenizer": pre, "model": {**data["model"], **model}}))
         t.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B",
                                                          special_tokens=[("<s>", 1)])
-        t.decoder = decoders.Sequence([decoders.Replace(mark, " "), decoders.ByteFallback(), decoders.Fuse(),
-                                       decoders.Strip(" ", 1, 0)])
+        t.decoder = decoder
         return t
 
-    yield "llama2_style", made(None, normalizers.Sequence([normalizers.Prepend(mark),
-                                                           normalizers.Replace(" ", mark)])).to_str(pretty=False)
+    t = made(None, decoders.Sequence([decoders.Replace(mark, " "), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(" ", 1, 0)]))
+    t.normalizer = normalizers.Sequence([normalizers.Prepend(mark), normalizers.Replace(" ", mark)])
+    yield "llama2_style", t.to_str(pretty=False)
     for scheme, split, model in [("first", False, {}), ("always", True, {"byte_fallback": False}),
                                  ("never", True, {"byte_fallback": False, "fuse_unk": False})]:
         pre = {"type": "Metaspace", "replacement": mark, "prepend_scheme": scheme, "split": split}
-        t = made(pre, None, **model)
-        t.decoder = decoders.Metaspace(replacement=mark, prepend_scheme=scheme, split=split)
+        t = made(pre, decoders.Metaspace(replacement=mark, prepend_scheme=scheme, split=split), **model)
         yield f"metaspace_{scheme}", t.to_str(pretty=False)
 
 
@@ -268,9 +263,10 @@ def test_goldens():
         (OUT / f"{name}.json").write_text(text, "utf-8")
         t = Tokenizer.from_str(text)
         record(name, lambda text, raw, t=t: t.encode(text).ids)
-        goldens[name]["tricky"] = t.encode(tricky).ids
-        goldens[name]["tricky_decoded"] = [t.decode(goldens[name]["tricky"], skip_special_tokens=skip) for skip in (True, False)]
-        goldens[name]["decoded"] = [t.decode(goldens[name]["short"], skip_special_tokens=skip) for skip in (True, False)]
+        golden = goldens[name]
+        golden["tricky"] = t.encode(tricky).ids
+        for decoded, ids in [("tricky_decoded", golden["tricky"]), ("decoded", golden["short"])]:
+            golden[decoded] = [t.decode(ids, skip_special_tokens=skip) for skip in (True, False)]
     goldens["short_text"] = short
     goldens["tricky_text"] = tricky
     (OUT / "goldens.json").write_text(json.dumps(goldens, ensure_ascii=False, indent=1) + "\n", "utf-8")

@@ -94,8 +94,8 @@ RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t
   const json* theta = &find(root, "rope_theta");
   for (const auto& [name, value] :
        {std::pair("rope_parameters", &parameters), std::pair("rope_scaling", &scaling)}) {
-    if (value->is_null() || find(*value, "rope_theta").is_null()) continue;
     const json& inner = find(*value, "rope_theta");
+    if (inner.is_null()) continue;
     const double read = positive_double(*value, "rope_theta", 10000.0, problems);
     if (!theta->is_null() && read != rope.theta) {
       problems.add("rope_theta: " + got(*theta) + " contradicts " + got(inner) + " in " + name);
@@ -103,14 +103,13 @@ RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t
     rope.theta = read;
     theta = &inner;
   }
-  if (!parameters.is_null() && !parameters.empty() && !scaling.is_null() && !scaling.empty() &&
+  if (!parameters.empty() && !scaling.empty() &&  // null is empty, too
       but_for_theta(scaling) != but_for_theta(parameters)) {
     problems.add("rope_scaling " + got(scaling) + " contradicts rope_parameters " +
                  got(parameters));
   }
   const json empty = json::object();
-  const bool old_style = parameters.is_null() || parameters.empty();
-  const json& keys = !old_style ? parameters : !scaling.is_null() ? scaling : empty;
+  const json& keys = !parameters.empty() ? parameters : !scaling.is_null() ? scaling : empty;
   parse_rope_type(keys, rope, problems);
   const double partial = get_double(keys, "partial_rotary_factor", 1.0, problems);
   if (partial != 1.0 || get_double(root, "partial_rotary_factor", 1.0, problems) != 1.0) {

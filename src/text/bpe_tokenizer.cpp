@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <deque>
 #include <functional>
 #include <nlohmann/json.hpp>
@@ -113,15 +114,6 @@ struct Normalizer {
   std::string from;
   std::string to;
 };
-
-std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
-  std::string result;
-  size_t done = 0;
-  for (size_t at; (at = text.find(from, done)) != std::string_view::npos; done = at + from.size()) {
-    result.append(text.substr(done, at - done)).append(to);
-  }
-  return result.append(text.substr(done));
-}
 
 std::string normalize(std::string_view text, const std::vector<Normalizer>& normalizers) {
   std::string result(text);
@@ -617,9 +609,8 @@ class BpeTokenizer : public Tokenizer {
   std::optional<std::string> bytes_of(const std::string& token) const {
     if (byte_level_) return alphabet_.to_bytes(token);
     if (falls_back_ && token.size() == byte_token(0).size() && token.starts_with("<0x")) {
-      for (size_t byte = 0; byte < 256; ++byte) {
-        if (token == byte_token(byte)) return std::string(1, static_cast<char>(byte));
-      }
+      const size_t byte = std::strtoul(token.c_str() + 3, nullptr, 16);
+      if (byte < 256 && token == byte_token(byte)) return std::string(1, static_cast<char>(byte));
     }
     return mark_.empty() ? token : replace_all(token, mark_, " ");
   }
@@ -964,11 +955,10 @@ std::vector<std::string> unsupported_by_bpe(const json& root) {
   const json& model = member(root, "model");
   const std::string model_type = type_of(model);
   if (model_type != "BPE") names.push_back("model " + model_type);
-  for (const char* key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
-                          "byte_fallback"}) {
-    const bool of_characters =
-        key == std::string("unk_token") || key == std::string("byte_fallback");
-    if (is_set(member(model, key)) && (on_bytes || !of_characters)) {
+  std::vector<const char*> refused = {"dropout", "continuing_subword_prefix", "end_of_word_suffix"};
+  if (on_bytes) refused.insert(refused.end(), {"unk_token", "byte_fallback"});
+  for (const char* key : refused) {
+    if (is_set(member(model, key))) {
       names.push_back(std::string("model ") + key + " " + json_excerpt(member(model, key)));
     }
   }

@@ -78,16 +78,13 @@ class SentencePieceTokenizer : public Tokenizer {
   }
 
   std::string token_bytes(int32_t id) const override {
-    std::string piece = id_to_token(id);
+    const std::string piece = id_to_token(id);
     if (model_->is_byte(id)) {  // "<0x0A>"
       return std::string(1, static_cast<char>(std::stoi(piece.substr(3, 2), nullptr, 16)));
     }
     if (model_->is_control(id) || model_->is_unknown(id)) return piece;
     constexpr std::string_view kSpace = "\u2581";  // how the library writes a space
-    for (size_t i = piece.find(kSpace); i != std::string::npos; i = piece.find(kSpace, i + 1)) {
-      piece.replace(i, kSpace.size(), " ");
-    }
-    return piece;
+    return replace_all(piece, kSpace, " ");
   }
   std::optional<int32_t> bos_id() const override { return present(model_->bos_id()); }
   std::optional<int32_t> eos_id() const override { return present(model_->eos_id()); }

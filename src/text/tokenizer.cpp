@@ -1,6 +1,6 @@
 #include "hla/text/tokenizer.h"
 
-#include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -15,17 +15,23 @@ namespace {
 
 namespace fs = std::filesystem;
 
+// Of {"content": "text"}.
+std::optional<std::string> content_of(const nlohmann::json& token) {
+  if (!token.is_object()) return std::nullopt;
+  const auto found = token.find("content");
+  if (found == token.end() || !found->is_string()) return std::nullopt;
+  return found->get<std::string>();
+}
+
 // A token as "text" or {"content": "text"}; absent for null.
 std::optional<std::string> token_text(const nlohmann::json& config, const char* key,
                                       Problems& problems) {
   if (!has_key(config, key)) return std::nullopt;
   const nlohmann::json& value = config[key];
   if (value.is_string()) return value.get<std::string>();
-  if (value.is_object() && value.contains("content") && value["content"].is_string()) {
-    return value["content"].get<std::string>();
-  }
-  problems.add(std::string(key) + ": expected a token, got " + json_excerpt(value));
-  return std::nullopt;
+  const auto text = content_of(value);
+  if (!text) problems.add(std::string(key) + ": expected a token, got " + json_excerpt(value));
+  return text;
 }
 
 // The folder's tokenizer_config.json; an empty object where there is none.
@@ -54,63 +60,52 @@ TokenizerSettings read_settings(const nlohmann::json& config, const fs::path& fi
   return settings;
 }
 
-// Tokens that a folder adds to those of its tokenizer.model, in added_tokens.json, {"token": id};
-// tokenizer_config.json, {"added_tokens_decoder": {"id": {"content": "token"}}}; or
-// tokenizer.json, {"added_tokens": [{"id": id, "content": "token"}]}.
-std::set<std::string> tokens_beyond(const fs::path& folder, const nlohmann::json& config,
-                                    const nlohmann::json& tokenizer, int64_t vocab_size) {
-  std::set<std::string> tokens;
-  const auto add = [&](int64_t id, const nlohmann::json& token) {
-    if (id >= vocab_size && token.is_string()) tokens.insert(token.get<std::string>());
-  };
-  const auto content = [](const nlohmann::json& token) {
-    return token.is_object() ? token.value("content", nlohmann::json()) : nlohmann::json();
-  };
-  std::error_code error;
-  const fs::path added = folder / "added_tokens.json";
-  if (fs::is_regular_file(added, error)) {
-    const nlohmann::json ids = read_json_file(added);
-    for (const auto& [token, id] : ids.items()) {
-      if (id.is_number_integer()) add(id.get<int64_t>(), token);
-    }
-  }
-  const nlohmann::json decoder = config.value("added_tokens_decoder", nlohmann::json());
-  for (const auto& [id, token] : decoder.items()) {
-    add(std::strtoll(id.c_str(), nullptr, 10), content(token));
-  }
-  const nlohmann::json listed =
+// What tokenizer.json has under "added_tokens", [{"id": id, "content": "token", …}]. As in
+// transformers, what tokenizer_config.json says of them counts, {"added_tokens_decoder": {"id":
+// {"content": "token", …}}}, and it may have more of them.
+nlohmann::json added_tokens(const nlohmann::json& tokenizer, const nlohmann::json& config) {
+  nlohmann::json added =
       tokenizer.is_object() ? tokenizer.value("added_tokens", nlohmann::json()) : nlohmann::json();
-  for (const auto& [index, token] : listed.items()) {
-    if (!token.is_object()) continue;
-    const nlohmann::json id = token.value("id", nlohmann::json());
-    if (id.is_number_integer()) add(id.get<int64_t>(), content(token));
-  }
-  return tokens;
-}
-
-// As transformers does: what tokenizer_config.json says of added tokens counts, and it may have
-// more of them.
-void merge_added_tokens(const nlohmann::json& config, nlohmann::json& root) {
   const nlohmann::json decoder = config.value("added_tokens_decoder", nlohmann::json());
-  if (!decoder.is_object() || !root.is_object()) return;
-  nlohmann::json& added = root["added_tokens"];
-  if (added.is_null()) added = nlohmann::json::array();
-  if (!added.is_array()) return;
-  const auto content = [](const nlohmann::json& token) {
-    return token.is_object() ? token.value("content", nlohmann::json()) : nlohmann::json();
-  };
+  if (!decoder.is_object() || !(added.is_null() || added.is_array())) return added;
+  std::map<std::string, size_t> places;
+  for (size_t i = 0; i < added.size(); ++i) {
+    if (const auto content = content_of(added[i])) places.emplace(*content, i);
+  }
   for (const auto& [id, token] : decoder.items()) {
-    if (!content(token).is_string()) continue;
-    const auto known = std::find_if(added.begin(), added.end(), [&](const nlohmann::json& one) {
-      return content(one) == content(token);
-    });
-    if (known != added.end()) {
-      known->update(token);
+    const auto content = content_of(token);
+    if (!content) continue;
+    const auto known = places.find(*content);
+    if (known != places.end()) {
+      added[known->second].update(token);
     } else {
       added.push_back(token);
       added.back()["id"] = std::strtoll(id.c_str(), nullptr, 10);
     }
   }
+  return added;
+}
+
+// Those of a folder that its tokenizer.model has not: of the above, or in added_tokens.json,
+// {"token": id}.
+std::set<std::string> tokens_beyond(const nlohmann::json& added, const fs::path& folder,
+                                    int64_t vocab_size) {
+  std::set<std::string> tokens;
+  const auto is_beyond = [&](const nlohmann::json& id) {
+    return id.is_number_integer() && id.get<int64_t>() >= vocab_size;
+  };
+  for (const nlohmann::json& token : added) {
+    const auto content = content_of(token);
+    if (content && is_beyond(token.value("id", nlohmann::json()))) tokens.insert(*content);
+  }
+  std::error_code error;
+  const fs::path file = folder / "added_tokens.json";
+  if (!fs::is_regular_file(file, error)) return tokens;
+  const nlohmann::json ids = read_json_file(file);
+  for (const auto& [token, id] : ids.items()) {
+    if (is_beyond(id)) tokens.insert(token);
+  }
+  return tokens;
 }
 
 }  // namespace
@@ -131,9 +126,10 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
   const nlohmann::json config = read_tokenizer_config(config_file);
   const TokenizerSettings settings = read_settings(config, config_file);
   nlohmann::json root;
+  if (has_json) root = read_json_file(json_file);
+  const nlohmann::json added = added_tokens(root, config);
   if (has_json) {
-    root = read_json_file(json_file);
-    merge_added_tokens(config, root);
+    if (root.is_object()) root["added_tokens"] = added;
     const std::vector<std::string> unsupported = unsupported_by_bpe(root);
     if (unsupported.empty() || !has_model) {
       auto tokenizer = load_bpe(root, json_file.string(), settings);
@@ -152,7 +148,7 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
               " is not supported, tokenizer.model is used");
   }
   auto tokenizer = load_sentencepiece(model_file, settings);
-  const std::set<std::string> beyond = tokens_beyond(parent, config, root, tokenizer->vocab_size());
+  const std::set<std::string> beyond = tokens_beyond(added, parent, tokenizer->vocab_size());
   if (!beyond.empty()) {
     log_warning(model_file.string() + ": " + std::to_string(beyond.size()) +
                 " tokens that were added to it, like " + json_excerpt(*beyond.begin()) +

@@ -184,4 +184,16 @@ std::string_view python_strip(std::string_view text) {
   return text.substr(begin, end - begin);
 }
 
+std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
+  std::string result;
+  result.reserve(text.size());
+  for (size_t begin = 0;;) {
+    const size_t found = text.find(from, begin);
+    result += text.substr(begin, found == std::string_view::npos ? found : found - begin);
+    if (found == std::string_view::npos) return result;
+    result += to;
+    begin = found + from.size();
+  }
+}
+
 }  // namespace hla

@@ -7,19 +7,6 @@
 namespace hla {
 namespace {
 
-// Python's str.replace.
-std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
-  std::string result;
-  result.reserve(text.size());
-  for (size_t begin = 0;;) {
-    const size_t found = text.find(from, begin);
-    result += text.substr(begin, found == std::string_view::npos ? found : found - begin);
-    if (found == std::string_view::npos) return result;
-    result += to;
-    begin = found + from.size();
-  }
-}
-
 int64_t count_of(std::string_view text, std::string_view part) {
   int64_t count = 0;
   for (size_t at = text.find(part); at != std::string_view::npos;

@@ -31,4 +31,7 @@ size_t python_space_length(std::string_view text, size_t i);
 // Python's str.strip().
 std::string_view python_strip(std::string_view text);
 
+// Python's str.replace(); `from` is not empty.
+std::string replace_all(std::string_view text, std::string_view from, std::string_view to);
+
 }  // namespace hla
