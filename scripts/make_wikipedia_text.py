@@ -104,6 +104,16 @@ def as_wikitext(moses, level, text):
     return f" \n {'= ' * level}{tokens}{' =' * level} \n \n"
 
 
+def length_of(found, characters):
+    """How many of the first blocks hold so many characters."""
+    written = 0
+    for count, (_, text) in enumerate(found):
+        if written >= characters:
+            return count
+        written += len(text)
+    return len(found)
+
+
 def wikitext_titles():
     titles = set()
     for name in ("wiki.valid.txt", "wiki.test.raw"):
@@ -115,6 +125,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--characters", type=int, default=4500, help="of each article, then to the paragraph's end")
+    parser.add_argument("--after", type=int, default=0, help="leave out what --characters of this many would write")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         dump = download_dump(folder)
@@ -128,14 +139,13 @@ def main():
                 continue
             if as_wikitext(moses, 0, title).strip() in known:
                 continue
-            written = 0
-            for level, text in found:
-                if level > 0 and written >= args.characters:
-                    break
+            first = length_of(found, args.after)
+            rest = found[first:]
+            if not rest:
+                continue
+            chosen = rest[: length_of(rest, args.characters)]
+            for level, text in (found[:1] if first else []) + chosen:
                 file.write(as_wikitext(moses, level, text))
-                written += len(text)
-                if written >= args.characters:
-                    break
             articles += 1
     print(f"{articles} articles", file=sys.stderr)
 

@@ -7,6 +7,7 @@
 #include <csignal>
 #include <iostream>
 #include <new>
+#include <optional>
 
 #include "commands.h"
 #include "hla/core/error.h"
@@ -14,6 +15,7 @@
 #include "hla/core/log.h"
 #include "hla/core/version.h"
 #include "hla/model/device.h"
+#include "hla/model/onednn_products.h"
 
 namespace {
 
@@ -81,8 +83,10 @@ int main(int argc, char** argv) {
   mallopt(M_TRIM_THRESHOLD, 512 << 20);
   std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit then shows as a write error
   std::signal(SIGPIPE, SIG_IGN);
+  std::optional<hla::OnednnProducts> products;
   int code = 0;
   try {
+    if (hla::prefers_onednn_products()) products.emplace();
     code = run(argc, argv);
   } catch (const hla::Error& error) {
     code = report(error.code(), error.what());

@@ -7,6 +7,8 @@
 
 #include <optional>
 
+#include "hla/model/attention_kernels.h"
+
 namespace hla {
 namespace {
 
@@ -14,6 +16,7 @@ namespace {
 // was, and each is repeated for its group of queries with stride 0, so that nothing is copied: the
 // attention kernels read through strides.
 at::Tensor sequence_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  if (is_for_attention_kernel(q, k, v)) return attention_kernel(q, k, v);
   const int64_t kv_heads = k.size(1);
   const int64_t group = q.size(1) / kv_heads;
   const auto repeat = [&](const at::Tensor& x) {  // (K, G, T, d)

@@ -1,7 +1,9 @@
 // The compiler's own vectors, and what kernels for the CPU have in common. Private to src/model.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <vector>
 
 #define HLA_INLINE __attribute__((always_inline)) inline
 
@@ -39,6 +41,15 @@ struct Vector {
     return x;
   }
   static HLA_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+  static HLA_INLINE float highest(Floats x) {
+    if constexpr (Bytes > 16) {
+      return Vector<Bytes / 2>::highest(Vector<Bytes / 2>::max(low_half(x), high_half(x)));
+    } else {
+      x = max(x, __builtin_shufflevector(x, x, 2, 3, 0, 1));
+      return x[0] > x[1] ? x[0] : x[1];
+    }
+  }
 
   // Halves are added up by shuffles: through memory it would take some 60 cycles.
   static HLA_INLINE float total(Floats x) {
@@ -91,15 +102,61 @@ struct Vector {
   }
 
  private:
-  // The sum of both halves.
-  static HLA_INLINE auto folded(Floats x) {
+  static HLA_INLINE auto low_half(Floats x) {
     if constexpr (Bytes == 64) {
-      return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-             __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+      return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
     } else {
-      return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+      return __builtin_shufflevector(x, x, 0, 1, 2, 3);
     }
   }
+  static HLA_INLINE auto high_half(Floats x) {
+    if constexpr (Bytes == 64) {
+      return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    } else {
+      return __builtin_shufflevector(x, x, 4, 5, 6, 7);
+    }
+  }
+  static HLA_INLINE auto folded(Floats x) { return low_half(x) + high_half(x); }
 };
+
+// Calls action<count>(): loops over 1…Most sums are unrolled, so that they stay in registers.
+template <int Most, class Action>
+HLA_INLINE void with_count(int64_t count, const Action& action) {
+  if constexpr (Most > 1) {
+    if (count < Most) return with_count<Most - 1>(count, action);
+  }
+  action.template operator()<Most>();
+}
+
+// Of a running softmax: scores are taken less a reference before exp.
+// Scores may exceed the reference of the running softmax by so much before it is moved.
+inline constexpr float kSlack = 16;
+// e to less than this is 0: next to e^0 it is nothing, and products with it would be subnormal,
+// which many processors take a hundred times as long for.
+inline constexpr float kLeastArgument = -60;
+inline constexpr float kNoReference = -1e30F;
+
+// Moves the reference if a score is too far above it, or if there is none yet; returns what the
+// sums so far must be multiplied by.
+HLA_INLINE float move_reference(float highest, float& reference) {
+  if (reference != kNoReference && highest <= reference + kSlack) return 1;
+  const float scale = reference == kNoReference ? 1 : std::exp(reference - highest);
+  reference = highest;
+  return scale;
+}
+
+template <class V>
+HLA_INLINE typename V::Floats probability(typename V::Floats argument) {
+  return argument < kLeastArgument ? typename V::Floats{} : V::exp(argument);
+}
+
+// Of so many floats, at the beginning of a line of the caches.
+inline float* sized(std::vector<float>& buffer, int64_t size) {
+  constexpr size_t kLine = 64;
+  const size_t wanted = static_cast<size_t>(size) + kLine / sizeof(float);
+  if (buffer.size() < wanted) buffer.resize(wanted);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return buffer.data() + (kLine - address % kLine) % kLine / sizeof(float);
+}
 
 }  // namespace hla

@@ -53,13 +53,6 @@ constexpr int64_t kTile = kTileTokens;
 constexpr int64_t kLeastChunk = 64;
 constexpr int64_t kLongestChunk = 256;
 
-// Scores may exceed the reference of the running softmax by so much before it is moved.
-constexpr float kSlack = 16;
-// e to less than this is 0: next to e^0 it is nothing, and products with it would be subnormal,
-// which many processors take a hundred times as long for.
-constexpr float kLeastArgument = -60;
-constexpr float kNoReference = -1e30F;
-
 // Bytes of records that are worked off together: a quarter of a core's second-level cache, beside
 // the next ones, which are being fetched, pairs turned back and sums.
 int64_t chunk_bytes() {
@@ -112,15 +105,6 @@ struct Scratch {
   std::vector<float> nodes;     // (nodes·H, tiles·16)
   std::vector<float> sums;      // contexts by lane: (coordinates, heads, lanes) by group
 };
-
-// Of so many floats, at the beginning of a line of the caches.
-float* sized(std::vector<float>& buffer, int64_t size) {
-  constexpr size_t kLine = 64;
-  const size_t wanted = static_cast<size_t>(size) + kLine / sizeof(float);
-  if (buffer.size() < wanted) buffer.resize(wanted);
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-  return buffer.data() + (kLine - address % kLine) % kLine / sizeof(float);
-}
 
 // How the absorbed keys' scores are put together: the same for all blocks.
 struct Interpolation {
@@ -226,15 +210,6 @@ void make_queries(const Plan& plan, const float* query, float* to) {
       }
     }
   }
-}
-
-// Calls action<count>(): loops over 1…Most sums are unrolled, so that they stay in registers.
-template <int Most, class Action>
-HLA_INLINE void with_count(int64_t count, const Action& action) {
-  if constexpr (Most > 1) {
-    if (count < Most) return with_count<Most - 1>(count, action);
-  }
-  action.template operator()<Most>();
 }
 
 // As many sums at once as there are registers, which AVX-512 has twice as many of.
@@ -456,7 +431,7 @@ HLA_INLINE void turned_sums_of(const Coordinates& from, int64_t tiles, const Tur
     x = V::in_register(x);
     y = V::in_register(y);
     for (int r = 0; r < R; ++r) {
-      const auto weight = V::load(p + r * kTile);
+      const auto weight = V::in_register(V::load(p + r * kTile));
       acc[0][r] += x * weight;
       acc[1][r] += y * weight;
     }
@@ -918,19 +893,12 @@ HLA_INLINE float soften(float* scores, int64_t stride, int64_t tokens, float& re
       highest = V::max(highest, V::load(scores + t * stride + at));
     }
   }
-  float max = kNoReference;
-  for (int64_t lane = 0; lane < V::kLanes; ++lane) max = std::max(max, highest[lane]);
-  float scale = 1;
-  if (reference == kNoReference || max > reference + kSlack) {
-    if (reference != kNoReference) scale = std::exp(reference - max);  // else there are no sums yet
-    reference = max;
-  }
+  const float scale = move_reference(V::highest(highest), reference);
   typename V::Floats total = {};
   for (int64_t t = 0; t < tiles; ++t) {
     for (int64_t at = 0; at < kTile; at += V::kLanes) {
       float* score = scores + t * stride + at;
-      const auto argument = V::load(score) - reference;
-      const auto e = argument < kLeastArgument ? typename V::Floats{} : V::exp(argument);
+      const auto e = probability<V>(V::load(score) - reference);
       V::store(score, e);
       total += e;
     }

@@ -1,0 +1,132 @@
+#include "hla/model/onednn_products.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include "hla/model/decode_kernels.h"
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
+// result = beta·result + alpha·mat1·mat2. LibTorch exports it without a header; null where it does
+// not. Columns or rows that are not next to each other are copied.
+namespace at::native {
+__attribute__((weak)) void mkldnn_matmul(const Tensor& mat1, const Tensor& mat2,
+                                         const Tensor& result, float beta, float alpha);
+}
+
+namespace hla {
+namespace {
+
+using at::Scalar;
+using at::Tensor;
+
+// To find what oneDNN made for a shape takes 11 us: below this MKL is done by then.
+constexpr int64_t kLeastProducts = 1 << 21;
+
+bool is_plain(const Tensor& x) {
+  return x.device().is_cpu() && x.scalar_type() == at::kFloat && x.layout() == at::kStrided &&
+         !x.is_neg();
+}
+
+bool applies(const Tensor& a, const Tensor& b) {
+  return is_plain(a) && is_plain(b) && a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) &&
+         a.size(0) * a.size(1) * b.size(1) >= kLeastProducts;
+}
+
+// Whether it can be written to as it is.
+bool takes(const Tensor& out, const Tensor& a, const Tensor& b) {
+  return is_plain(out) && out.is_contiguous() && out.dim() == 2 && out.size(0) == a.size(0) &&
+         out.size(1) == b.size(1) && !out.is_alias_of(a) && !out.is_alias_of(b);
+}
+
+Tensor mm(const Tensor& a, const Tensor& b) {
+  if (!applies(a, b)) return at::cpu::mm(a, b);
+  const Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
+  at::native::mkldnn_matmul(a, b, out, 0, 1);
+  return out;
+}
+
+Tensor& mm_out(const Tensor& a, const Tensor& b, Tensor& out) {
+  if (!applies(a, b) || !takes(out, a, b)) return at::cpu::mm_outf(a, b, out);
+  at::native::mkldnn_matmul(a, b, out, 0, 1);
+  return out;
+}
+
+Tensor& addmm_out(const Tensor& sum, const Tensor& a, const Tensor& b, const Scalar& beta,
+                  const Scalar& alpha, Tensor& out) {
+  if (!applies(a, b) || !is_plain(sum) || !takes(out, a, b) || alpha.toFloat() == 0) {
+    return at::cpu::addmm_outf(sum, a, b, beta, alpha, out);
+  }
+  if (beta.toFloat() != 0 && !out.is_same(sum)) out.copy_(sum);
+  at::native::mkldnn_matmul(a, b, out, beta.toFloat(), alpha.toFloat());
+  return out;
+}
+
+Tensor& addmm_in_place(Tensor& sum, const Tensor& a, const Tensor& b, const Scalar& beta,
+                       const Scalar& alpha) {
+  if (!applies(a, b) || !takes(sum, a, b)) return at::cpu::addmm_(sum, a, b, beta, alpha);
+  return addmm_out(sum, a, b, beta, alpha, sum);
+}
+
+Tensor addmm(const Tensor& sum, const Tensor& a, const Tensor& b, const Scalar& beta,
+             const Scalar& alpha) {
+  if (!applies(a, b) || !is_plain(sum)) return at::cpu::addmm(sum, a, b, beta, alpha);
+  Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
+  return addmm_out(sum, a, b, beta, alpha, out);
+}
+
+// LibTorch warns of a kernel that takes another's place, which is what is wanted here.
+class Silence : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning&) override {}
+};
+
+bool has_onednn() {
+  return at::native::mkldnn_matmul != nullptr && at::globalContext().hasMKLDNN();
+}
+
+}  // namespace
+
+bool prefers_onednn_products() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (simd_level() != SimdLevel::kAvx512) return false;
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if (ebx != signature_AMD_ebx || ecx != signature_AMD_ecx || edx != signature_AMD_edx) {
+    return false;
+  }
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return false;
+  // Virtual machines hide the flag that says how wide the units are (8000001Ah), not the family.
+  constexpr unsigned int kZen5 = 0x1A;
+  const unsigned int family = ((eax >> 8) & 0xF) + ((eax >> 20) & 0xFF);
+  return family >= kZen5;
+#else
+  return false;
+#endif
+}
+
+struct OnednnProducts::Registration {
+  torch::Library library{torch::Library::IMPL, "aten", c10::DispatchKey::CPU, __FILE__, __LINE__};
+};
+
+OnednnProducts::OnednnProducts() {
+  if (!has_onednn()) return;
+  Silence silence;
+  const c10::WarningUtils::WarningHandlerGuard guard(&silence);
+  registration_ = std::make_unique<Registration>();
+  torch::Library& library = registration_->library;
+  library.impl("mm", mm);
+  library.impl("mm.out", mm_out);
+  library.impl("addmm", addmm);
+  library.impl("addmm.out", addmm_out);
+  library.impl("addmm_", addmm_in_place);
+}
+
+OnednnProducts::~OnednnProducts() = default;
+
+}  // namespace hla

@@ -1,0 +1,129 @@
+#include "hla/model/attention_kernels.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+namespace hla {
+namespace {
+
+struct Case {
+  int64_t queries, keys, heads, kv_heads, head_dim;
+};
+
+std::vector<SimdLevel> levels() {
+  std::vector<SimdLevel> result;
+  for (const SimdLevel level : {SimdLevel::kPortable, SimdLevel::kAvx2, SimdLevel::kAvx512}) {
+    if (level <= simd_level()) result.push_back(level);
+  }
+  return result;
+}
+
+// By the definition, in fp64.
+at::Tensor naive(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const auto repeat = [&](const at::Tensor& x) {  // (H, L, d)
+    return x.to(at::kDouble).repeat_interleave(q.size(1) / x.size(1), 1).transpose(0, 1);
+  };
+  const at::Tensor scores =
+      at::matmul(q.to(at::kDouble).transpose(0, 1), repeat(k).transpose(1, 2)) /
+      std::sqrt(static_cast<double>(q.size(2)));
+  const at::Tensor unseen =
+      at::ones({q.size(0), k.size(0)}, at::kBool).triu(k.size(0) - q.size(0) + 1);
+  return at::matmul(scores.masked_fill(unseen, -INFINITY).softmax(-1), repeat(v)).transpose(0, 1);
+}
+
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const at::Tensor expected = naive(q, k, v);
+  const double largest = q.norm(2, -1).max().item<double>() * k.norm(2, -1).max().item<double>() /
+                         std::sqrt(static_cast<double>(q.size(2)));
+  // A score that is off by so much moves its probability by as large a share.
+  const double tolerance = (2e-6 + 1e-7 * largest) * v.abs().max().item<double>();
+  for (const SimdLevel level : levels()) {
+    const at::Tensor got = attention_kernel(q, k, v, level);
+    ASSERT_EQ(got.sizes(), q.sizes());
+    const double error = (got.to(at::kDouble) - expected).abs().max().item<double>();
+    EXPECT_LE(error, tolerance) << "level " << static_cast<int>(level);
+  }
+}
+
+const std::vector<Case> kCases = {{2, 2, 1, 1, 16},      {64, 64, 3, 3, 32},   {65, 65, 2, 1, 64},
+                                  {131, 131, 9, 3, 64},  {7, 200, 6, 2, 80},   {3, 3, 400, 200, 16},
+                                  {100, 163, 8, 1, 128}, {300, 300, 5, 5, 48}, {1, 70, 4, 2, 64}};
+
+TEST(AttentionKernelsTest, EqualTheDefinition) {
+  at::manual_seed(2);
+  for (const Case& c : kCases) {
+    SCOPED_TRACE(std::to_string(c.queries) + " of " + std::to_string(c.keys) + ", heads " +
+                 std::to_string(c.heads) + "/" + std::to_string(c.kv_heads) + " of " +
+                 std::to_string(c.head_dim));
+    check(at::randn({c.queries, c.heads, c.head_dim}), at::randn({c.keys, c.kv_heads, c.head_dim}),
+          at::randn({c.keys, c.kv_heads, c.head_dim}));
+    // As parts of larger tensors, heads before positions.
+    const auto part = [&](int64_t positions, int64_t heads) {
+      return at::randn({heads, positions + 1, 2 * c.head_dim})
+          .slice(1, 1)
+          .slice(2, c.head_dim)
+          .transpose(0, 1);
+    };
+    check(part(c.queries, c.heads), part(c.keys, c.kv_heads), part(c.keys, c.kv_heads));
+  }
+}
+
+// Scores that grow from block to block move the reference of the softmax again and again; others
+// leave it far above what comes.
+TEST(AttentionKernelsTest, ScoresOfAnySize) {
+  at::manual_seed(3);
+  const int64_t length = 400;
+  const at::Tensor q = at::ones({length, 2, 16});
+  const at::Tensor v = at::randn({length, 1, 16});
+  for (const double slope : {0.5, -0.5, 3.0}) {
+    const at::Tensor k =
+        (at::arange(length, at::kFloat) * slope).view({-1, 1, 1}) + at::randn({length, 1, 16});
+    check(q, k, v);
+  }
+}
+
+TEST(AttentionKernelsTest, TheSameWithAnyNumberOfThreads) {
+  at::manual_seed(4);
+  const at::Tensor q = at::randn({500, 6, 64});
+  const at::Tensor k = at::randn({500, 2, 64});
+  const at::Tensor v = at::randn({500, 2, 64});
+  const int threads = at::get_num_threads();
+  const at::Tensor expected = attention_kernel(q, k, v);
+  at::set_num_threads(1);
+  EXPECT_TRUE(at::equal(attention_kernel(q, k, v), expected));
+  at::set_num_threads(threads);
+}
+
+TEST(AttentionKernelsTest, NotANumberStaysOne) {
+  at::manual_seed(5);
+  at::Tensor k = at::randn({100, 1, 16});
+  k[50][0][3] = NAN;
+  const at::Tensor q = at::randn({100, 1, 16});
+  const at::Tensor v = at::randn({100, 1, 16});
+  for (const SimdLevel level : levels()) {
+    const at::Tensor got = attention_kernel(q, k, v, level);
+    EXPECT_TRUE(at::isfinite(got.slice(0, 0, 48)).all().item<bool>());
+    EXPECT_TRUE(at::isnan(got.slice(0, 50)).all().item<bool>());
+  }
+}
+
+TEST(AttentionKernelsTest, LeaveTheRestToLibTorch) {
+  const at::Tensor x = at::randn({4, 2, 16});
+  EXPECT_EQ(is_for_attention_kernel(x, x, x), simd_level() != SimdLevel::kPortable);
+  EXPECT_FALSE(is_for_attention_kernel(x.slice(0, 0, 1), x, x));
+  const at::Tensor wide = x.to(at::kDouble);
+  EXPECT_FALSE(is_for_attention_kernel(wide, wide, wide));
+  const at::Tensor odd = at::randn({4, 2, 8});
+  EXPECT_FALSE(is_for_attention_kernel(odd, odd, odd));
+  const at::Tensor apart = at::randn({4, 16, 2}).transpose(1, 2);
+  EXPECT_FALSE(is_for_attention_kernel(apart, x, x));
+  EXPECT_FALSE(is_for_attention_kernel(x.clone().requires_grad_(), x, x));
+}
+
+}  // namespace
+}  // namespace hla
