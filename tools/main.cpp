@@ -14,6 +14,7 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/log.h"
 #include "hla/core/version.h"
+#include "hla/model/cpu_features.h"
 #include "hla/model/device.h"
 #include "hla/model/onednn_products.h"
 
@@ -86,7 +87,7 @@ int main(int argc, char** argv) {
   std::optional<hla::OnednnProducts> products;
   int code = 0;
   try {
-    if (hla::prefers_onednn_products()) products.emplace();
+    if (hla::is_wide_amd()) products.emplace();
     code = run(argc, argv);
   } catch (const hla::Error& error) {
     code = report(error.code(), error.what());

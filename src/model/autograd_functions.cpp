@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "hla/core/error.h"
+#include "hla/model/attention_kernels.h"
 #include "hla/model/cpu_kernels.h"
 
 namespace hla {
@@ -72,9 +73,24 @@ class RopeFunction : public torch::autograd::Function<RopeFunction> {
   static at::Tensor dense(const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); }
 };
 
-}  // namespace
-
-namespace {
+class AttentionFunction : public torch::autograd::Function<AttentionFunction> {
+ public:
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k,
+                            const at::Tensor& v) {
+    const AttentionOutput output = attention_kernel(q, k, v);
+    context->save_for_backward({q, k, v, output.context, output.log_sum});
+    return output.context;
+  }
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    refuse_second_derivatives(kFused);
+    const variable_list saved = context->get_saved_variables();
+    const at::Tensor gradient =
+        gradients[0].stride(2) == 1 ? gradients[0] : gradients[0].contiguous();
+    const auto [q, k, v] =
+        attention_kernel_backward(gradient, saved[0], saved[1], saved[2], {saved[3], saved[4]});
+    return {q, k, v};
+  }
+};
 
 bool is_dense_fp32(const at::Tensor& x) {
   return x.device().is_cpu() && x.scalar_type() == at::kFloat && x.is_contiguous();
@@ -107,6 +123,10 @@ at::Tensor differentiable_silu_mul(const at::Tensor& gate, const at::Tensor& up)
 
 at::Tensor differentiable_rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   return RopeFunction::apply(x, cos, sin);
+}
+
+at::Tensor differentiable_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  return AttentionFunction::apply(q, k, v);
 }
 
 }  // namespace hla

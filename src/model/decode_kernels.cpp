@@ -66,6 +66,17 @@ int64_t chunk_bytes() {
   return bytes;
 }
 
+int64_t first_cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t cache = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    cache = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+    return cache > 0 ? cache : 32 << 10;
+  }();
+  return bytes;
+}
+
 int64_t chunk_tokens(int64_t floats) {
   int64_t tokens = kLongestChunk;
   while (tokens > kLeastChunk && tokens * floats * 4 > chunk_bytes()) tokens /= 2;
@@ -1064,8 +1075,9 @@ HLA_INLINE void few_products(const float* w, const float* bias, const float* x, 
     }
     i += V::kLanes;
   };
-  while (i + kTile <= size) {  // a line of each row
-    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (r + 8) * size + i, 0, 3);
+  constexpr int64_t kAhead = 1024;  // 4 KB
+  while (i + kTile <= size) {       // a line of each row
+    for (int r = 0; r < R; ++r) __builtin_prefetch(w + r * size + i + kAhead, 0, 3);
     for (int v = 0; v < kTile / V::kLanes; ++v) step();
   }
   while (i + V::kLanes <= size) step();
@@ -1078,24 +1090,34 @@ HLA_INLINE void few_products(const float* w, const float* bias, const float* x, 
   }
 }
 
-// Rows [begin, end) of w, for N rows of x.
-template <class V, int N>
+// Rows [begin, end) of w, R at a time, for N rows of x.
+template <class V, int R, int N>
 HLA_INLINE void few_rows_of(const LinearArguments& a, int64_t begin, int64_t end) {
-  constexpr int kRows = N <= 2 ? 4 : N <= 4 ? 3 : 1;
   const auto bias = [&](int64_t row) { return a.bias == nullptr ? nullptr : a.bias + row; };
   int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) {
-    few_products<V, kRows, N>(a.weight + row * a.size, bias(row), a.x, a.size, a.y + row, a.out);
+  for (; row + R <= end; row += R) {
+    few_products<V, R, N>(a.weight + row * a.size, bias(row), a.x, a.size, a.y + row, a.out);
   }
   for (; row < end; ++row) {
     few_products<V, 1, N>(a.weight + row * a.size, bias(row), a.x, a.size, a.y + row, a.out);
   }
 }
 
+// Rows one after the other are read the fastest: memory is one stream. Two at a time share what is
+// read of x where that does not stay in the first-level cache; of a single x, whose products would
+// wait for each other, short vectors take four.
 template <class V>
 HLA_INLINE void few_rows(const LinearArguments& a, int64_t begin, int64_t end) {
+  const bool stays = a.rows * a.size * 4 <= first_cache_bytes() * 3 / 4;
   with_count<kFewRows>(
-      a.rows, [&]<int N>() __attribute__((always_inline)) { few_rows_of<V, N>(a, begin, end); });
+      a.rows, [&]<int N>() __attribute__((always_inline)) {
+        constexpr int kRows = N == 1 && V::kLanes < kTile ? 4 : 1;
+        if (stays || N == 1) {
+          few_rows_of<V, kRows, N>(a, begin, end);
+        } else {
+          few_rows_of<V, 2, N>(a, begin, end);
+        }
+      });
 }
 
 using AttendPiece = void (*)(const Plan&, const TiledRope&, const DecodeItem&, at::ScalarType,
@@ -1207,23 +1229,6 @@ void merge(const DecodeMaps& maps, std::span<const Partial> partials, float* con
 }
 
 }  // namespace
-
-SimdLevel simd_level() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  static const SimdLevel level = [] {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-      return SimdLevel::kAvx512;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return SimdLevel::kAvx2;
-    return SimdLevel::kPortable;
-  }();
-  return level;
-#else
-  return SimdLevel::kPortable;
-#endif
-}
 
 TiledRope::TiledRope(const RopeTables& tables, const RopeFrequencies& of)
     : frequencies(tables.cos.size(1)),

@@ -7,11 +7,6 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
-#include "hla/model/decode_kernels.h"
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <cpuid.h>
-#endif
-
 // result = beta·result + alpha·mat1·mat2. LibTorch exports it without a header; null where it does
 // not. Columns or rows that are not next to each other are copied.
 namespace at::native {
@@ -91,24 +86,6 @@ bool has_onednn() {
 }
 
 }  // namespace
-
-bool prefers_onednn_products() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (simd_level() != SimdLevel::kAvx512) return false;
-  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  if (ebx != signature_AMD_ebx || ecx != signature_AMD_ecx || edx != signature_AMD_edx) {
-    return false;
-  }
-  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return false;
-  // Virtual machines hide the flag that says how wide the units are (8000001Ah), not the family.
-  constexpr unsigned int kZen5 = 0x1A;
-  const unsigned int family = ((eax >> 8) & 0xF) + ((eax >> 20) & 0xFF);
-  return family >= kZen5;
-#else
-  return false;
-#endif
-}
 
 struct OnednnProducts::Registration {
   torch::Library library{torch::Library::IMPL, "aten", c10::DispatchKey::CPU, __FILE__, __LINE__};

@@ -21,6 +21,7 @@ std::string kind_of(const std::string& name) {
       {"aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"},
       {"aten::_scaled_dot_product_attention_math", "attention"},
       {"hla::attention", "attention"},
+      {"hla::attention_backward", "attention"},
       {"hla::log_sum_exp", "log-sum-exp"},
       {"hla::divergence", "log-sum-exp"},
       {"hla::rms_norm", "norms"},

@@ -3,10 +3,13 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <cmath>
 #include <string>
 #include <vector>
+
+#include "hla/model/attention.h"
 
 namespace hla {
 namespace {
@@ -43,7 +46,7 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   // A score that is off by so much moves its probability by as large a share.
   const double tolerance = (2e-6 + 1e-7 * largest) * v.abs().max().item<double>();
   for (const SimdLevel level : levels()) {
-    const at::Tensor got = attention_kernel(q, k, v, level);
+    const auto [got, log_sum] = attention_kernel(q, k, v, level);
     ASSERT_EQ(got.sizes(), q.sizes());
     const double error = (got.to(at::kDouble) - expected).abs().max().item<double>();
     EXPECT_LE(error, tolerance) << "level " << static_cast<int>(level);
@@ -52,7 +55,8 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
 
 const std::vector<Case> kCases = {{2, 2, 1, 1, 16},      {64, 64, 3, 3, 32},   {65, 65, 2, 1, 64},
                                   {131, 131, 9, 3, 64},  {7, 200, 6, 2, 80},   {3, 3, 400, 200, 16},
-                                  {100, 163, 8, 1, 128}, {300, 300, 5, 5, 48}, {1, 70, 4, 2, 64}};
+                                  {100, 163, 8, 1, 128}, {300, 300, 5, 5, 48}, {1, 70, 4, 2, 64},
+                                  {450, 450, 16, 8, 16}};
 
 TEST(AttentionKernelsTest, EqualTheDefinition) {
   at::manual_seed(2);
@@ -87,16 +91,59 @@ TEST(AttentionKernelsTest, ScoresOfAnySize) {
   }
 }
 
+// By fp64's autograd.
+TEST(AttentionKernelsTest, GradientsEqualThoseOfTheDefinition) {
+  at::manual_seed(6);
+  for (const Case& c : kCases) {
+    SCOPED_TRACE(std::to_string(c.queries) + " of " + std::to_string(c.keys) + ", heads " +
+                 std::to_string(c.heads) + "/" + std::to_string(c.kv_heads) + " of " +
+                 std::to_string(c.head_dim));
+    // Heads before positions, and the gradient by columns of something larger.
+    const auto random = [&](int64_t positions, int64_t heads) {
+      return at::randn({heads, positions, c.head_dim}).transpose(0, 1);
+    };
+    const std::vector<at::Tensor> x = {random(c.queries, c.heads), random(c.keys, c.kv_heads),
+                                       random(c.keys, c.kv_heads)};
+    const at::Tensor gradient =
+        at::randn({c.queries, c.heads, 2 * c.head_dim}).slice(2, c.head_dim);
+    std::vector<at::Tensor> wide;
+    for (const at::Tensor& tensor : x) wide.push_back(tensor.to(at::kDouble).requires_grad_());
+    const std::vector<at::Tensor> expected =
+        torch::autograd::grad({naive(wide[0], wide[1], wide[2])}, {wide[0], wide[1], wide[2]},
+                              {gradient.to(at::kDouble)});
+    for (const SimdLevel level : levels()) {
+      const AttentionOutput output = attention_kernel(x[0], x[1], x[2], level);
+      const AttentionGradients got =
+          attention_kernel_backward(gradient, x[0], x[1], x[2], output, level);
+      const std::vector<at::Tensor> parts = {got.q, got.k, got.v};
+      for (size_t i = 0; i < parts.size(); ++i) {
+        ASSERT_EQ(parts[i].sizes(), expected[i].sizes());
+        EXPECT_LE((parts[i].to(at::kDouble) - expected[i]).abs().max().item<double>(),
+                  1e-5 * expected[i].abs().max().item<double>())
+            << "level " << static_cast<int>(level) << ", "
+            << "qkv"[i];
+      }
+    }
+  }
+}
+
 TEST(AttentionKernelsTest, TheSameWithAnyNumberOfThreads) {
   at::manual_seed(4);
   const at::Tensor q = at::randn({500, 6, 64});
   const at::Tensor k = at::randn({500, 2, 64});
   const at::Tensor v = at::randn({500, 2, 64});
   const int threads = at::get_num_threads();
-  const at::Tensor expected = attention_kernel(q, k, v);
-  at::set_num_threads(1);
-  EXPECT_TRUE(at::equal(attention_kernel(q, k, v), expected));
+  const at::Tensor gradient = at::randn({500, 6, 64});
+  const AttentionOutput expected = attention_kernel(q, k, v);
+  const AttentionGradients gradients = attention_kernel_backward(gradient, q, k, v, expected);
+  at::set_num_threads(threads == 1 ? 2 : 1);
+  const AttentionOutput got = attention_kernel(q, k, v);
+  const AttentionGradients others = attention_kernel_backward(gradient, q, k, v, expected);
   at::set_num_threads(threads);
+  EXPECT_TRUE(at::equal(got.context, expected.context));
+  EXPECT_TRUE(at::equal(others.q, gradients.q));
+  EXPECT_TRUE(at::equal(others.k, gradients.k));
+  EXPECT_TRUE(at::equal(others.v, gradients.v));
 }
 
 TEST(AttentionKernelsTest, NotANumberStaysOne) {
@@ -106,9 +153,37 @@ TEST(AttentionKernelsTest, NotANumberStaysOne) {
   const at::Tensor q = at::randn({100, 1, 16});
   const at::Tensor v = at::randn({100, 1, 16});
   for (const SimdLevel level : levels()) {
-    const at::Tensor got = attention_kernel(q, k, v, level);
+    const at::Tensor got = attention_kernel(q, k, v, level).context;
     EXPECT_TRUE(at::isfinite(got.slice(0, 0, 48)).all().item<bool>());
     EXPECT_TRUE(at::isnan(got.slice(0, 50)).all().item<bool>());
+  }
+}
+
+// 16 bits are multiplied in fp32, with gradients of the type of what they are by.
+TEST(AttentionKernelsTest, CausalAttentionTakesHalves) {
+  at::manual_seed(7);
+  for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf, at::kFloat}) {
+    SCOPED_TRACE(c10::toString(dtype));
+    const auto random = [&](int64_t heads) {
+      return at::randn({2, 70, heads, 16}).to(dtype).requires_grad_();
+    };
+    const Qkv qkv = {random(4), random(2), random(2)};
+    const at::Tensor got = causal_attention(qkv);
+    ASSERT_EQ(got.scalar_type(), dtype);
+    const at::Tensor gradient = at::randn({2, 70, 4, 16}).to(dtype);
+    const std::vector<at::Tensor> inputs = {qkv.q, qkv.k, qkv.v};
+    const auto got_by = torch::autograd::grad({got}, inputs, {gradient});
+    const at::Tensor expected =
+        at::stack({naive(qkv.q[0], qkv.k[0], qkv.v[0]), naive(qkv.q[1], qkv.k[1], qkv.v[1])});
+    const auto expected_by = torch::autograd::grad({expected}, inputs, {gradient.to(at::kDouble)});
+    const double tolerance = dtype == at::kBFloat16 ? 2e-2 : dtype == at::kHalf ? 3e-3 : 1e-5;
+    EXPECT_LE((got.to(at::kDouble) - expected).abs().max().item<double>(), tolerance);
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      EXPECT_EQ(got_by[i].scalar_type(), dtype);
+      EXPECT_TRUE(at::allclose(got_by[i].to(at::kFloat), expected_by[i].to(at::kFloat), tolerance,
+                               tolerance))
+          << i;
+    }
   }
 }
 
@@ -122,7 +197,6 @@ TEST(AttentionKernelsTest, LeaveTheRestToLibTorch) {
   EXPECT_FALSE(is_for_attention_kernel(odd, odd, odd));
   const at::Tensor apart = at::randn({4, 16, 2}).transpose(1, 2);
   EXPECT_FALSE(is_for_attention_kernel(apart, x, x));
-  EXPECT_FALSE(is_for_attention_kernel(x.clone().requires_grad_(), x, x));
 }
 
 }  // namespace

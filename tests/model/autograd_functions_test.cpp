@@ -70,7 +70,6 @@ TEST(AutogradFunctionsTest, EachHasTheGradientOfFiniteDifferences) {
   const at::Tensor weight = at::randn({6});
   const at::Tensor angles = at::randn({4, 3});
   const at::Tensor other = at::randn({2, 4, 2, 6});
-  const at::Tensor direction = at::randn({2, 4, 2, 6});
   const auto wide = [](const at::Tensor& tensor) { return tensor.to(at::kDouble); };
   const auto norm = [](const at::Tensor& x, const at::Tensor& by) {
     return by * x * at::rsqrt(x.square().mean(-1, true) + 1e-3);
@@ -82,6 +81,15 @@ TEST(AutogradFunctionsTest, EachHasTheGradientOfFiniteDifferences) {
     std::function<at::Tensor(const at::Tensor&)> formula;
   };
   const at::Tensor input = at::randn({2, 4, 2, 6});
+  const at::Tensor q = at::randn({4, 2, 16});
+  const at::Tensor k = at::randn({5, 1, 16});
+  const at::Tensor v = at::randn({5, 1, 16});
+  const auto attention = [](const at::Tensor& of, const at::Tensor& keys,
+                            const at::Tensor& values) {
+    const at::Tensor unseen = at::ones({4, 5}, at::kBool).triu(2);
+    const at::Tensor scores = at::einsum("thd,lkd->htl", {of, keys}) / 4;
+    return at::einsum("htl,lkd->thd", {scores.masked_fill(unseen, -INFINITY).softmax(-1), values});
+  };
   const std::vector<Case> cases = {
       {"norm", input, [&](const at::Tensor& x) { return differentiable_rms_norm(x, weight, 1e-3); },
        [&](const at::Tensor& x) { return norm(x, wide(weight)); }},
@@ -99,11 +107,21 @@ TEST(AutogradFunctionsTest, EachHasTheGradientOfFiniteDifferences) {
          const at::Tensor sin = wide(angles.sin()).unsqueeze(1);
          const auto halves = x.chunk(2, -1);
          return at::cat({halves[0] * cos - halves[1] * sin, halves[1] * cos + halves[0] * sin}, -1);
-       }}};
+       }},
+      {"attention by queries", q,
+       [&](const at::Tensor& x) { return differentiable_attention(x, k, v); },
+       [&](const at::Tensor& x) { return attention(x, wide(k), wide(v)); }},
+      {"attention by keys", k,
+       [&](const at::Tensor& x) { return differentiable_attention(q, x, v); },
+       [&](const at::Tensor& x) { return attention(wide(q), x, wide(v)); }},
+      {"attention by values", v,
+       [&](const at::Tensor& x) { return differentiable_attention(q, k, x); },
+       [&](const at::Tensor& x) { return attention(wide(q), wide(k), x); }}};
   for (const Case& one : cases) {
     SCOPED_TRACE(one.name);
     const at::Tensor x = one.x.detach().clone().requires_grad_(true);
     const at::Tensor got = one.function(x);
+    const at::Tensor direction = at::randn(got.sizes());
     EXPECT_LE(difference(got, one.formula(wide(x))), 1e-6);
     EXPECT_LE(difference(torch::autograd::grad({got}, {x}, {direction})[0],
                          finite_differences(one.formula, x, wide(direction))),
@@ -114,10 +132,13 @@ TEST(AutogradFunctionsTest, EachHasTheGradientOfFiniteDifferences) {
 
 TEST(AutogradFunctionsTest, RefusesSecondDerivatives) {
   const at::Tensor x = at::randn({2, 6}).requires_grad_(true);
-  const at::Tensor y = differentiable_silu_mul(x, at::ones({2, 6}));
-  EXPECT_THROW(torch::autograd::grad({y}, {x}, {at::ones({2, 6})}, /*retain_graph=*/true,
-                                     /*create_graph=*/true),
-               Error);
+  const at::Tensor keys = at::randn({2, 1, 16}).requires_grad_(true);
+  for (const auto& [of, y] : {std::pair{x, differentiable_silu_mul(x, at::ones({2, 6}))},
+                              {keys, differentiable_attention(keys, keys, keys)}}) {
+    EXPECT_THROW(torch::autograd::grad({y}, {of}, {at::ones(y.sizes())}, /*retain_graph=*/true,
+                                       /*create_graph=*/true),
+                 Error);
+  }
 }
 
 TEST(AutogradFunctionsTest, NormHasTheGradientByItsWeight) {

@@ -1,6 +1,6 @@
-// Differentiable forms of the fused fp32 CPU kernels (cpu_kernels.h): each saves its inputs alone,
-// and goes over memory once each way, where the composed operations take several passes and keep
-// what each of them made. First derivatives only.
+// Differentiable forms of the fused fp32 CPU kernels (cpu_kernels.h, attention_kernels.h): but for
+// attention each saves its inputs alone, and goes over memory once each way, where the composed
+// operations take several passes and keep what each of them made. First derivatives only.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,6 +22,9 @@ at::Tensor differentiable_silu_mul(const at::Tensor& gate, const at::Tensor& up)
 
 // RoPE: x (B, T, heads, 2F), half-split; cos and sin (T, F).
 at::Tensor differentiable_rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
+
+// As attention_kernel: q (T, H, d), k and v (L, K, d) that is_for_attention_kernel() -> (T, H, d).
+at::Tensor differentiable_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
 
 // To be called on the way back of a function whose gradients count as constants: throws kRuntime
 // where they are to be differentiated.

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "hla/model/cache.h"
+#include "hla/model/cpu_features.h"
 #include "hla/model/rope.h"
 
 namespace hla {
@@ -115,10 +116,6 @@ struct DecodeItem {
   const float* query;         // (H, d), rotated, contiguous
   float* context;             // out: heads in order, each what its group reads
 };
-
-// What the processor has. Kernels exist for each.
-enum class SimdLevel { kPortable, kAvx2, kAvx512 };
-SimdLevel simd_level();
 
 // Attention over the records of one layer. What does not change from call to call is made once.
 class DecodeKernel {

@@ -1,14 +1,11 @@
 // fp32 matrix products on the CPU by oneDNN instead of MKL. LibTorch carries both and takes MKL,
-// which keeps to AVX2 on processors that are not Intel's.
+// which keeps to AVX2 on processors that are not Intel's: where is_wide_amd(), oneDNN takes half
+// the time (docs/performance.md). On no other was it measured.
 #pragma once
 
 #include <memory>
 
 namespace hla {
-
-// Whether oneDNN is the faster one here. On AMD's cores with units of 512 bits, from Zen 5 on, it
-// takes half the time (docs/performance.md); elsewhere the two were not found to differ enough.
-bool prefers_onednn_products();
 
 // While one exists, aten::mm and aten::addmm, in place and with `out` too, are oneDNN's for fp32
 // matrices on the CPU, in all threads, and so is what autograd makes of them. Small products stay

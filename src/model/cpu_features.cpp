@@ -1,0 +1,52 @@
+#include "hla/model/cpu_features.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
+namespace hla {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+SimdLevel simd_level() {
+  __builtin_cpu_init();
+  static const SimdLevel level = [] {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+      return SimdLevel::kAvx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return SimdLevel::kAvx2;
+    return SimdLevel::kPortable;
+  }();
+  return level;
+}
+
+bool has_amx() {
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  constexpr unsigned int kAmxBf16 = 1U << 22;
+  return (edx & kAmxBf16) != 0;
+}
+
+bool is_wide_amd() {
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (simd_level() != SimdLevel::kAvx512) return false;
+  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if (ebx != signature_AMD_ebx || ecx != signature_AMD_ecx || edx != signature_AMD_edx) {
+    return false;
+  }
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return false;
+  // Virtual machines hide the flag that says how wide the units are (8000001Ah), not the family.
+  constexpr unsigned int kZen5 = 0x1A;
+  return ((eax >> 8) & 0xF) + ((eax >> 20) & 0xFF) >= kZen5;
+}
+
+#else
+
+SimdLevel simd_level() { return SimdLevel::kPortable; }
+bool has_amx() { return false; }
+bool is_wide_amd() { return false; }
+
+#endif
+
+}  // namespace hla
