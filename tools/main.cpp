@@ -10,11 +10,11 @@
 #include <optional>
 
 #include "commands.h"
+#include "hla/core/cpu_features.h"
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
 #include "hla/core/log.h"
 #include "hla/core/version.h"
-#include "hla/model/cpu_features.h"
 #include "hla/model/device.h"
 #include "hla/model/onednn_products.h"
 

@@ -7,7 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "hla/model/cpu_features.h"
+#include "hla/core/cpu_features.h"
 
 namespace hla {
 

@@ -12,8 +12,8 @@
 #include <memory>
 #include <vector>
 
+#include "hla/core/cpu_features.h"
 #include "hla/model/cache.h"
-#include "hla/model/cpu_features.h"
 #include "hla/model/rope.h"
 
 namespace hla {

@@ -1,4 +1,4 @@
-#include "hla/model/cpu_features.h"
+#include "hla/core/cpu_features.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
