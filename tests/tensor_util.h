@@ -5,7 +5,9 @@
 
 #include <map>
 #include <string>
+#include <vector>
 
+#include "hla/core/cpu_features.h"
 #include "hla/io/safetensors.h"
 #include "hla/model/device.h"
 #include "hla/model/parameter_source.h"
@@ -32,6 +34,15 @@ class RandomSource : public ParameterSource {
   at::ScalarType dtype;
   double scale = 0.3;
 };
+
+// Those that this processor has.
+inline std::vector<SimdLevel> simd_levels() {
+  std::vector<SimdLevel> result;
+  for (const SimdLevel level : {SimdLevel::kPortable, SimdLevel::kAvx2, SimdLevel::kAvx512}) {
+    if (level <= simd_level()) result.push_back(level);
+  }
+  return result;
+}
 
 inline double max_abs_difference(const at::Tensor& a, const at::Tensor& b) {
   return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();

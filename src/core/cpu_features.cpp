@@ -22,10 +22,13 @@ SimdLevel simd_level() {
 }
 
 bool has_amx() {
-  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  constexpr unsigned int kAmxBf16 = 1U << 22;
-  return (edx & kAmxBf16) != 0;
+  static const bool has = [] {  // once: in a virtual machine it takes microseconds
+    unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+    constexpr unsigned int kAmxBf16 = 1U << 22;
+    return (edx & kAmxBf16) != 0;
+  }();
+  return has;
 }
 
 bool is_wide_amd() {

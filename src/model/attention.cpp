@@ -10,34 +10,31 @@
 
 #include "hla/model/attention_kernels.h"
 #include "hla/model/autograd_functions.h"
-#include "hla/model/device.h"
 
 namespace hla {
 namespace {
 
-// By the kernels.
-at::Tensor fp32_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  if (at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad())) {
-    return differentiable_attention(q, k, v);
-  }
-  return attention_kernel(q, k, v).context;
+// fp32 by kernels of our own, to the type of the queries.
+at::Tensor by_attention_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const auto prepared = [](const at::Tensor& x) {
+    const at::Tensor wide = x.to(at::kFloat);
+    return wide.stride(2) == 1 ? wide : wide.contiguous();
+  };
+  const at::Tensor queries = prepared(q);
+  const at::Tensor keys = prepared(k);
+  const at::Tensor values = prepared(v);
+  const bool differentiates =
+      at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
+  const at::Tensor context = differentiates ? differentiable_attention(queries, keys, values)
+                                            : attention_kernel(queries, keys, values).context;
+  return context.to(q.scalar_type());
 }
 
 // One sequence: q (T, H, d), k and v (L, K, d) -> (T, H, d). The kv heads stand where the batch
 // was, and each is repeated for its group of queries with stride 0, so that nothing is copied: the
 // attention kernels read through strides.
 at::Tensor sequence_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  if (is_half(q.scalar_type()) && q.device().is_cpu() && !has_amx()) {
-    // LibTorch's kernel multiplies blocks of 16 bits by a library that has nothing faster for them
-    // than fp32 without these units; ours is faster than that.
-    const at::Tensor wide = q.to(at::kFloat);
-    const at::Tensor wide_k = k.to(at::kFloat);
-    const at::Tensor wide_v = v.to(at::kFloat);
-    if (is_for_attention_kernel(wide, wide_k, wide_v)) {
-      return fp32_attention(wide, wide_k, wide_v).to(q.scalar_type());
-    }
-  }
-  if (is_for_attention_kernel(q, k, v)) return fp32_attention(q, k, v);
+  if (is_for_attention_kernel(q)) return by_attention_kernel(q, k, v);
   const int64_t kv_heads = k.size(1);
   const int64_t group = q.size(1) / kv_heads;
   const auto repeat = [&](const at::Tensor& x) {  // (K, G, T, d)

@@ -23,6 +23,10 @@ constexpr int kRows = 6;
 constexpr int64_t kBlockRows = 192;
 constexpr int64_t kGradientBlockRows = 96;
 
+// The score of a key that a row does not see. Not a number of any size: beside scores of -Inf alone
+// the sum must not be one either.
+constexpr float kUnseen = -INFINITY;
+
 // (positions, heads, d) with any strides but the last, which is 1.
 struct Heads {
   const float* data;
@@ -192,7 +196,7 @@ HLA_INLINE void attend_block(const ForwardArguments& a, const Block& block,
   // The scores of a row become probabilities, not divided by their sum.
   const auto soften = [&](int64_t row, int64_t visible, float* score)
       __attribute__((always_inline)) {
-    std::fill(score + visible, score + kPanel, kNoReference);
+    std::fill(score + visible, score + kPanel, kUnseen);
     auto highest = V::load(score);
     for (int64_t at = V::kLanes; at < kPanel; at += V::kLanes) {
       highest = V::max(highest, V::load(score + at));
@@ -293,7 +297,7 @@ HLA_INLINE void differentiate_block(const BackwardArguments& a, const Block& blo
           multiply<V, R, false>({gradients + row * d, d, 1}, values, kPanel, d, kPanel, s, kPanel);
           for (int r = 0; r < R; ++r, p += kPanel, s += kPanel) {
             const int64_t visible = std::min(kPanel, a.seen(block, row + r) - key);
-            std::fill(p + visible, p + kPanel, kNoReference);
+            std::fill(p + visible, p + kPanel, kUnseen);
             for (int64_t at = 0; at < kPanel; at += V::kLanes) {
               const auto probable = probability<V>(V::load(p + at) - logs[row + r]);
               V::store(p + at, probable);
@@ -353,21 +357,26 @@ Heads heads_of(const at::Tensor& x) {
 }
 
 AttentionArguments arguments_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  for (const at::Tensor* x : {&q, &k, &v}) {
+    TORCH_CHECK(x->dim() == 3 && x->scalar_type() == at::kFloat && x->device().is_cpu() &&
+                    x->size(2) == q.size(2) && x->size(2) % 16 == 0 && x->stride(2) == 1,
+                "[attention] expected fp32 (positions, heads, a multiple of 16) on the CPU");
+  }
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(1) > 0 && q.size(1) % k.size(1) == 0 &&
+                  q.size(0) <= k.size(0),
+              "[attention] queries ", q.sizes(), " do not fit keys ", k.sizes(), " and values ",
+              v.sizes());
   return {heads_of(q), heads_of(k), heads_of(v), q.size(0),
           k.size(0),   q.size(1),   k.size(1),   q.size(2)};
 }
 
 }  // namespace
 
-bool is_for_attention_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  if (simd_level() == SimdLevel::kPortable || q.dim() != 3 || q.size(0) < 2) return false;
-  for (const at::Tensor* x : {&q, &k, &v}) {
-    if (!x->device().is_cpu() || x->scalar_type() != at::kFloat || x->stride(2) != 1 ||
-        x->size(2) % 16 != 0) {
-      return false;
-    }
-  }
-  return q.size(2) == v.size(2);
+bool is_for_attention_kernel(const at::Tensor& q) {
+  const at::ScalarType type = q.scalar_type();
+  const bool is_half = type == at::kBFloat16 || type == at::kHalf;
+  return q.device().is_cpu() && (type == at::kFloat || (is_half && !has_amx())) &&
+         simd_level() != SimdLevel::kPortable && q.size(0) > 1 && q.size(2) % 16 == 0;
 }
 
 AttentionOutput attention_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -418,7 +427,8 @@ AttentionGradients attention_kernel_backward(const at::Tensor& gradient, const a
   at::parallel_for(0, parts * a.kv_heads, 1, [&](int64_t begin, int64_t end) {
     static thread_local BackwardScratch scratch;
     for (int64_t task = begin; task < end; ++task) {
-      for (int64_t i = task / a.kv_heads; i < blocks; i += parts) {
+      const int64_t part = task / a.kv_heads;
+      for (int64_t i = part * blocks / parts; i < (part + 1) * blocks / parts; ++i) {
         run(a, a.block(task % a.kv_heads, i, kGradientBlockRows), by_k + task * floats,
             by_v + task * floats, scratch);
       }

@@ -128,8 +128,8 @@ HLA_INLINE void with_count(int64_t count, const Action& action) {
   action.template operator()<Most>();
 }
 
-// Of a running softmax: scores are taken less a reference before exp.
-// Scores may exceed the reference of the running softmax by so much before it is moved.
+// A running softmax takes scores less a reference before exp. They may exceed it by so much before
+// it is moved.
 inline constexpr float kSlack = 16;
 // e to less than this is 0: next to e^0 it is nothing, and products with it would be subnormal,
 // which many processors take a hundred times as long for.

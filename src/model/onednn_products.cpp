@@ -7,6 +7,8 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include "hla/core/cpu_features.h"
+
 // result = beta·result + alpha·mat1·mat2. LibTorch exports it without a header; null where it does
 // not. Columns or rows that are not next to each other are copied.
 namespace at::native {
@@ -82,7 +84,9 @@ class Silence : public c10::WarningHandler {
 };
 
 bool has_onednn() {
-  return at::native::mkldnn_matmul != nullptr && at::globalContext().hasMKLDNN();
+  // It checks for bf16's sake, but whatever the type, that there is AVX-512.
+  return at::native::mkldnn_matmul != nullptr && at::globalContext().hasMKLDNN() &&
+         simd_level() == SimdLevel::kAvx512;
 }
 
 }  // namespace
@@ -105,5 +109,7 @@ OnednnProducts::OnednnProducts() {
 }
 
 OnednnProducts::~OnednnProducts() = default;
+
+bool OnednnProducts::is_active() const { return registration_ != nullptr; }
 
 }  // namespace hla

@@ -10,21 +10,16 @@
 #include <vector>
 
 #include "hla/model/attention.h"
+#include "tensor_util.h"
 
 namespace hla {
 namespace {
 
+using testing::simd_levels;
+
 struct Case {
   int64_t queries, keys, heads, kv_heads, head_dim;
 };
-
-std::vector<SimdLevel> levels() {
-  std::vector<SimdLevel> result;
-  for (const SimdLevel level : {SimdLevel::kPortable, SimdLevel::kAvx2, SimdLevel::kAvx512}) {
-    if (level <= simd_level()) result.push_back(level);
-  }
-  return result;
-}
 
 // By the definition, in fp64.
 at::Tensor naive(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
@@ -45,7 +40,7 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
                          std::sqrt(static_cast<double>(q.size(2)));
   // A score that is off by so much moves its probability by as large a share.
   const double tolerance = (2e-6 + 1e-7 * largest) * v.abs().max().item<double>();
-  for (const SimdLevel level : levels()) {
+  for (const SimdLevel level : simd_levels()) {
     const auto [got, log_sum] = attention_kernel(q, k, v, level);
     ASSERT_EQ(got.sizes(), q.sizes());
     const double error = (got.to(at::kDouble) - expected).abs().max().item<double>();
@@ -53,10 +48,10 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   }
 }
 
-const std::vector<Case> kCases = {{2, 2, 1, 1, 16},      {64, 64, 3, 3, 32},   {65, 65, 2, 1, 64},
-                                  {131, 131, 9, 3, 64},  {7, 200, 6, 2, 80},   {3, 3, 400, 200, 16},
-                                  {100, 163, 8, 1, 128}, {300, 300, 5, 5, 48}, {1, 70, 4, 2, 64},
-                                  {450, 450, 16, 8, 16}};
+const std::vector<Case> kCases = {{2, 2, 1, 1, 16},     {64, 64, 3, 3, 32},    {65, 65, 2, 1, 64},
+                                  {131, 131, 9, 3, 64}, {7, 200, 6, 2, 80},    {3, 3, 400, 200, 16},
+                                  {3, 4, 200, 1, 16},   {100, 163, 8, 1, 128}, {300, 300, 5, 5, 48},
+                                  {1, 70, 4, 2, 64},    {450, 450, 16, 8, 16}};
 
 TEST(AttentionKernelsTest, EqualTheDefinition) {
   at::manual_seed(2);
@@ -74,6 +69,9 @@ TEST(AttentionKernelsTest, EqualTheDefinition) {
           .transpose(0, 1);
     };
     check(part(c.queries, c.heads), part(c.keys, c.kv_heads), part(c.keys, c.kv_heads));
+    // The same for all heads, which lie in one place.
+    check(part(c.queries, 1).expand({c.queries, c.heads, c.head_dim}), part(c.keys, c.kv_heads),
+          part(c.keys, 1).expand({c.keys, c.kv_heads, c.head_dim}));
   }
 }
 
@@ -111,7 +109,7 @@ TEST(AttentionKernelsTest, GradientsEqualThoseOfTheDefinition) {
     const std::vector<at::Tensor> expected =
         torch::autograd::grad({naive(wide[0], wide[1], wide[2])}, {wide[0], wide[1], wide[2]},
                               {gradient.to(at::kDouble)});
-    for (const SimdLevel level : levels()) {
+    for (const SimdLevel level : simd_levels()) {
       const AttentionOutput output = attention_kernel(x[0], x[1], x[2], level);
       const AttentionGradients got =
           attention_kernel_backward(gradient, x[0], x[1], x[2], output, level);
@@ -141,6 +139,7 @@ TEST(AttentionKernelsTest, TheSameWithAnyNumberOfThreads) {
   const AttentionGradients others = attention_kernel_backward(gradient, q, k, v, expected);
   at::set_num_threads(threads);
   EXPECT_TRUE(at::equal(got.context, expected.context));
+  EXPECT_TRUE(at::equal(got.log_sum, expected.log_sum));
   EXPECT_TRUE(at::equal(others.q, gradients.q));
   EXPECT_TRUE(at::equal(others.k, gradients.k));
   EXPECT_TRUE(at::equal(others.v, gradients.v));
@@ -152,10 +151,15 @@ TEST(AttentionKernelsTest, NotANumberStaysOne) {
   k[50][0][3] = NAN;
   const at::Tensor q = at::randn({100, 1, 16});
   const at::Tensor v = at::randn({100, 1, 16});
-  for (const SimdLevel level : levels()) {
+  for (const SimdLevel level : simd_levels()) {
     const at::Tensor got = attention_kernel(q, k, v, level).context;
-    EXPECT_TRUE(at::isfinite(got.slice(0, 0, 48)).all().item<bool>());
+    EXPECT_TRUE(at::isfinite(got.slice(0, 0, 50)).all().item<bool>());
     EXPECT_TRUE(at::isnan(got.slice(0, 50)).all().item<bool>());
+    // Scores of -Inf alone have no softmax; those behind them do not count.
+    const at::Tensor ones = at::ones({100, 1, 16});
+    const at::Tensor low =
+        attention_kernel(ones, at::full({100, 1, 16}, -INFINITY), v, level).context;
+    EXPECT_TRUE(at::isnan(low).all().item<bool>());
   }
 }
 
@@ -178,6 +182,10 @@ TEST(AttentionKernelsTest, CausalAttentionTakesHalves) {
     const auto expected_by = torch::autograd::grad({expected}, inputs, {gradient.to(at::kDouble)});
     const double tolerance = dtype == at::kBFloat16 ? 2e-2 : dtype == at::kHalf ? 3e-3 : 1e-5;
     EXPECT_LE((got.to(at::kDouble) - expected).abs().max().item<double>(), tolerance);
+    if (is_for_attention_kernel(qkv.q[0]) && dtype != at::kFloat) {
+      // Rounded once.
+      EXPECT_GE((got == expected.to(dtype)).to(at::kDouble).mean().item<double>(), 0.98);
+    }
     for (size_t i = 0; i < inputs.size(); ++i) {
       EXPECT_EQ(got_by[i].scalar_type(), dtype);
       EXPECT_TRUE(at::allclose(got_by[i].to(at::kFloat), expected_by[i].to(at::kFloat), tolerance,
@@ -189,14 +197,24 @@ TEST(AttentionKernelsTest, CausalAttentionTakesHalves) {
 
 TEST(AttentionKernelsTest, LeaveTheRestToLibTorch) {
   const at::Tensor x = at::randn({4, 2, 16});
-  EXPECT_EQ(is_for_attention_kernel(x, x, x), simd_level() != SimdLevel::kPortable);
-  EXPECT_FALSE(is_for_attention_kernel(x.slice(0, 0, 1), x, x));
-  const at::Tensor wide = x.to(at::kDouble);
-  EXPECT_FALSE(is_for_attention_kernel(wide, wide, wide));
-  const at::Tensor odd = at::randn({4, 2, 8});
-  EXPECT_FALSE(is_for_attention_kernel(odd, odd, odd));
+  EXPECT_EQ(is_for_attention_kernel(x), simd_level() != SimdLevel::kPortable);
+  for (const at::ScalarType half : {at::kBFloat16, at::kHalf}) {
+    EXPECT_EQ(is_for_attention_kernel(x.to(half)), is_for_attention_kernel(x) && !has_amx());
+  }
+  EXPECT_FALSE(is_for_attention_kernel(x.slice(0, 0, 1)));
+  EXPECT_FALSE(is_for_attention_kernel(x.to(at::kDouble)));
+  EXPECT_FALSE(is_for_attention_kernel(at::randn({4, 2, 8})));
+}
+
+TEST(AttentionKernelsTest, RefuseWhatDoesNotFit) {
+  const at::Tensor x = at::randn({4, 2, 16});
+  EXPECT_THROW(attention_kernel(x, x.slice(0, 1), x.slice(0, 1)), c10::Error);  // fewer keys
+  EXPECT_THROW(attention_kernel(x, x, x.slice(0, 1)), c10::Error);
+  EXPECT_THROW(attention_kernel(x, at::randn({4, 3, 16}), at::randn({4, 3, 16})), c10::Error);
+  EXPECT_THROW(attention_kernel(x, at::randn({4, 2, 32}), at::randn({4, 2, 32})), c10::Error);
+  EXPECT_THROW(attention_kernel(x.to(at::kDouble), x, x), c10::Error);
   const at::Tensor apart = at::randn({4, 16, 2}).transpose(1, 2);
-  EXPECT_FALSE(is_for_attention_kernel(apart, x, x));
+  EXPECT_THROW(attention_kernel(apart, x, x), c10::Error);
 }
 
 }  // namespace

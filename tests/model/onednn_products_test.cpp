@@ -1,12 +1,15 @@
 #include "hla/model/onednn_products.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <memory>
 #include <string>
 #include <vector>
+
+#include "hla/core/cpu_features.h"
 
 namespace hla {
 namespace {
@@ -28,6 +31,23 @@ double worst(const at::Tensor& got, const at::Tensor& expected) {
   EXPECT_EQ(got.sizes(), expected.sizes());
   if (got.numel() == 0) return 0;
   return (got.to(at::kDouble) - expected).abs().max().item<double>();
+}
+
+// Where LibTorch keeps the kernel of aten::mm for the CPU.
+std::string registered() {
+  return c10::Dispatcher::singleton().findSchemaOrThrow("aten::mm", "").dumpState();
+}
+
+TEST(OnednnProductsTest, AreThereAsLongAsTheObject) {
+  constexpr const char* kHere = "onednn_products.cpp";
+  EXPECT_EQ(registered().find(kHere), std::string::npos);
+  {
+    const OnednnProducts products;
+    // The wheel has oneDNN.
+    EXPECT_EQ(products.is_active(), simd_level() == SimdLevel::kAvx512);
+    EXPECT_EQ(registered().find(kHere) != std::string::npos, products.is_active());
+  }
+  EXPECT_EQ(registered().find(kHere), std::string::npos);
 }
 
 TEST(OnednnProductsTest, EqualFp64OfAnyShapeAndLayout) {

@@ -10,7 +10,8 @@ SimdLevel simd_level();
 // Matrix units for bf16, which only LibTorch's libraries use.
 bool has_amx();
 
-// AMD's cores with units of 512 bits: Zen 5 and later.
+// AMD's cores with AVX-512 units of 512 bits: Zen 5 and later, as servers and desktops have them
+// (notebooks' have 256 bits, and belong to the same family).
 bool is_wide_amd();
 
 }  // namespace hla

@@ -11,10 +11,11 @@
 
 namespace hla {
 
-// Whether the kernels take them and are faster than LibTorch's, which without AVX2 they are not:
-// several queries, fp32 on the CPU, entries of a head next to each other, heads of a multiple of 16
-// numbers.
-bool is_for_attention_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
+// Whether to take the kernels for queries (T, H, d): several, on the CPU, heads of a multiple of 16
+// numbers, with AVX2, without which LibTorch's are faster. Also for 16 bits, to be made fp32, but
+// where there are matrix units: LibTorch's kernel multiplies their blocks by MKL, which on a Zen 5
+// makes fp32 of them as well (docs/performance.md).
+bool is_for_attention_kernel(const at::Tensor& q);
 
 struct AttentionOutput {
   at::Tensor context;  // (T, H, d)
@@ -22,7 +23,8 @@ struct AttentionOutput {
 };
 
 // softmax(q·kᵀ/√d)·v, of the last T of L positions, each over those up to its own: q (T, H, d), k
-// and v (L, K, d) with K | H. Any strides but the last.
+// and v (L, K, d) with K | H, d a multiple of 16. fp32 on the CPU with any strides but the last,
+// which is 1; throws c10::Error for anything else.
 AttentionOutput attention_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  SimdLevel level = simd_level());
 

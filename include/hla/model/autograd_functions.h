@@ -23,7 +23,7 @@ at::Tensor differentiable_silu_mul(const at::Tensor& gate, const at::Tensor& up)
 // RoPE: x (B, T, heads, 2F), half-split; cos and sin (T, F).
 at::Tensor differentiable_rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
 
-// As attention_kernel: q (T, H, d), k and v (L, K, d) that is_for_attention_kernel() -> (T, H, d).
+// As attention_kernel: q (T, H, d), k and v (L, K, d) -> (T, H, d).
 at::Tensor differentiable_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
 
 // To be called on the way back of a function whose gradients count as constants: throws kRuntime

@@ -9,13 +9,16 @@ namespace hla {
 
 // While one exists, aten::mm and aten::addmm, in place and with `out` too, are oneDNN's for fp32
 // matrices on the CPU, in all threads, and so is what autograd makes of them. Small products stay
-// with MKL, and all where this LibTorch has no oneDNN. Results differ by rounding.
+// with MKL, and all where this LibTorch has no oneDNN or the processor no AVX-512. Results differ
+// by rounding.
 class OnednnProducts {
  public:
   OnednnProducts();
   ~OnednnProducts();
   OnednnProducts(const OnednnProducts&) = delete;
   OnednnProducts& operator=(const OnednnProducts&) = delete;
+
+  bool is_active() const;
 
  private:
   struct Registration;
