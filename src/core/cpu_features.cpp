@@ -1,5 +1,9 @@
 #include "hla/core/cpu_features.h"
 
+#include <unistd.h>
+
+#include <algorithm>
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
 #endif
@@ -51,5 +55,13 @@ bool has_amx() { return false; }
 bool is_wide_amd() { return false; }
 
 #endif
+
+int64_t data_cache_bytes(int level) {
+#if defined(_SC_LEVEL1_DCACHE_SIZE) && defined(_SC_LEVEL2_CACHE_SIZE)
+  return std::max<int64_t>(0, sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : _SC_LEVEL2_CACHE_SIZE));
+#else
+  return 0;
+#endif
+}
 
 }  // namespace hla

@@ -16,13 +16,9 @@ namespace {
 
 // fp32 by kernels of our own, to the type of the queries.
 at::Tensor by_attention_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  const auto prepared = [](const at::Tensor& x) {
-    const at::Tensor wide = x.to(at::kFloat);
-    return wide.stride(2) == 1 ? wide : wide.contiguous();
-  };
-  const at::Tensor queries = prepared(q);
-  const at::Tensor keys = prepared(k);
-  const at::Tensor values = prepared(v);
+  const at::Tensor queries = with_dense_rows(q.to(at::kFloat));
+  const at::Tensor keys = with_dense_rows(k.to(at::kFloat));
+  const at::Tensor values = with_dense_rows(v.to(at::kFloat));
   const bool differentiates =
       at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
   const at::Tensor context = differentiates ? differentiable_attention(queries, keys, values)

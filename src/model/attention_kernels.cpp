@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu_vector.h"
+#include "hla/model/device.h"
 
 namespace hla {
 namespace {
@@ -337,19 +338,10 @@ struct Variant {
     differentiate_block<Vector<bytes>>(a, block, by_k, by_v, scratch);                       \
   }
 
-HLA_DEFINE_ATTENTION(portable, , 16)
-#if defined(__x86_64__) && defined(__GNUC__)
-HLA_DEFINE_ATTENTION(avx2, __attribute__((target("avx2,fma"))), 32)
-HLA_DEFINE_ATTENTION(avx512, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))),
-                     64)
-#endif
+HLA_FOR_EACH_LEVEL(HLA_DEFINE_ATTENTION)
 
 Variant variant(SimdLevel level) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (level == SimdLevel::kAvx512) return {attend_avx512, differentiate_avx512};
-  if (level == SimdLevel::kAvx2) return {attend_avx2, differentiate_avx2};
-#endif
-  return {attend_portable, differentiate_portable};
+  return {HLA_OF_LEVEL(level, attend), HLA_OF_LEVEL(level, differentiate)};
 }
 
 Heads heads_of(const at::Tensor& x) {
@@ -374,8 +366,7 @@ AttentionArguments arguments_of(const at::Tensor& q, const at::Tensor& k, const 
 
 bool is_for_attention_kernel(const at::Tensor& q) {
   const at::ScalarType type = q.scalar_type();
-  const bool is_half = type == at::kBFloat16 || type == at::kHalf;
-  return q.device().is_cpu() && (type == at::kFloat || (is_half && !has_amx())) &&
+  return q.device().is_cpu() && (type == at::kFloat || (is_half(type) && !has_amx())) &&
          simd_level() != SimdLevel::kPortable && q.size(0) > 1 && q.size(2) % 16 == 0;
 }
 

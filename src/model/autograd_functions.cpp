@@ -66,11 +66,9 @@ class RopeFunction : public torch::autograd::Function<RopeFunction> {
     refuse_second_derivatives(kFused);
     const variable_list saved = context->get_saved_variables();
     // The adjoint of a rotation turns back.
-    return {cpu::rope(dense(gradients[0]), saved[0], -saved[1]), at::Tensor(), at::Tensor()};
+    return {cpu::rope(with_dense_rows(gradients[0]), saved[0], -saved[1]), at::Tensor(),
+            at::Tensor()};
   }
-
- private:
-  static at::Tensor dense(const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); }
 };
 
 class AttentionFunction : public torch::autograd::Function<AttentionFunction> {
@@ -84,10 +82,8 @@ class AttentionFunction : public torch::autograd::Function<AttentionFunction> {
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     refuse_second_derivatives(kFused);
     const variable_list saved = context->get_saved_variables();
-    const at::Tensor gradient =
-        gradients[0].stride(2) == 1 ? gradients[0] : gradients[0].contiguous();
-    const auto [q, k, v] =
-        attention_kernel_backward(gradient, saved[0], saved[1], saved[2], {saved[3], saved[4]});
+    const auto [q, k, v] = attention_kernel_backward(with_dense_rows(gradients[0]), saved[0],
+                                                     saved[1], saved[2], {saved[3], saved[4]});
     return {q, k, v};
   }
 };
@@ -103,6 +99,8 @@ void refuse_second_derivatives(const std::string& of) {
     throw_runtime("[autograd] second derivatives of " + of + " are not implemented");
   }
 }
+
+at::Tensor with_dense_rows(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
 bool differentiates(const at::Tensor& x) {
   return at::GradMode::is_enabled() && x.requires_grad() && is_dense_fp32(x);

@@ -5,7 +5,25 @@
 #include <cstdint>
 #include <vector>
 
+#include "hla/core/cpu_features.h"
+
 #define HLA_INLINE __attribute__((always_inline)) inline
+
+// DEFINE(name, attributes, bytes of a vector) for every SimdLevel that can be compiled for; and of
+// what these have defined as function_name, that of a level.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HLA_FOR_EACH_LEVEL(DEFINE)                      \
+  DEFINE(portable, , 16)                                \
+  DEFINE(avx2, __attribute__((target("avx2,fma"))), 32) \
+  DEFINE(avx512, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), 64)
+#define HLA_OF_LEVEL(level, function)                \
+  ((level) == SimdLevel::kAvx512 ? function##_avx512 \
+   : (level) == SimdLevel::kAvx2 ? function##_avx2   \
+                                 : function##_portable)
+#else
+#define HLA_FOR_EACH_LEVEL(DEFINE) DEFINE(portable, , 16)
+#define HLA_OF_LEVEL(level, function) function##_portable
+#endif
 
 namespace hla {
 

@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -57,10 +56,7 @@ constexpr int64_t kLongestChunk = 256;
 // the next ones, which are being fetched, pairs turned back and sums.
 int64_t chunk_bytes() {
   static const int64_t bytes = [] {
-    int64_t cache = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0: unknown
-#endif
+    const int64_t cache = data_cache_bytes(2);
     return std::clamp<int64_t>(cache > 0 ? cache / 4 : 128 << 10, 64 << 10, 256 << 10);
   }();
   return bytes;
@@ -68,10 +64,7 @@ int64_t chunk_bytes() {
 
 int64_t first_cache_bytes() {
   static const int64_t bytes = [] {
-    int64_t cache = 0;
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-    cache = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-#endif
+    const int64_t cache = data_cache_bytes(1);
     return cache > 0 ? cache : 32 << 10;
   }();
   return bytes;
@@ -1153,12 +1146,7 @@ using FewRows = void (*)(const LinearArguments&, int64_t begin, int64_t end);
     few_rows<Vector<bytes>>(arguments, begin, end);                                               \
   }
 
-HLA_DEFINE_VARIANT(portable, , 16)
-#if defined(__x86_64__) && defined(__GNUC__)
-HLA_DEFINE_VARIANT(avx2, __attribute__((target("avx2,fma"))), 32)
-HLA_DEFINE_VARIANT(avx512, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))),
-                   64)
-#endif
+HLA_FOR_EACH_LEVEL(HLA_DEFINE_VARIANT)
 
 struct Variant {
   AttendPiece attend;
@@ -1166,11 +1154,7 @@ struct Variant {
 };
 
 Variant variant(SimdLevel level) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (level == SimdLevel::kAvx512) return {attend_avx512, few_rows_avx512};
-  if (level == SimdLevel::kAvx2) return {attend_avx2, few_rows_avx2};
-#endif
-  return {attend_portable, few_rows_portable};
+  return {HLA_OF_LEVEL(level, attend), HLA_OF_LEVEL(level, few_rows)};
 }
 
 // Equal stretches of all tokens, cut at tiles, for so many threads: in order, and where each

@@ -21,6 +21,12 @@ struct Case {
   int64_t queries, keys, heads, kv_heads, head_dim;
 };
 
+std::string name_of(const Case& c) {
+  return std::to_string(c.queries) + " of " + std::to_string(c.keys) + ", heads " +
+         std::to_string(c.heads) + "/" + std::to_string(c.kv_heads) + " of " +
+         std::to_string(c.head_dim);
+}
+
 // By the definition, in fp64.
 at::Tensor naive(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   const auto repeat = [&](const at::Tensor& x) {  // (H, L, d)
@@ -56,9 +62,7 @@ const std::vector<Case> kCases = {{2, 2, 1, 1, 16},     {64, 64, 3, 3, 32},    {
 TEST(AttentionKernelsTest, EqualTheDefinition) {
   at::manual_seed(2);
   for (const Case& c : kCases) {
-    SCOPED_TRACE(std::to_string(c.queries) + " of " + std::to_string(c.keys) + ", heads " +
-                 std::to_string(c.heads) + "/" + std::to_string(c.kv_heads) + " of " +
-                 std::to_string(c.head_dim));
+    SCOPED_TRACE(name_of(c));
     check(at::randn({c.queries, c.heads, c.head_dim}), at::randn({c.keys, c.kv_heads, c.head_dim}),
           at::randn({c.keys, c.kv_heads, c.head_dim}));
     // As parts of larger tensors, heads before positions.
@@ -93,9 +97,7 @@ TEST(AttentionKernelsTest, ScoresOfAnySize) {
 TEST(AttentionKernelsTest, GradientsEqualThoseOfTheDefinition) {
   at::manual_seed(6);
   for (const Case& c : kCases) {
-    SCOPED_TRACE(std::to_string(c.queries) + " of " + std::to_string(c.keys) + ", heads " +
-                 std::to_string(c.heads) + "/" + std::to_string(c.kv_heads) + " of " +
-                 std::to_string(c.head_dim));
+    SCOPED_TRACE(name_of(c));
     // Heads before positions, and the gradient by columns of something larger.
     const auto random = [&](int64_t positions, int64_t heads) {
       return at::randn({heads, positions, c.head_dim}).transpose(0, 1);

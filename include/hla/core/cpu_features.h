@@ -1,6 +1,8 @@
 // What the processor has, by which kernels are chosen when the program runs.
 #pragma once
 
+#include <cstdint>
+
 namespace hla {
 
 // Kernels of ours exist for each.
@@ -13,5 +15,8 @@ bool has_amx();
 // AMD's cores with AVX-512 units of 512 bits: Zen 5 and later, as servers and desktops have them
 // (notebooks' have 256 bits, and belong to the same family).
 bool is_wide_amd();
+
+// Of a core's first- or second-level cache for data; 0: unknown.
+int64_t data_cache_bytes(int level);
 
 }  // namespace hla

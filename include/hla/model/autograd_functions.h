@@ -14,6 +14,9 @@ namespace hla {
 bool differentiates(const at::Tensor& x);
 bool differentiates(const at::Tensor& x, const at::Tensor& weight);
 
+// x with the entries of its last dimension next to each other, as kernels read them.
+at::Tensor with_dense_rows(const at::Tensor& x);
+
 // As cpu::rms_norm: x (…, D), weight (D) -> (…, D).
 at::Tensor differentiable_rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 
