@@ -361,7 +361,7 @@ SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vec
     if (written > 0) {
       take_up(header, written);
     } else {
-      detail::write_all(fd_, header.data(), header.size(), path_);
+      append(header.data(), header.size());
     }
   } catch (...) {
     ::close(fd_);  // the destructor does not run
@@ -386,6 +386,31 @@ void SafetensorsWriter::take_up(const std::string& header, size_t written) {
     throw_runtime(path_.string() + ": cannot write: " + std::strerror(errno));
   }
   next_ = written;
+  end_ = end;
+}
+
+void SafetensorsWriter::append(const void* data, uint64_t bytes) {
+  constexpr uint64_t kPage = uint64_t{2} << 20;
+  const char* at = static_cast<const char*>(data);
+  while (bytes > 0) {
+    const uint64_t room = kPage - end_ % kPage;
+    uint64_t count = std::min(room, bytes);
+    if (held_.empty() && bytes >= room) {
+      count = room + (bytes - room) / kPage * kPage;
+      detail::write_all(fd_, at, count, path_);
+    } else {
+      held_.insert(held_.end(), at, at + count);
+      if (count == room) flush();
+    }
+    at += count;
+    bytes -= count;
+    end_ += count;
+  }
+}
+
+void SafetensorsWriter::flush() {
+  detail::write_all(fd_, held_.data(), held_.size(), path_);
+  held_.clear();
 }
 
 SafetensorsWriter::~SafetensorsWriter() {
@@ -415,7 +440,7 @@ void SafetensorsWriter::write_part(const std::string& name, const void* data, ui
     throw_runtime(path_.string() + ": tensor " + quoted(name) + ": expected " +
                   std::to_string(expected) + " bytes, got " + std::to_string(part_ + bytes));
   }
-  detail::write_all(fd_, data, bytes, path_);
+  append(data, bytes);
   part_ += bytes;
   if (part_ == expected) {
     part_ = 0;
@@ -423,7 +448,10 @@ void SafetensorsWriter::write_part(const std::string& name, const void* data, ui
   }
 }
 
-void SafetensorsWriter::sync() { detail::sync_fd(fd_, path_); }
+void SafetensorsWriter::sync() {
+  flush();
+  detail::sync_fd(fd_, path_);
+}
 
 uint64_t SafetensorsWriter::file_bytes(const std::vector<Entry>& entries,
                                        const std::map<std::string, std::string>& metadata) {
@@ -437,6 +465,7 @@ void SafetensorsWriter::finish() {
     throw_runtime(path_.string() + ": expected " + std::to_string(entries_.size()) +
                   " tensors, got " + std::to_string(next_));
   }
+  flush();
   detail::close_checked(std::exchange(fd_, -1), path_);
 }
 

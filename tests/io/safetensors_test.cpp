@@ -2,6 +2,7 @@
 #include "hla/io/safetensors.h"
 
 #include <cstring>
+#include <numeric>
 
 #include "test_util.h"
 
@@ -133,14 +134,60 @@ TEST(SafetensorsTest, WritesWhatItReads) {
   EXPECT_EQ(reader.metadata().at("format"), "pt");
 }
 
+// Tensors and parts below, at and above the 2 MiB pieces that the file is written in.
+TEST(SafetensorsTest, PiecesOfTheFileAreComplete) {
+  const TempDir folder;
+  const auto path = folder / "a.safetensors";
+  constexpr int64_t kPage = int64_t{1} << 19;  // in floats
+  const std::vector<int64_t> counts = {3, kPage - 40, 1, 2 * kPage + 5, kPage, 0, 5 * kPage, 7};
+  const std::map<std::string, std::string> kMetadata = {{"format", "pt"}};
+  std::vector<SafetensorsWriter::Entry> entries;
+  std::vector<std::vector<float>> tensors;
+  for (const int64_t count : counts) {
+    entries.push_back({"t" + std::to_string(entries.size()), DType::kF32, {count}});
+    tensors.emplace_back(count);
+    std::iota(tensors.back().begin(), tensors.back().end(), 1000.0F * entries.size());
+  }
+  for (const size_t synced : {size_t{0}, size_t{2}, size_t{3}, size_t{6}}) {
+    std::filesystem::remove(path);
+    auto writer = std::make_unique<SafetensorsWriter>(path, entries);
+    uint64_t synced_size = 0;
+    for (size_t i = 0; i < entries.size(); ++i) {
+      const uint64_t size = std::filesystem::file_size(path);
+      EXPECT_TRUE(size == synced_size || size % (4 * kPage) == 0) << size;
+      if (i == synced) {
+        writer->sync();
+        uint64_t expected = SafetensorsWriter::file_bytes(entries);
+        for (size_t rest = i; rest < entries.size(); ++rest) expected -= 4 * counts[rest];
+        synced_size = std::filesystem::file_size(path);
+        EXPECT_EQ(synced_size, expected) << "synced before " << i;
+        if (i == 3) writer = std::make_unique<SafetensorsWriter>(path, entries, kMetadata, i);
+      }
+      const size_t half = tensors[i].size() / 2;
+      if (half > 0) writer->write_part(entries[i].name, tensors[i].data(), 4 * half);
+      writer->write_part(entries[i].name, tensors[i].data() + half, 4 * (tensors[i].size() - half));
+    }
+    writer->finish();
+    const auto reader = SafetensorsReader::open(path);
+    for (size_t i = 0; i < entries.size(); ++i) {
+      const auto view = reader.view(entries[i].name);
+      ASSERT_EQ(view.nbytes, 4 * tensors[i].size());
+      EXPECT_TRUE(view.nbytes == 0 || std::memcmp(view.data, tensors[i].data(), view.nbytes) == 0)
+          << entries[i].name << ", synced before " << synced;
+    }
+  }
+}
+
 TEST(SafetensorsTest, WriterRefusesWrongOrderAndSize) {
   const TempDir folder;
   const float value = 1;
   SafetensorsWriter writer(folder / "a.safetensors",
                            {{"a", DType::kF32, {}}, {"b", DType::kF32, {}}});
+  writer.sync();
   const auto begun = std::filesystem::file_size(folder / "a.safetensors");
   EXPECT_THROW(writer.write("b", &value, 4), Error);
   EXPECT_THROW(writer.write_part("a", &value, 5), Error);
+  writer.sync();
   EXPECT_EQ(std::filesystem::file_size(folder / "a.safetensors"), begun) << "nothing of it written";
   EXPECT_THROW(writer.write("a", &value, 3), Error);
   EXPECT_THROW(writer.finish(), Error);

@@ -88,7 +88,11 @@ TEST(ShardedWriterTest, GoesOnAfterAnyTensor) {
       const TempDir folder;
       {
         ShardedWriter writer(folder.path(), plan_shards(entries(), kMaxBytes), kMetadata);
-        for (size_t i = 0; i < reached; ++i) write(writer, entries()[i]);
+        for (size_t i = 0; i < reached; ++i) {
+          if (i == kept) writer.sync();
+          write(writer, entries()[i]);
+        }
+        if (reached == kept) writer.sync();
         const float half = -1;  // a tensor cut off in the middle
         writer.write_part(entries()[reached].name, &half, sizeof half);
       }
