@@ -13,5 +13,6 @@ void add_generate(CLI::App& app);
 void add_info(CLI::App& app);
 void add_ppl(CLI::App& app);
 void add_tokenize(CLI::App& app);
+void add_transfer(CLI::App& app);
 
 }  // namespace hla::tools

@@ -306,12 +306,7 @@ void add_convert(CLI::App& app) {
   command->add_flag("--report-perplexity", options.report_perplexity,
                     "Also report the perplexity of 4 calibration sequences after each layer; every "
                     "layer costs a forward of all that follow it");
-  command
-      ->add_option("--max-shard-size", options.max_shard_bytes,
-                   "Size of one file of weights, like 500MB or 2GB")
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
-      ->check(CLI::Range(uint64_t{1}, uint64_t{1} << 62))
-      ->default_str("5GB");
+  add_max_shard_size_option(*command, options.max_shard_bytes);
   command->add_flag("--low-memory", options.low_memory,
                     "Read the loss a layer at a time, as is done anyway where memory is short: a "
                     "forward more, and more disk while it runs");

@@ -55,6 +55,7 @@ int run(int argc, char** argv) {
   hla::tools::add_ppl(app);
   hla::tools::add_convert(app);
   hla::tools::add_finetune(app);
+  hla::tools::add_transfer(app);
   hla::tools::add_generate(app);
   hla::tools::add_bench(app);
   hla::tools::add_tokenize(app);

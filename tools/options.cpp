@@ -83,15 +83,25 @@ CLI::Option* add_list_option(CLI::App& command, const std::string& name,
       description);
 }
 
+void add_dtype_option(CLI::App& command, std::string& target, const std::string& auto_dtype) {
+  command.add_option("--dtype", target, "auto, fp32, bf16, fp16 or fp64; auto is " + auto_dtype)
+      ->capture_default_str();
+}
+
 void add_device_options(CLI::App& command, DeviceOptions& options, const std::string& auto_dtype) {
   command.add_option("--device", options.device, "auto, cpu, cuda or cuda:N")
       ->capture_default_str();
-  command
-      .add_option("--dtype", options.dtype, "auto, fp32, bf16, fp16 or fp64; auto is " + auto_dtype)
-      ->capture_default_str();
+  add_dtype_option(command, options.dtype, auto_dtype);
   command.add_option("--threads", options.threads, "CPU threads; 0: one per core")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+}
+
+void add_max_shard_size_option(CLI::App& command, uint64_t& target) {
+  command.add_option("--max-shard-size", target, "Size of one file of weights, like 500MB or 2GB")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->check(CLI::Range(uint64_t{1}, uint64_t{1} << 62))
+      ->default_str("5GB");
 }
 
 LoadOptions resolve(const DeviceOptions& options) {

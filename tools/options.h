@@ -23,6 +23,12 @@ void add_device_options(
     CLI::App& command, DeviceOptions& options,
     const std::string& auto_dtype = "fp32 on the CPU and the checkpoint's own on CUDA");
 
+// Registers --dtype alone, for parse_dtype().
+void add_dtype_option(CLI::App& command, std::string& target, const std::string& auto_dtype);
+
+// Registers --max-shard-size.
+void add_max_shard_size_option(CLI::App& command, uint64_t& target);
+
 // Applies --threads and resolves device and dtype.
 LoadOptions resolve(const DeviceOptions& options);
 

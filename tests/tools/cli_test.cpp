@@ -32,8 +32,8 @@ using testing::write_file;
 std::string stories() { return source_path("data/stories260K/stories260K.bin").string(); }
 
 TEST(CliTest, HelpAndVersion) {
-  for (const char* command :
-       {"", "info ", "ppl ", "convert ", "generate ", "bench ", "tokenize "}) {
+  for (const char* command : {"", "info ", "ppl ", "convert ", "finetune ", "transfer ",
+                              "generate ", "bench ", "tokenize "}) {
     const CommandResult result = run_hla(std::string(command) + "--help");
     EXPECT_EQ(result.code, 0);
     EXPECT_NE(result.out.find("Examples:"), std::string::npos) << command;
@@ -588,6 +588,30 @@ TEST(CliTest, ConvertShowsAndDrawsTheLayers) {
                 .code,
             2);
   EXPECT_EQ(names_in(folder.path()), std::vector<std::string>{"plot.svg"});
+}
+
+// With no change to carry over it gives the conversion back.
+TEST(CliTest, TransferOfTheBaseGivesTheConversion) {
+  const TempDir folder;
+  const std::string base = source_path("tests/data/models/gqa").string();
+  const std::string hla = (folder / "hla").string();
+  const std::string out = (folder / "out").string();
+  ASSERT_EQ(run_hla("convert " + base + " " + hla + " --no-calib").code, 0);
+  const std::string inputs = "transfer " + hla + " " + base + " " + base + " ";
+  const CommandResult result = run_hla(inputs + out + " --json -");
+  EXPECT_EQ(result.code, 0) << result.err;
+  const auto report = nlohmann::json::parse(result.out);
+  EXPECT_EQ(report["tuned_distance"], 0);
+  EXPECT_EQ(report["factored_tensors"], 4);
+  EXPECT_EQ(read_file(folder / "out/model.safetensors"),
+            read_file(folder / "hla/model.safetensors"));
+  EXPECT_EQ(read_json_file(folder / "out/config.json"), read_json_file(folder / "hla/config.json"));
+  EXPECT_TRUE(std::filesystem::exists(folder / "out/modeling_hla.py"));
+  EXPECT_EQ(run_hla(inputs + out).code, 2) << "it exists";
+  EXPECT_EQ(run_hla(inputs + out + " --force").code, 0);
+  EXPECT_EQ(run_hla(inputs + hla + " --force").code, 2) << "it is an input";
+  EXPECT_EQ(run_hla("transfer " + base + " " + hla + " " + base + " " + out + " --force").code, 3);
+  EXPECT_EQ(run_hla("transfer " + hla + " " + base).code, 2);
 }
 
 TEST(CliTest, InterruptsHaveTheirExitCodes) {

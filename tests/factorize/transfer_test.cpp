@@ -1,0 +1,280 @@
+// Fine-tunes carried over to conversions, of small random models.
+#include "hla/factorize/transfer.h"
+
+#include <c10/core/InferenceMode.h>
+
+#include <functional>
+#include <nlohmann/json.hpp>
+
+#include "hla/factorize/convert.h"
+#include "hla/io/json_file.h"
+#include "hla/model/llama.h"
+#include "hla/model/load.h"
+#include "hla/model/save.h"
+#include "tensor_util.h"
+
+namespace hla {
+namespace {
+
+using testing::error_of;
+using testing::max_abs_difference;
+using testing::source_path;
+using testing::TempDir;
+
+using Edit = std::function<at::Tensor(const std::string&, const at::Tensor&)>;
+
+std::string model_path(const std::string& name) {
+  return source_path("tests/data/models/" + name).string();
+}
+
+// A folder with other weights.
+Checkpoint write_variant(const Checkpoint& of, const std::filesystem::path& folder,
+                         const Edit& edit, nlohmann::json config = nullptr,
+                         at::ScalarType dtype = at::kFloat) {
+  std::filesystem::create_directory(folder);
+  std::vector<std::pair<std::string, at::Tensor>> weights;
+  for (const TensorInfo& info : of.tensors()) {
+    weights.emplace_back(info.name, edit(info.name, checkpoint_tensor(of, info.name)));
+  }
+  save_weights(weights, dtype, folder);
+  copy_side_files(of, folder);
+  if (config.is_null()) config = of.config();
+  write_json_file(folder / "config.json", config, /*force=*/false);
+  return Checkpoint::open(folder.string());
+}
+
+at::Tensor moved(const std::string&, const at::Tensor& weight) {
+  const at::Tensor start = weight.to(at::kFloat);
+  return start + 0.1 * start.std(/*unbiased=*/false) * at::randn_like(start);
+}
+
+Checkpoint converted(const Checkpoint& base, const std::filesystem::path& out, double ratio,
+                     const std::string& rope = "original") {
+  ConvertOptions options;
+  options.progress = false;
+  options.rope = *hla_rope_from_string(rope);
+  options.dtype = at::kFloat;
+  options.kv_ratio = ratio;
+  convert(base, out, options);
+  return Checkpoint::open(out.string());
+}
+
+TransferOptions quiet() {
+  TransferOptions options;
+  options.progress = false;
+  return options;
+}
+
+at::Tensor logits_of(const Checkpoint& checkpoint) {
+  const c10::InferenceMode guard;
+  const auto model = load_model(checkpoint);
+  const at::Tensor ids = (at::arange(24, at::kLong) * 7 % 50).unsqueeze(0);
+  return model->logits(model->forward(ids));
+}
+
+// Of a conversion that loses nothing the fine-tune's logits come back.
+class FullRankTransferTest : public ::testing::TestWithParam<std::tuple<std::string, std::string>> {
+};
+
+TEST_P(FullRankTransferTest, GivesTheTunedLogits) {
+  const auto& [name, rope] = GetParam();
+  const Checkpoint base = Checkpoint::open(model_path(name));
+  at::manual_seed(3);
+  for (const bool joint : {true, false}) {
+    const TempDir folder;
+    const Checkpoint tuned = write_variant(base, folder / "tuned", moved);
+    ConvertOptions options;
+    options.progress = false;
+    options.rope = *hla_rope_from_string(rope);
+    options.dtype = at::kFloat;
+    if (joint) {
+      options.kv_ratio = 1.0;
+    } else {
+      const ModelConfig config = parse_model_config(base.config(), name);
+      options.k_rank =
+          rope == "latent" ? config.kv_size() : std::min(config.hidden_size, config.kv_size());
+      options.q_rank = std::min(config.hidden_size, config.q_size());
+    }
+    convert(base, folder / "hla", options);
+    const TransferReport report =
+        transfer(Checkpoint::open((folder / "hla").string()), base, tuned, folder / "out", quiet());
+    const Checkpoint out = Checkpoint::open((folder / "out").string());
+    EXPECT_GT(max_abs_difference(logits_of(base), logits_of(tuned)), 1e-2);
+    EXPECT_LE(max_abs_difference(logits_of(out), logits_of(tuned)), 1e-4) << joint;
+    EXPECT_LT(report.change_left, 1e-5);
+    EXPECT_NEAR(report.tuned_distance, 0.1, 0.02);
+    EXPECT_LT(report.conversion_distance, 1e-4) << "nothing was healed";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, FullRankTransferTest,
+    ::testing::Combine(::testing::Values("gqa", "mha", "mqa", "attention_bias", "head_dim",
+                                         "mlp_bias", "rope_llama3", "tied"),
+                       ::testing::Values("original", "latent")),
+    [](const auto& test) { return std::get<0>(test.param) + "_" + std::get<1>(test.param); });
+
+// What healing has changed is added up; all else is the fine-tune's, to the bit.
+TEST(TransferTest, AddsWhatHealingChanged) {
+  const TempDir folder;
+  at::manual_seed(4);
+  const Checkpoint base = Checkpoint::open(model_path("gqa"));
+  const Checkpoint tuned = write_variant(base, folder / "tuned", moved);
+  const std::string healed_name = "model.layers.1.mlp.up_proj.weight";
+  const Checkpoint healed = write_variant(converted(base, folder / "hla", 0.5), folder / "healed",
+                                          [&](const std::string& name, const at::Tensor& weight) {
+                                            return name == healed_name ? weight + 0.01 : weight;
+                                          });
+  const TransferReport report = transfer(healed, base, tuned, folder / "out", quiet());
+  const Checkpoint out = Checkpoint::open((folder / "out").string());
+  for (const TensorInfo& info : out.tensors()) {
+    if (!base.has(info.name)) continue;
+    const at::Tensor expected = checkpoint_tensor(tuned, info.name);
+    if (info.name == healed_name) {
+      EXPECT_LE(max_abs_difference(checkpoint_tensor(out, info.name), expected + 0.01), 1e-6);
+    } else if (info.name.find("o_proj") == std::string::npos) {
+      EXPECT_TRUE(at::equal(checkpoint_tensor(out, info.name), expected)) << info.name;
+    }
+  }
+  // gqa: 3 tensors outside the layers; of each of its 2 layers 2 norms, 3 of the MLP, q and o.
+  EXPECT_EQ(report.copied_tensors, 3 + 2 * 7 - 1);
+  EXPECT_EQ(report.summed_tensors, 1);
+  EXPECT_EQ(report.factored_tensors, 2 * 2);
+  // Factors hold a part of the change, and what they held before.
+  EXPECT_GT(report.change_left, 0.1);
+  EXPECT_LT(report.change_left, 0.95);
+  const at::Tensor logits = logits_of(out);
+  EXPECT_LT((logits - logits_of(tuned)).norm().item<double>(),
+            (logits_of(healed) - logits_of(tuned)).norm().item<double>());
+}
+
+TEST(TransferTest, TakesTheTunedVocabularyAndDtype) {
+  const TempDir folder;
+  at::manual_seed(5);
+  const Checkpoint base = Checkpoint::open(model_path("gqa"));
+  nlohmann::json config = base.config();
+  const int64_t vocabulary = config["vocab_size"].get<int64_t>() + 3;
+  config["vocab_size"] = vocabulary;
+  config["eos_token_id"] = 7;
+  const auto grow = [](const std::string& name, const at::Tensor& weight) {
+    const at::Tensor now = moved(name, weight);
+    const bool by_token = name == "lm_head.weight" || name == "model.embed_tokens.weight";
+    return by_token ? at::cat({now, at::randn({3, now.size(1)})}) : now;
+  };
+  const Checkpoint tuned = write_variant(base, folder / "tuned", grow, config, at::kBFloat16);
+  const Checkpoint healed =
+      write_variant(converted(base, folder / "hla", 0.5), folder / "healed",
+                    [&](const std::string& name, const at::Tensor& weight) {
+                      return name == "lm_head.weight" ? weight + 0.25 : weight;
+                    });
+  transfer(healed, base, tuned, folder / "out", quiet());
+  const Checkpoint out = Checkpoint::open((folder / "out").string());
+  EXPECT_EQ(parse_model_config(out.config(), "out").vocab_size, vocabulary);
+  EXPECT_EQ(out.config()["eos_token_id"], 7);
+  EXPECT_TRUE(at::equal(checkpoint_tensor(out, "model.embed_tokens.weight"),
+                        checkpoint_tensor(tuned, "model.embed_tokens.weight")));
+  const at::Tensor head = checkpoint_tensor(out, "lm_head.weight");
+  const at::Tensor tuned_head = checkpoint_tensor(tuned, "lm_head.weight");
+  EXPECT_EQ(head.scalar_type(), at::kBFloat16);
+  const int64_t old = vocabulary - 3;
+  EXPECT_TRUE(at::equal(head.slice(0, old), tuned_head.slice(0, old)));
+  EXPECT_LE(max_abs_difference(head.slice(0, 0, old).to(at::kFloat),
+                               tuned_head.slice(0, 0, old).to(at::kFloat) + 0.25),
+            1e-2);
+  EXPECT_EQ(checkpoint_tensor(out, "model.layers.0.self_attn.kv_up.weight").scalar_type(),
+            at::kFloat);
+  TransferOptions whole = quiet();
+  whole.dtype = at::kFloat;
+  transfer(healed, base, tuned, folder / "fp32", whole);
+  EXPECT_EQ(stored_dtype(Checkpoint::open((folder / "fp32").string())), at::kFloat);
+}
+
+// `paper` rotates latents: its factors of queries and keys stand for no matrix of the base.
+TEST(TransferTest, OfPaperValuesAlone) {
+  const TempDir folder;
+  at::manual_seed(6);
+  const Checkpoint base = Checkpoint::open(model_path("gqa"));
+  const Checkpoint tuned = write_variant(base, folder / "tuned", moved);
+  ConvertOptions options;
+  options.progress = false;
+  options.rope = HlaRope::kPaper;
+  options.kv_ratio = 0.5;
+  convert(base, folder / "hla", options);
+  const Checkpoint conversion = Checkpoint::open((folder / "hla").string());
+  transfer(conversion, base, tuned, folder / "out", quiet());
+  const Checkpoint out = Checkpoint::open((folder / "out").string());
+  for (const char* name : {"q_up", "q_down", "k_up", "k_down", "kv_up"}) {
+    const std::string full = std::string("model.layers.1.self_attn.") + name + ".weight";
+    EXPECT_EQ(at::equal(checkpoint_tensor(out, full), checkpoint_tensor(conversion, full)),
+              std::string(name) != "kv_up")
+        << name;
+  }
+}
+
+TEST(TransferTest, RefusesWhatDoesNotBelongTogether) {
+  const TempDir folder;
+  at::manual_seed(7);
+  const Checkpoint base = Checkpoint::open(model_path("gqa"));
+  const Checkpoint tuned = write_variant(base, folder / "tuned", moved);
+  const Checkpoint conversion = converted(base, folder / "hla", 0.5);
+  const Checkpoint other = write_variant(
+      base, folder / "other",
+      [](const std::string&, const at::Tensor& weight) { return at::randn_like(weight) * 0.2; });
+  const auto refused = [&](const Checkpoint& a, const Checkpoint& b, const Checkpoint& c) {
+    const Error error = error_of([&] { transfer(a, b, c, folder / "out", quiet()); });
+    EXPECT_EQ(error.code(), ExitCode::kBadInput);
+    EXPECT_FALSE(std::filesystem::exists(folder / "out"));
+    EXPECT_FALSE(std::filesystem::exists(folder / ".out.hla-partial"));
+    return std::string(error.what());
+  };
+  const auto expect = [](const std::string& message, const std::string& part) {
+    EXPECT_NE(message.find(part), std::string::npos) << message;
+  };
+  expect(refused(base, conversion, tuned), "HLA model already");
+  expect(refused(tuned, base, base), "expected a conversion, got a plain Llama");
+  expect(refused(conversion, base, other), "expected at most 50 %");
+  expect(refused(conversion, other, tuned), "expected at most 50 %");
+  expect(refused(conversion, base, Checkpoint::open(model_path("mha"))),
+         "num_key_value_heads: expected 2 as the base has, got 4");
+  nlohmann::json config = base.config();
+  config["rope_parameters"]["rope_theta"] = 5e5;
+  expect(refused(conversion, base, write_variant(base, folder / "theta", moved, config)),
+         "RoPE differs");
+  std::filesystem::create_directory(folder / "out2");
+  EXPECT_EQ(error_of([&] { transfer(conversion, base, tuned, folder / "out2", quiet()); }).code(),
+            ExitCode::kUsage);
+  TransferOptions force = quiet();
+  force.force = true;
+  EXPECT_EQ(error_of([&] { transfer(conversion, base, tuned, folder / "hla", force); }).code(),
+            ExitCode::kUsage)
+      << "an input would be replaced while it is read";
+}
+
+TEST(TransferTest, ChangedFactorsLeaveNoMoreThanTheChange) {
+  at::manual_seed(8);
+  for (const at::ScalarType dtype : {at::kDouble, at::kComplexDouble}) {
+    const at::Tensor up = at::randn({12, 4}, dtype);
+    const at::Tensor down = at::randn({4, 20}, dtype);
+    const at::Tensor change = 0.1 * at::randn({12, 20}, dtype);
+    const auto made = detail::change_factors(up, down, change);
+    const at::Tensor target = up.matmul(down) + change;
+    const auto left = [&](const at::Tensor& u, const at::Tensor& d) {
+      return (target - u.matmul(d)).abs().square().sum().item<double>();
+    };
+    EXPECT_NEAR(made.left, left(made.up, made.down), 1e-9);
+    EXPECT_LT(made.left, 0.8 * left(up, down));
+    // Nearly the best of its rank, and not far from where it began.
+    const at::Tensor singular = at::linalg_svdvals(target).slice(0, 4);
+    EXPECT_LT(made.left, 1.05 * singular.square().sum().item<double>());
+    EXPECT_LT((made.down - down).norm().abs().item<double>(), 0.3 * down.norm().item<double>());
+    // A change within the rank is taken whole.
+    const at::Tensor within = at::randn({12, 4}, dtype).matmul(down);
+    EXPECT_LT(detail::change_factors(up, down, within).left, 1e-18);
+    const auto none = detail::change_factors(up.slice(1, 0, 0), down.slice(0, 0, 0), change);
+    EXPECT_NEAR(none.left, change.abs().square().sum().item<double>(), 1e-12);
+    EXPECT_EQ(none.up.size(1), 0);
+  }
+}
+
+}  // namespace
+}  // namespace hla
