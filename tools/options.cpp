@@ -88,13 +88,21 @@ void add_dtype_option(CLI::App& command, std::string& target, const std::string&
       ->capture_default_str();
 }
 
+void add_threads_option(CLI::App& command, int& target) {
+  command.add_option("--threads", target, "CPU threads; 0: one per core")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+}
+
+void set_threads(int threads) {
+  if (threads > 0) at::set_num_threads(threads);
+}
+
 void add_device_options(CLI::App& command, DeviceOptions& options, const std::string& auto_dtype) {
   command.add_option("--device", options.device, "auto, cpu, cuda or cuda:N")
       ->capture_default_str();
   add_dtype_option(command, options.dtype, auto_dtype);
-  command.add_option("--threads", options.threads, "CPU threads; 0: one per core")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
+  add_threads_option(command, options.threads);
 }
 
 void add_max_shard_size_option(CLI::App& command, uint64_t& target) {
@@ -105,7 +113,7 @@ void add_max_shard_size_option(CLI::App& command, uint64_t& target) {
 }
 
 LoadOptions resolve(const DeviceOptions& options) {
-  if (options.threads > 0) at::set_num_threads(options.threads);
+  set_threads(options.threads);
   return {.device = parse_device(options.device), .dtype = parse_dtype(options.dtype)};
 }
 

@@ -26,6 +26,10 @@ void add_device_options(
 // Registers --dtype alone, for parse_dtype().
 void add_dtype_option(CLI::App& command, std::string& target, const std::string& auto_dtype);
 
+// Registers --threads alone, for set_threads().
+void add_threads_option(CLI::App& command, int& target);
+void set_threads(int threads);
+
 // Registers --max-shard-size.
 void add_max_shard_size_option(CLI::App& command, uint64_t& target);
 

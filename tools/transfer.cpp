@@ -18,11 +18,13 @@ struct TransferArguments {
   std::string out;
   std::string json;
   std::string dtype = "auto";
+  int threads = 0;
   TransferOptions options;
 };
 
 void run_transfer(TransferArguments& arguments) {
   check_output_target("--json", arguments.json, arguments.options.force);
+  set_threads(arguments.threads);
   arguments.options.dtype = parse_dtype(arguments.dtype);
   const TransferReport report =
       transfer(Checkpoint::open(arguments.conversion), Checkpoint::open(arguments.base),
@@ -51,8 +53,11 @@ void add_transfer(CLI::App& app) {
   command->add_option("OUT", arguments->out, "Folder to make: TUNED as CONVERSION is of BASE")
       ->required();
   command->add_option("--json", arguments->json, "Write the report to FILE as JSON; - for stdout");
-  add_dtype_option(*command, arguments->dtype, "each weight's own");
+  add_dtype_option(*command, arguments->dtype, "CONVERSION's for attention, TUNED's for the rest");
+  add_threads_option(*command, arguments->threads);
   add_max_shard_size_option(*command, arguments->options.max_shard_bytes);
+  command->add_flag("--restart", arguments->options.restart,
+                    "Throw away what an unfinished run of another command has left for OUT");
   command->add_flag("--force", arguments->options.force,
                     "Replace an existing OUT (or --json file)");
   command->footer(

@@ -47,6 +47,14 @@ std::vector<SafetensorsWriter::Entry> OutputSections::all() const {
   return entries;
 }
 
+uint64_t OutputSections::file_bytes(uint64_t max_shard_bytes) const {
+  uint64_t bytes = 0;
+  for (const Shard& shard : plan_shards(all(), max_shard_bytes)) {
+    bytes += SafetensorsWriter::file_bytes(shard.entries, output_metadata());
+  }
+  return bytes;
+}
+
 size_t OutputSections::tensors_before_layer(int64_t layer) const {
   size_t count = before.size();
   for (size_t i = 0; i < static_cast<size_t>(layer); ++i) count += layers[i].size();

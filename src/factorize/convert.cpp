@@ -37,6 +37,35 @@
 namespace hla {
 namespace {
 
+AttentionWeights attention_weights(const Checkpoint& checkpoint, const ModelConfig& config,
+                                   int64_t layer) {
+  const std::string prefix = "model.layers." + std::to_string(layer) + ".self_attn.";
+  const auto get = [&](const char* name) {
+    return checkpoint_tensor(checkpoint, prefix + name).to(at::kDouble);
+  };
+  AttentionWeights weights{get("q_proj.weight"),
+                           get("k_proj.weight"),
+                           get("v_proj.weight"),
+                           get("o_proj.weight"),
+                           {},
+                           {},
+                           {},
+                           {}};
+  if (config.attention_bias) {
+    weights.q_bias = get("q_proj.bias");
+    weights.k_bias = get("k_proj.bias");
+    weights.v_bias = get("v_proj.bias");
+    weights.o_bias = get("o_proj.bias");
+  }
+  for (const at::Tensor* weight : {&weights.q, &weights.k, &weights.v, &weights.o}) {
+    if (!weight->isfinite().all().item<bool>()) {
+      throw Error(ExitCode::kNonFinite,
+                  prefix + "{q,k,v,o}_proj.weight: NaN or Inf in the checkpoint");
+    }
+  }
+  return weights;
+}
+
 std::string layer_step(int64_t layer) { return "layer " + std::to_string(layer); }
 constexpr const char* kFirstStep = "before the layers";
 constexpr const char* kLastStep = "after the layers";
@@ -157,9 +186,7 @@ class Conversion {
 
   void preflight_disk(const std::filesystem::path& out) const {
     uint64_t needed = 8u << 20;  // the small files
-    for (const Shard& shard : plan_shards(sections_.all(), options_.max_shard_bytes)) {
-      needed += SafetensorsWriter::file_bytes(shard.entries, output_metadata());
-    }
+    needed += sections_.file_bytes(options_.max_shard_bytes);
     if (calibration_) needed += 2 * calibration_->state_bytes();  // of two layers at a time
     if (loss_pass_) needed += loss_pass_->disk_bytes();
     hla::preflight_disk(out, needed, work_.root());

@@ -10,7 +10,6 @@
 #include "hla/core/error.h"
 #include "hla/factorize/linalg.h"
 #include "hla/factorize/loss_factors.h"
-#include "hla/model/load.h"
 
 namespace hla {
 namespace {
@@ -312,35 +311,6 @@ void check_plan(const ModelConfig& config, const AttentionWeights& weights, HlaR
 }
 
 }  // namespace
-
-AttentionWeights attention_weights(const Checkpoint& checkpoint, const ModelConfig& config,
-                                   int64_t layer) {
-  const std::string prefix = "model.layers." + std::to_string(layer) + ".self_attn.";
-  const auto get = [&](const char* name) {
-    return checkpoint_tensor(checkpoint, prefix + name).to(at::kDouble);
-  };
-  AttentionWeights weights{get("q_proj.weight"),
-                           get("k_proj.weight"),
-                           get("v_proj.weight"),
-                           get("o_proj.weight"),
-                           {},
-                           {},
-                           {},
-                           {}};
-  if (config.attention_bias) {
-    weights.q_bias = get("q_proj.bias");
-    weights.k_bias = get("k_proj.bias");
-    weights.v_bias = get("v_proj.bias");
-    weights.o_bias = get("o_proj.bias");
-  }
-  for (const at::Tensor* weight : {&weights.q, &weights.k, &weights.v, &weights.o}) {
-    if (!weight->isfinite().all().item<bool>()) {
-      throw Error(ExitCode::kNonFinite,
-                  prefix + "{q,k,v,o}_proj.weight: NaN or Inf in the checkpoint");
-    }
-  }
-  return weights;
-}
 
 void LayerFactors::store_complex(const std::vector<at::Tensor>& ups,
                                  const std::vector<at::Tensor>& downs) {

@@ -3,25 +3,31 @@
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "hla/core/error.h"
 #include "hla/core/interrupt.h"
+#include "hla/core/log.h"
+#include "hla/core/memory.h"
 #include "hla/core/progress.h"
 #include "hla/core/stopwatch.h"
 #include "hla/core/text_table.h"
+#include "hla/core/version.h"
 #include "hla/factorize/conversion_writer.h"
 #include "hla/factorize/factors.h"
 #include "hla/factorize/fingerprint.h"
-#include "hla/factorize/plan.h"
+#include "hla/factorize/linalg.h"
 #include "hla/factorize/transformers_files.h"
 #include "hla/io/atomic_file.h"
 #include "hla/io/json_file.h"
 #include "hla/io/work_dir.h"
+#include "hla/model/device.h"
 #include "hla/model/load.h"
 #include "hla/model/save.h"
 
@@ -31,46 +37,76 @@ namespace {
 // Fine-tuning moves weights by a few percent, healing a conversion too; other models are some 140 %
 // apart.
 constexpr double kFarthest = 0.5;
+constexpr int64_t kBlockElements = int64_t{1} << 22;  // of a tensor, worked on at a time
+constexpr const char* kBelonging = "a conversion and a fine-tune of one base are expected";
 
-ModelConfig conversion_config(const Checkpoint& conversion) {
-  const std::string source = conversion.path().string();
-  ModelConfig config = parse_model_config(conversion.config(), source);
-  if (!config.hla) {
-    throw_bad_input(source + ": expected a conversion, got a plain Llama\n  hint: the order is " +
-                    "CONVERSION, BASE, TUNED, OUT");
+ModelConfig checked_config(const Checkpoint& checkpoint, bool is_conversion) {
+  const std::string source = checkpoint.path().string();
+  ModelConfig config = parse_model_config(checkpoint.config(), source);
+  if (config.hla.has_value() != is_conversion) {
+    throw_bad_input(
+        source + ": expected " +
+        (is_conversion ? "a conversion, got a plain Llama" : "a plain Llama, got a conversion") +
+        "\n  hint: the order is CONVERSION, BASE, TUNED, OUT");
   }
   Problems problems(source);
-  check_tensors(config, conversion, problems);
+  check_tensors(config, checkpoint, problems);
   problems.throw_if_any();
   return config;
 }
 
-auto rope_fields(const RopeConfig& rope) {
-  return std::tie(rope.type, rope.theta, rope.factor, rope.original_max_position_embeddings,
-                  rope.low_freq_factor, rope.high_freq_factor, rope.attention_factor,
-                  rope.beta_fast, rope.beta_slow, rope.mscale, rope.mscale_all_dim, rope.truncate);
+// What counts of a RoPE, by its keys in config.json.
+nlohmann::json to_json(const RopeConfig& rope) {
+  constexpr std::array<const char*, 5> kTypes = {"default", "linear", "dynamic", "llama3", "yarn"};
+  nlohmann::json json = {{"rope_type", kTypes.at(static_cast<size_t>(rope.type))},
+                         {"rope_theta", rope.theta}};
+  if (rope.type == RopeType::kDefault) return json;
+  json["factor"] = rope.factor;
+  if (rope.type == RopeType::kLinear) return json;
+  json["original_max_position_embeddings"] = rope.original_max_position_embeddings;
+  if (rope.type == RopeType::kLlama3) {
+    json["low_freq_factor"] = rope.low_freq_factor;
+    json["high_freq_factor"] = rope.high_freq_factor;
+  } else if (rope.type == RopeType::kYarn) {
+    const auto or_null = [](const std::optional<double>& value) {
+      return value ? nlohmann::json(*value) : nlohmann::json();
+    };
+    json["attention_factor"] = or_null(rope.attention_factor);
+    json["beta_fast"] = rope.beta_fast;
+    json["beta_slow"] = rope.beta_slow;
+    json["mscale"] = or_null(rope.mscale);
+    json["mscale_all_dim"] = or_null(rope.mscale_all_dim);
+    json["truncate"] = rope.truncate;
+  }
+  return json;
 }
 
-// What differs from the base, of what fine-tuning leaves alone.
-void check_alike(const ModelConfig& base, const ModelConfig& other, Problems& problems) {
-  const auto check = [&](const char* key, auto expected, auto got) {
-    if (expected == got) return;
-    problems.add(std::string(key) + ": expected " + nlohmann::json(expected).dump() +
-                 " as the base has, got " + nlohmann::json(got).dump());
-  };
-  check("hidden_size", base.hidden_size, other.hidden_size);
-  check("intermediate_size", base.intermediate_size, other.intermediate_size);
-  check("num_hidden_layers", base.num_hidden_layers, other.num_hidden_layers);
-  check("num_attention_heads", base.num_attention_heads, other.num_attention_heads);
-  check("num_key_value_heads", base.num_key_value_heads, other.num_key_value_heads);
-  check("head_dim", base.head_dim, other.head_dim);
-  check("tie_word_embeddings", base.tie_word_embeddings, other.tie_word_embeddings);
-  check("attention_bias", base.attention_bias, other.attention_bias);
-  check("mlp_bias", base.mlp_bias, other.mlp_bias);
-  if (base.hidden_act != other.hidden_act) problems.add("hidden_act differs from the base's");
-  if (rope_fields(base.rope) != rope_fields(other.rope)) {
-    problems.add("RoPE differs from the base's");
+// What fine-tuning leaves alone, by its keys in config.json.
+nlohmann::json architecture(const ModelConfig& config) {
+  constexpr std::array<const char*, 4> kActivations = {"silu", "gelu", "gelu_pytorch_tanh", "relu"};
+  nlohmann::json json = {{"hidden_size", config.hidden_size},
+                         {"intermediate_size", config.intermediate_size},
+                         {"num_hidden_layers", config.num_hidden_layers},
+                         {"num_attention_heads", config.num_attention_heads},
+                         {"num_key_value_heads", config.num_key_value_heads},
+                         {"head_dim", config.head_dim},
+                         {"tie_word_embeddings", config.tie_word_embeddings},
+                         {"attention_bias", config.attention_bias},
+                         {"mlp_bias", config.mlp_bias},
+                         {"hidden_act", kActivations.at(static_cast<size_t>(config.hidden_act))}};
+  json.update(to_json(config.rope));
+  return json;
+}
+
+void check_alike(const nlohmann::json& expected, const nlohmann::json& got,
+                 const std::filesystem::path& path) {
+  Problems problems(path.string());
+  for (const auto& [key, value] : expected.items()) {
+    const nlohmann::json other = got.value(key, nlohmann::json());
+    if (other == value) continue;
+    problems.add(key + ": expected " + value.dump() + " as the base has, got " + other.dump());
   }
+  problems.throw_if_any(kBelonging);
 }
 
 double squared_norm(const at::Tensor& x) {  // real or complex
@@ -80,47 +116,144 @@ double squared_norm(const at::Tensor& x) {  // real or complex
       .item<double>();
 }
 
-// Rows of one layer's matrices, changes of which its factors take.
-class LayerTransfer {
+[[noreturn]] void throw_non_finite(const Checkpoint& checkpoint, const std::string& name) {
+  throw Error(ExitCode::kNonFinite, checkpoint.path().string() + ": " + name + ": NaN or Inf");
+}
+
+at::Tensor finite_tensor(const Checkpoint& checkpoint, const std::string& name) {  // fp64
+  const at::Tensor tensor = checkpoint_tensor(checkpoint, name).to(at::kDouble);
+  if (!tensor.isfinite().all().item<bool>()) throw_non_finite(checkpoint, name);
+  return tensor;
+}
+
+// Squared norms.
+struct Distances {
+  double base = 0;
+  double tuned = 0;    // ‖tuned - base‖²
+  double healed = 0;   // ‖conversion - base‖²
+  double between = 0;  // ‖conversion - tuned‖²
+
+  void operator+=(const Distances& other) {
+    base += other.base;
+    tuned += other.tuned;
+    healed += other.healed;
+    between += other.between;
+  }
+};
+
+// A weight that all three have. Its rows may be tokens, of which the tuned model has others.
+class SharedWeight {
  public:
-  LayerTransfer(const ModelConfig& hla, int64_t layer, const AttentionWeights& base,
-                const AttentionWeights& tuned, std::map<std::string, at::Tensor>& factors)
-      : hla_(hla), layer_(hla.hla->layers[static_cast<size_t>(layer)]), factors_(factors) {
-    const auto difference = [](const at::Tensor& now, const at::Tensor& before) {
-      return before.defined() ? now - before : at::Tensor();
-    };
-    queries_ = difference(tuned.q, base.q);
-    keys_ = difference(tuned.k, base.k);
-    values_ = difference(tuned.v, base.v);
-    query_bias_ = difference(tuned.q_bias, base.q_bias);
-    key_bias_ = difference(tuned.k_bias, base.k_bias);
-    value_bias_ = difference(tuned.v_bias, base.v_bias);
+  SharedWeight(at::Tensor conversion, at::Tensor base, at::Tensor tuned)
+      : conversion_(std::move(conversion)),
+        base_(std::move(base)),
+        tuned_(std::move(tuned)),
+        wide_(at::promote_types(at::promote_types(conversion_.scalar_type(), base_.scalar_type()),
+                                at::promote_types(tuned_.scalar_type(), at::kFloat))),
+        block_(std::max<int64_t>(
+            1, kBlockElements / std::max<int64_t>(1, base_.numel() / base_.size(0)))) {
+    compare();
   }
 
+  // Whether it is not the base's, as rounded to the type that it has.
+  bool is_healed() const { return is_healed_; }
+  bool is_tuned() const { return is_tuned_; }
+  const Distances& distances() const { return distances_; }  // of the rows that all have
+
+  // tuned + (conversion - base) in `dtype`.
+  at::Tensor sum(at::ScalarType dtype) const {
+    if (!is_healed_) return tuned_.to(dtype);
+    if (!is_tuned_) return conversion_.to(dtype);
+    at::Tensor result = tuned_.to(dtype, /*non_blocking=*/false, /*copy=*/true);
+    const int64_t rows = std::min(base_.size(0), tuned_.size(0));
+    for (int64_t begin = 0; begin < rows; begin += block_) {
+      const int64_t end = std::min(begin + block_, rows);
+      result.slice(0, begin, end)
+          .copy_(tuned_.slice(0, begin, end).to(wide_) + healing(begin, end));
+    }
+    return result;
+  }
+
+ private:
+  at::Tensor rounded_base(int64_t begin, int64_t end) const {
+    return base_.slice(0, begin, end).to(conversion_.scalar_type());
+  }
+  at::Tensor healing(int64_t begin, int64_t end) const {
+    return conversion_.slice(0, begin, end).to(wide_) - rounded_base(begin, end).to(wide_);
+  }
+
+  void compare() {
+    is_tuned_ = tuned_.size(0) != base_.size(0);
+    for (int64_t begin = 0; begin < base_.size(0); begin += block_) {
+      const int64_t end = std::min(begin + block_, base_.size(0));
+      const at::Tensor conversion = conversion_.slice(0, begin, end);
+      const bool healed = !at::equal(conversion, rounded_base(begin, end));
+      is_healed_ = is_healed_ || healed;
+      const at::Tensor tuned = tuned_.slice(0, begin, end);
+      const int64_t rows = tuned.size(0);
+      const at::Tensor base = base_.slice(0, begin, begin + rows);
+      const bool same = at::equal(tuned, base.to(tuned.scalar_type()));
+      is_tuned_ = is_tuned_ || !same;
+      const at::Tensor start = base.to(wide_);
+      distances_.base += squared_norm(start);
+      if (!same) distances_.tuned += squared_norm(tuned.to(wide_) - start);
+      if (healed) distances_.healed += squared_norm(healing(begin, begin + rows));
+      if (healed || !same) {
+        distances_.between +=
+            squared_norm(conversion.slice(0, 0, rows).to(wide_) - tuned.to(wide_));
+      }
+    }
+  }
+
+  at::Tensor conversion_;
+  at::Tensor base_;
+  at::Tensor tuned_;
+  at::ScalarType wide_;
+  int64_t block_;  // rows
+  bool is_healed_ = false;
+  bool is_tuned_ = false;
+  Distances distances_;
+};
+
+// Changes of one layer's projections, fp64; of the queries only where they are asked for, biases
+// undefined where there are none.
+struct LayerChanges {
+  at::Tensor q, k, v;
+  at::Tensor q_bias, k_bias, v_bias;
+};
+
+// The factors of one layer, by the names of HlaAttention, fp64, as they take its changes.
+class LayerFactorChange {
+ public:
+  LayerFactorChange(const ModelConfig& hla, int64_t layer, const LayerChanges& changes,
+                    std::map<std::string, at::Tensor>& factors)
+      : hla_(hla),
+        layer_(hla.hla->layers[static_cast<size_t>(layer)]),
+        changes_(changes),
+        factors_(factors) {}
+
   void run() {
+    const bool is_paper = hla_.hla->rope == HlaRope::kPaper;
     const int64_t fast = layer_.fast_frequencies;
     const auto rows = [&](int64_t begin, int64_t end) {
       return key_rows(hla_.num_key_value_heads, hla_.head_dim, begin, end);
     };
     const at::Tensor slow = rows(fast, hla_.frequencies());
-    if (layer_.kv_rank > 0) {
-      change_real("kv_up", "kv_down", at::cat({keys_.index_select(0, slow), values_}));
-    }
-    if (key_bias_.defined()) {
-      add("kv_up.bias", at::cat({key_bias_.index_select(0, slow), value_bias_}));
-    }
-    if (hla_.hla->rope == HlaRope::kPaper) return;
     const at::Tensor quick = rows(0, fast);
+    const at::Tensor of_kv = at::cat({changes_.k.index_select(0, slow), changes_.v});
+    const at::Tensor of_k = changes_.k.index_select(0, quick);
+    change_real("kv_up", "kv_down", of_kv, layer_.kv_rank > 0);
     if (layer_.complex_rank() > 0) {
-      change_complex(keys_.index_select(0, quick));
-    } else if (layer_.k_rank > 0) {
-      change_real("k_up", "k_down", keys_.index_select(0, quick));
+      change_complex(of_k);
+    } else {
+      change_real("k_up", "k_down", of_k, layer_.k_rank > 0 && !is_paper);
     }
-    if (key_bias_.defined()) add("k_up.bias", key_bias_.index_select(0, quick));
-    if (layer_.q_rank > 0) {
-      change_real("q_up", "q_down", queries_);
-      if (query_bias_.defined()) add("q_up.bias", query_bias_);
+    if (layer_.q_rank > 0) change_real("q_up", "q_down", changes_.q, !is_paper);
+    if (changes_.k_bias.defined()) {
+      add("kv_up.bias", at::cat({changes_.k_bias.index_select(0, slow), changes_.v_bias}));
+      if (!is_paper) add("k_up.bias", changes_.k_bias.index_select(0, quick));
     }
+    if (changes_.q_bias.defined() && !is_paper) add("q_up.bias", changes_.q_bias);
   }
 
   double total_change() const { return change_; }  // squared norms
@@ -132,7 +265,10 @@ class LayerTransfer {
     if (found != factors_.end()) found->second = found->second + change;
   }
 
-  void change_real(const std::string& up, const std::string& down, const at::Tensor& change) {
+  // Counts it as left where it is not `taken`.
+  void change_real(const std::string& up, const std::string& down, const at::Tensor& change,
+                   bool taken) {
+    if (!taken) return count(change, squared_norm(change));
     at::Tensor& u = factors_.at(up + ".weight");
     at::Tensor& d = factors_.at(down + ".weight");
     detail::ChangedFactors changed = detail::change_factors(u, d, change);
@@ -178,8 +314,8 @@ class LayerTransfer {
 
   const ModelConfig& hla_;
   const HlaLayerConfig& layer_;
+  const LayerChanges& changes_;
   std::map<std::string, at::Tensor>& factors_;
-  at::Tensor queries_, keys_, values_, query_bias_, key_bias_, value_bias_;
   double change_ = 0;
   double left_ = 0;
 };
@@ -188,20 +324,17 @@ class Transfer {
  public:
   Transfer(const Checkpoint& conversion, const Checkpoint& base, const Checkpoint& tuned,
            const std::filesystem::path& out, const TransferOptions& options)
-      : conversion_(conversion),
-        base_(base),
-        tuned_(tuned),
-        options_(options),
-        base_config_(convertible_config(base)),
-        hla_(convertible_config(tuned)) {
-    const ModelConfig converted = conversion_config(conversion);
-    check_alike(conversion.path(), converted);
-    check_alike(tuned.path(), hla_);
-    if (converted.vocab_size != base_config_.vocab_size) {
-      throw_bad_input(conversion.path().string() + ": expected " +
-                      std::to_string(base_config_.vocab_size) +
-                      " vocab_size as the base has, got " + std::to_string(converted.vocab_size));
-    }
+      : conversion_(conversion), base_(base), tuned_(tuned), options_(options) {
+    const ModelConfig converted = checked_config(conversion, /*is_conversion=*/true);
+    base_config_ = checked_config(base, /*is_conversion=*/false);
+    hla_ = checked_config(tuned, /*is_conversion=*/false);
+    nlohmann::json expected = architecture(base_config_);
+    nlohmann::json got = architecture(hla_);
+    check_alike(expected, got, tuned.path());
+    expected["vocab_size"] = base_config_.vocab_size;
+    got = architecture(converted);
+    got["vocab_size"] = converted.vocab_size;
+    check_alike(expected, got, conversion.path());
     hla_.hla = converted.hla;
     WorkDir::check_target(out, options.force);
     WorkDir::check_inputs(out, {conversion.path(), base.path(), tuned.path()});
@@ -217,21 +350,22 @@ class Transfer {
                 {"conversion", checkpoint_fingerprint(conversion_)},
                 {"base", checkpoint_fingerprint(base_)},
                 {"tuned", checkpoint_fingerprint(tuned_)}},
-               /*restart=*/false, WorkDir::Others::kRefuse);
+               options_.restart, WorkDir::Others::kRefuse);
+    // Nothing is gone on with: of a run that was killed at its very end all may lie there.
+    for (const auto& entry : std::filesystem::directory_iterator(work.output())) {
+      std::filesystem::remove_all(entry.path());
+    }
     const OutputSections sections = output_sections(
         tuned_, hla_, options_.dtype, options_.dtype.value_or(stored_dtype(conversion_)));
-    uint64_t needed = 8u << 20;  // the small files
-    for (const Shard& shard : plan_shards(sections.all(), options_.max_shard_bytes)) {
-      needed += SafetensorsWriter::file_bytes(shard.entries, output_metadata());
-    }
-    preflight_disk(out, needed, work.root());
+    constexpr uint64_t kSmallFiles = 8u << 20;
+    preflight_disk(out, sections.file_bytes(options_.max_shard_bytes) + kSmallFiles, work.root());
     ConversionWriter writer(tuned_, sections.all(), work.output(), options_.max_shard_bytes);
     Progress progress("transferring layers", hla_.num_hidden_layers, options_.progress);
     writer.write(sections.before, changed(sections.before));
     for (int64_t layer = 0; layer < hla_.num_hidden_layers; ++layer) {
       const auto& entries = sections.layers[static_cast<size_t>(layer)];
       writer.write(entries, changed_layer(entries, layer));
-      release_pages();
+      release_free_memory();
       progress.advance(1);
     }
     writer.write(sections.after, changed(sections.after));
@@ -246,99 +380,107 @@ class Transfer {
   }
 
  private:
-  void check_alike(const std::filesystem::path& path, const ModelConfig& config) const {
-    Problems problems(path.string());
-    hla::check_alike(base_config_, config, problems);
-    problems.throw_if_any("expected a conversion and a fine-tune of " + base_.path().string());
-  }
-
-  void release_pages() const {
-    conversion_.release_pages();
-    base_.release_pages();
-  }
-
-  // Tensors that are not the tuned model's own.
-  std::map<std::string, at::Tensor> changed(const std::vector<SafetensorsWriter::Entry>& entries) {
+  // What does not come from the tuned model as it is.
+  std::map<std::string, at::Tensor> changed(const std::vector<SafetensorsWriter::Entry>& entries,
+                                            Distances* distances = nullptr) {
     std::map<std::string, at::Tensor> result;
     for (const SafetensorsWriter::Entry& entry : entries) {
       throw_if_interrupted();
-      if (!base_.has(entry.name)) {
-        result[entry.name] = checkpoint_tensor(conversion_, entry.name);
-        continue;
-      }
       const at::Tensor converted = checkpoint_tensor(conversion_, entry.name);
-      const at::Tensor before = checkpoint_tensor(base_, entry.name);
-      const at::Tensor tuned = checkpoint_tensor(tuned_, entry.name);
-      const bool same = is_same(converted, before);
-      measure(entry.name, converted, before, tuned, same);
-      if (same) {
-        ++report_.copied_tensors;
+      if (!base_.has(entry.name)) {
+        result[entry.name] = converted;
         continue;
       }
-      ++report_.summed_tensors;
-      result[entry.name] = sum(converted, before, tuned);
+      const SharedWeight weight(converted, checkpoint_tensor(base_, entry.name),
+                                checkpoint_tensor(tuned_, entry.name));
+      check_finite(weight.distances(), entry.name);
+      if (distances != nullptr) *distances += weight.distances();
+      ++(weight.is_healed() ? report_.summed_tensors : report_.copied_tensors);
+      if (weight.is_healed()) result[entry.name] = weight.sum(to_scalar_type(entry.dtype));
+      const bool is_shrunk = entry.shape.front() < converted.size(0);
+      if (weight.is_healed() && is_shrunk) {
+        log_warning(entry.name +
+                    ": the tuned model has fewer tokens; if others than the last ones "
+                    "are gone, what healing changed goes to wrong rows");
+      }
+      conversion_.release_pages();
+      base_.release_pages();
     }
     return result;
   }
 
-  static bool is_same(const at::Tensor& a, const at::Tensor& b) {
-    return a.scalar_type() == b.scalar_type() ? at::equal(a, b)
-                                              : at::equal(a.to(at::kFloat), b.to(at::kFloat));
-  }
-
-  // Tokens that were added while tuning are not the conversion's.
-  static at::Tensor sum(const at::Tensor& converted, const at::Tensor& before,
-                        const at::Tensor& tuned) {
-    at::Tensor result = tuned.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
-    const int64_t rows = std::min(converted.size(0), tuned.size(0));
-    result.slice(0, 0, rows)
-        .add_(converted.slice(0, 0, rows).to(at::kFloat))
-        .sub_(before.slice(0, 0, rows).to(at::kFloat));
-    return result;
-  }
-
-  void measure(const std::string& name, const at::Tensor& converted, const at::Tensor& before,
-               const at::Tensor& tuned, bool same) {
-    if (!name.starts_with("model.layers.")) return;  // vocabularies may differ
-    const at::Tensor start = before.to(at::kFloat);
-    base_norm_ += squared_norm(start);
-    tuned_change_ += squared_norm(tuned.to(at::kFloat) - start);
-    if (!same) conversion_change_ += squared_norm(converted.to(at::kFloat) - start);
+  void check_finite(const Distances& distances, const std::string& name) const {
+    for (const auto& [checkpoint, number] :
+         {std::pair(&base_, distances.base), std::pair(&tuned_, distances.tuned),
+          std::pair(&conversion_, distances.healed)}) {
+      if (!std::isfinite(number)) throw_non_finite(*checkpoint, name);
+    }
   }
 
   std::map<std::string, at::Tensor> changed_layer(
       const std::vector<SafetensorsWriter::Entry>& entries, int64_t layer) {
-    std::map<std::string, at::Tensor> result = changed(entries);
+    Distances distances;
+    std::map<std::string, at::Tensor> result = changed(entries, &distances);
+    check_belonging(distances, layer);
+    distances_ += distances;
     const std::string prefix = "model.layers." + std::to_string(layer) + ".self_attn.";
-    std::map<std::string, at::Tensor> factors;  // by the names of HlaAttention, fp64
+    std::map<std::string, at::Tensor> factors;
     for (const auto& [name, tensor] : result) {
       if (base_.has(name)) continue;
-      factors[name.substr(prefix.size())] = tensor.to(at::kDouble);
+      factors[name.substr(prefix.size())] = finite_tensor(conversion_, name);
     }
-    report_.factored_tensors += static_cast<int64_t>(factors.size());
-    LayerTransfer of_layer(hla_, layer, attention_weights(base_, base_config_, layer),
-                           attention_weights(tuned_, base_config_, layer), factors);
-    of_layer.run();
-    factor_change_ += of_layer.total_change();
-    factor_left_ += of_layer.total_left();
-    for (auto& [name, tensor] : factors) result[prefix + name] = tensor;
+    const LayerChanges changes = layer_changes(prefix, layer);
+    LayerFactorChange taken(hla_, layer, changes, factors);
+    taken.run();
+    factor_change_ += taken.total_change();
+    factor_left_ += taken.total_left();
+    for (auto& [name, tensor] : factors) {
+      if (tensor.dim() > 1) ++report_.factored_tensors;
+      result[prefix + name] = tensor;
+    }
     return result;
   }
 
-  void finish_report() {
-    report_.tuned_distance = std::sqrt(tuned_change_ / base_norm_);
-    report_.conversion_distance = std::sqrt(conversion_change_ / base_norm_);
-    report_.change_left = factor_change_ > 0 ? std::sqrt(factor_left_ / factor_change_) : 0;
-    Problems problems("the weights of the layers");
-    const auto check = [&](const std::string& path, double distance) {
-      if (distance <= kFarthest) return;
-      problems.add(path + ": " + percent(distance, 1) + " from those of " + report_.base +
-                   ", expected at most " + percent(kFarthest, 0));
+  LayerChanges layer_changes(const std::string& prefix, int64_t layer) const {
+    const auto change = [&](const char* name) {
+      return finite_tensor(tuned_, prefix + name) - finite_tensor(base_, prefix + name);
     };
-    check(report_.conversion, report_.conversion_distance);
-    check(report_.tuned, report_.tuned_distance);
-    problems.throw_if_any(
-        "a conversion and a fine-tune of one base are expected; it may be another");
+    LayerChanges changes;
+    changes.k = change("k_proj.weight");
+    changes.v = change("v_proj.weight");
+    const bool has_query_factors = hla_.hla->layers[static_cast<size_t>(layer)].q_rank > 0;
+    if (has_query_factors) changes.q = change("q_proj.weight");
+    if (!base_config_.attention_bias) return changes;
+    changes.k_bias = change("k_proj.bias");
+    changes.v_bias = change("v_proj.bias");
+    if (has_query_factors) changes.q_bias = change("q_proj.bias");
+    return changes;
+  }
+
+  void check_belonging(const Distances& distances, int64_t layer) const {
+    Problems problems("layer " + std::to_string(layer) + " is not one of " + report_.base);
+    const auto check = [&](const std::string& path, double squared) {
+      const double distance = relative_error(squared, distances.base);
+      if (distance <= kFarthest) return;
+      problems.add(path + ": weights are " + percent(distance, 1) +
+                   " from the base's, expected at most " + percent(kFarthest, 0));
+    };
+    check(report_.conversion, distances.healed);
+    check(report_.tuned, distances.tuned);
+    problems.throw_if_any(kBelonging);
+  }
+
+  void finish_report() {
+    report_.tuned_distance = relative_error(distances_.tuned, distances_.base);
+    report_.conversion_distance = relative_error(distances_.healed, distances_.base);
+    report_.change_left = relative_error(factor_left_, factor_change_);
+    if (distances_.between < distances_.healed) {
+      log_warning(report_.conversion + ": is nearer to " + report_.tuned + " than to " +
+                  report_.base + ": are they exchanged?");
+    }
+    if (hla_.hla->rope == HlaRope::kPaper) {
+      log_warning("factors of `paper` stand for no W_q and W_k: their changes are left out");
+    }
   }
 
   void write_small_files(const std::filesystem::path& folder) {
@@ -347,6 +489,11 @@ class Transfer {
     nlohmann::json config = hla_config_json(hla_);
     write_transformers_files(folder, config);
     write_json_file(folder / "config.json", config, /*force=*/false);
+    nlohmann::json report = report_.to_json();
+    report.erase("seconds");  // so that the bytes depend on the inputs alone
+    report["hla_version"] = version();
+    report["hla_commit"] = version_commit();
+    write_json_file(folder / "transfer.json", report, /*force=*/false);
   }
 
   const Clock::time_point start_ = Clock::now();
@@ -354,13 +501,11 @@ class Transfer {
   const Checkpoint& base_;
   const Checkpoint& tuned_;
   const TransferOptions& options_;
-  const ModelConfig base_config_;
+  ModelConfig base_config_;
   ModelConfig hla_;  // the tuned model's, with the conversion's sizes
   TransferReport report_;
+  Distances distances_;  // over the layers
   // Squared norms.
-  double base_norm_ = 0;
-  double tuned_change_ = 0;
-  double conversion_change_ = 0;
   double factor_change_ = 0;
   double factor_left_ = 0;
 };

@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "hla/factorize/statistics.h"
-#include "hla/io/checkpoint.h"
 #include "hla/model/config.h"
 
 namespace hla {
@@ -59,10 +58,6 @@ struct AttentionWeights {
   at::Tensor q, k, v, o;
   at::Tensor q_bias, k_bias, v_bias, o_bias;
 };
-
-// Those of a checkpoint of this config, converted to fp64. Throws kNonFinite.
-AttentionWeights attention_weights(const Checkpoint& checkpoint, const ModelConfig& config,
-                                   int64_t layer);
 
 // What is wanted of one layer. `complex_rank` is the total for rope `latent`; how it is shared out
 // over frequencies is decided by energy.

@@ -21,10 +21,11 @@
 namespace hla {
 
 struct TransferOptions {
-  // Of the weights that are written. Absent: of factors the conversion's own, of the others those
-  // of the tuned model.
+  // Of the weights that are written. Absent: of attention the one that the conversion has most of,
+  // of the others the tuned model's.
   std::optional<at::ScalarType> dtype;
   uint64_t max_shard_bytes = kMaxShardBytes;
+  bool restart = false;  // throw away what another command has begun for the same output
   bool force = false;    // replace an existing folder
   bool progress = true;  // a progress line where stderr is a terminal
 };
@@ -50,12 +51,13 @@ struct TransferReport {
 };
 
 // Writes the folder `out`: the conversion's sizes and factors, the tuned model's vocabulary,
-// tokenizer and generation config. One layer is in memory at a time. Factors of rope `paper`, which
-// do not stand for W_q and W_k, are kept but for those of the values.
+// tokenizer and generation config, and transfer.json, the report. In memory are the weights of a
+// layer at a time, and vocabularies that healing has changed. Factors of rope `paper`, which do not
+// stand for W_q and W_k, are kept but for those of the values.
 //
-// Throws kBadInput where the three do not belong together: sizes or RoPE differ, or weights are
-// farther from the base's than fine-tuning brings them; kUsage for an output that is refused;
-// kNonFinite.
+// Throws kBadInput where the three do not belong together: sizes or RoPE differ, or weights of a
+// layer are farther from the base's than fine-tuning brings them; kUsage for an output that is
+// refused; kNonFinite for weights with NaN or Inf, and sums that do not fit their type.
 TransferReport transfer(const Checkpoint& conversion, const Checkpoint& base,
                         const Checkpoint& tuned, const std::filesystem::path& out,
                         const TransferOptions& options);

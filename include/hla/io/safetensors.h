@@ -89,9 +89,9 @@ class SafetensorsWriter {
   void write(const std::string& name, const void* data, uint64_t bytes);
   // The same in pieces: calls with one name, until its bytes are complete.
   void write_part(const std::string& name, const void* data, uint64_t bytes);
-  // Makes what was written so far durable. Until then up to 2 MiB are held back: the file is
-  // written in pieces that end where pages of 2 MiB do, by which it is mapped then (Linux 6.16 and
-  // later), and weights are read some 5 % faster than out of 4 KB pages.
+  // Makes what was written so far durable. Until sync() or finish() less than 2 MiB may be held
+  // back: pieces end where pages of 2 MiB do, so that the kernel can keep and map the file by
+  // those, which weights are read out of faster (docs/performance.md).
   void sync();
   bool complete() const { return next_ == entries_.size(); }
   // Must be called after the last tensor.
