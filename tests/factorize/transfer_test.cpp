@@ -126,9 +126,12 @@ TEST(TransferTest, AddsWhatHealingChanged) {
   const Checkpoint base = Checkpoint::open(model_path("gqa"));
   const Checkpoint tuned = write_variant(base, folder / "tuned", moved);
   const std::string healed_name = "model.layers.1.mlp.up_proj.weight";
+  const at::Tensor start = checkpoint_tensor(base, healed_name);
+  const at::Tensor healed_weight = start + 0.05 * at::randn_like(start);
+  healed_weight[0] = 1e-4 * at::randn_like(start[0]);  // which base + change would round
   const Checkpoint healed = write_variant(converted(base, folder / "hla", 0.5), folder / "healed",
                                           [&](const std::string& name, const at::Tensor& weight) {
-                                            return name == healed_name ? weight + 0.01 : weight;
+                                            return name == healed_name ? healed_weight : weight;
                                           });
   const TransferReport report = transfer(healed, base, tuned, folder / "out", quiet());
   const Checkpoint out = Checkpoint::open((folder / "out").string());
@@ -136,7 +139,9 @@ TEST(TransferTest, AddsWhatHealingChanged) {
     if (!base.has(info.name)) continue;
     const at::Tensor expected = checkpoint_tensor(tuned, info.name);
     if (info.name == healed_name) {
-      EXPECT_LE(max_abs_difference(checkpoint_tensor(out, info.name), expected + 0.01), 1e-6);
+      EXPECT_LE(
+          max_abs_difference(checkpoint_tensor(out, info.name), expected + (healed_weight - start)),
+          1e-6);
     } else {
       EXPECT_TRUE(at::equal(checkpoint_tensor(out, info.name), expected)) << info.name;
     }
@@ -294,9 +299,11 @@ TEST(TransferTest, TakesTheTunedVocabularyAndDtype) {
   const int64_t vocabulary = config["vocab_size"].get<int64_t>() + 3;
   config["vocab_size"] = vocabulary;
   config["eos_token_id"] = 7;
+  // New tokens alone where the head is concerned.
   const auto grow = [](const std::string& name, const at::Tensor& weight) {
-    const at::Tensor now = moved(name, weight);
-    const bool by_token = name == "lm_head.weight" || name == "model.embed_tokens.weight";
+    const bool is_head = name == "lm_head.weight";
+    const at::Tensor now = is_head ? weight.to(at::kFloat) : moved(name, weight);
+    const bool by_token = is_head || name == "model.embed_tokens.weight";
     return by_token ? at::cat({now, at::randn({3, now.size(1)})}) : now;
   };
   const Checkpoint tuned = write_variant(base, folder / "tuned", grow, config, at::kBFloat16);
