@@ -2,8 +2,9 @@
 """Encyclopedia text for calibration, written as WikiText is: data/calibration/wikipedia.txt.
 
     make_wikipedia_text.py OUT.txt [--characters 4500]
+    make_wikipedia_text.py OUT.txt --after 4500 --characters 5800    # data/calibration/wikipedia_later.txt
 
-The beginnings of the articles in a small Wikipedia dump (2016-ish, letters A) that the PyPI package gensim 4.4.0
+The beginnings (or, with --after, what follows them) of the articles in a small Wikipedia dump (2016-ish, letters A) that the PyPI package gensim 4.4.0
 carries among its test data; the wheel is downloaded with pip. Unlike the WikiText-2 validation text that is at hand
 (v1, rare words replaced), it has all its names. Markup, tables and notes are dropped, sections without prose too;
 then text is tokenised as WikiText's is (Moses; "@-@", "@,@" and "@.@" inside words and numbers).

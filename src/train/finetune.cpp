@@ -451,6 +451,14 @@ class Run {
     return since_best >= config_.eval.patience;
   }
 
+  // What is least for the best model. Where the text itself is not learnt, what is said of it is no
+  // measure: of two models that are equally near to the teacher either may have the luck.
+  double measure(const FinetuneEvaluation& one) const {
+    const bool learns_teacher_alone =
+        one.kl.has_value() && (config_.distill.text == 0 || steps_.loss == 0);
+    return learns_teacher_alone ? *one.kl : one.nll;
+  }
+
   const FinetuneEvaluation& evaluation(int64_t number) const {
     return report_.evaluations[static_cast<size_t>(number)];
   }
@@ -514,9 +522,11 @@ class Run {
   }
 
   void keep_if_good(const WorkDir& work, const Trainer& trainer, int64_t number) {
-    const auto worse = [&](int64_t a, int64_t b) { return evaluation(a).nll < evaluation(b).nll; };
+    const auto better = [&](int64_t a, int64_t b) {
+      return measure(evaluation(a)) < measure(evaluation(b));
+    };
     std::vector<int64_t> best = best_;
-    best.insert(std::upper_bound(best.begin(), best.end(), number, worse), number);
+    best.insert(std::upper_bound(best.begin(), best.end(), number, better), number);
     int64_t out = -1;
     if (static_cast<int64_t>(best.size()) > config_.checkpoint.keep_best) {
       out = best.back();

@@ -283,7 +283,9 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        1},
       {"checkpoint.keep_best",
        "how many of the best evaluated models are written: the best as `output`, the others as its "
-       "step-N",
+       "step-N; best is the least perplexity, or, where the text itself is not learnt "
+       "(distill.text "
+       "0, or steps on attention alone), the least KL to the teacher",
        &c.checkpoint.keep_best,
        {},
        1},
