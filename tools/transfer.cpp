@@ -62,8 +62,8 @@ void add_transfer(CLI::App& app) {
                     "Replace an existing OUT (or --json file)");
   command->footer(
       "No text is read and nothing is trained: TUNED - BASE is added to CONVERSION's weights, and "
-      "its factors\ntake what they can of it. So a conversion need be healed only once, on "
-      "BASE.\n\n"
+      "its factors\ntake what they can of it. What has healed CONVERSION is kept for the most "
+      "part.\n\n"
       "Examples:\n"
       "  hla transfer models/original-25-healed models/SmolLM2-135M-Instruct "
       "models/SmolLM2-135M-Instruct-tuned \\\n      models/tuned-25\n"

@@ -1,8 +1,8 @@
 // `hla transfer`: a fine-tune of a base model carried over to a conversion of that base.
 //
-// What a conversion costs is healed once, on the base; each of its fine-tunes then gets a
-// conversion that is as near to it, without steps of its own. Weights that both have are added up,
-// tuned + (conversion - base), as task vectors are (Ilharco et al. 2023, "Editing models with task
+// What heals a conversion is learnt once, on the base; each of its fine-tunes then gets most of it
+// without steps of its own (docs/experiments.md). Weights that both have are added up, tuned +
+// (conversion - base), as task vectors are (Ilharco et al. 2023, "Editing models with task
 // arithmetic", arXiv:2212.04089). Factors of keys and values take of the change in W_k and W_v what
 // their ranks can hold (docs/design.md).
 #pragma once
