@@ -47,8 +47,8 @@ std::vector<SafetensorsWriter::Entry> OutputSections::all() const {
   return entries;
 }
 
-uint64_t OutputSections::file_bytes(uint64_t max_shard_bytes) const {
-  uint64_t bytes = 0;
+uint64_t OutputSections::folder_bytes(uint64_t max_shard_bytes) const {
+  uint64_t bytes = 8u << 20;  // the small files
   for (const Shard& shard : plan_shards(all(), max_shard_bytes)) {
     bytes += SafetensorsWriter::file_bytes(shard.entries, output_metadata());
   }

@@ -185,8 +185,7 @@ class Conversion {
   }
 
   void preflight_disk(const std::filesystem::path& out) const {
-    uint64_t needed = 8u << 20;  // the small files
-    needed += sections_.file_bytes(options_.max_shard_bytes);
+    uint64_t needed = sections_.folder_bytes(options_.max_shard_bytes);
     if (calibration_) needed += 2 * calibration_->state_bytes();  // of two layers at a time
     if (loss_pass_) needed += loss_pass_->disk_bytes();
     hla::preflight_disk(out, needed, work_.root());

@@ -30,6 +30,7 @@
 #include "hla/model/device.h"
 #include "hla/model/load.h"
 #include "hla/model/save.h"
+#include "hla/model/summary.h"
 
 namespace hla {
 namespace {
@@ -55,28 +56,25 @@ ModelConfig checked_config(const Checkpoint& checkpoint, bool is_conversion) {
   return config;
 }
 
-// What counts of a RoPE, by its keys in config.json.
+// What counts of a RoPE, by its keys in config.json; what a type does not have is as by default.
 nlohmann::json to_json(const RopeConfig& rope) {
-  constexpr std::array<const char*, 5> kTypes = {"default", "linear", "dynamic", "llama3", "yarn"};
-  nlohmann::json json = {{"rope_type", kTypes.at(static_cast<size_t>(rope.type))},
-                         {"rope_theta", rope.theta}};
-  if (rope.type == RopeType::kDefault) return json;
-  json["factor"] = rope.factor;
-  if (rope.type == RopeType::kLinear) return json;
-  json["original_max_position_embeddings"] = rope.original_max_position_embeddings;
-  if (rope.type == RopeType::kLlama3) {
-    json["low_freq_factor"] = rope.low_freq_factor;
-    json["high_freq_factor"] = rope.high_freq_factor;
-  } else if (rope.type == RopeType::kYarn) {
-    const auto or_null = [](const std::optional<double>& value) {
-      return value ? nlohmann::json(*value) : nlohmann::json();
-    };
-    json["attention_factor"] = or_null(rope.attention_factor);
-    json["beta_fast"] = rope.beta_fast;
-    json["beta_slow"] = rope.beta_slow;
-    json["mscale"] = or_null(rope.mscale);
-    json["mscale_all_dim"] = or_null(rope.mscale_all_dim);
-    json["truncate"] = rope.truncate;
+  const auto or_null = [](const std::optional<double>& value) {
+    return value ? nlohmann::json(*value) : nlohmann::json();
+  };
+  nlohmann::json json = {{"rope_type", rope_type_name(rope.type)},
+                         {"rope_theta", rope.theta},
+                         {"factor", rope.factor},
+                         {"low_freq_factor", rope.low_freq_factor},
+                         {"high_freq_factor", rope.high_freq_factor},
+                         {"attention_factor", or_null(rope.attention_factor)},
+                         {"beta_fast", rope.beta_fast},
+                         {"beta_slow", rope.beta_slow},
+                         {"mscale", or_null(rope.mscale)},
+                         {"mscale_all_dim", or_null(rope.mscale_all_dim)},
+                         {"truncate", rope.truncate}};
+  // Of `linear` it is set, too, and counts for nothing.
+  if (rope.type != RopeType::kLinear) {
+    json["original_max_position_embeddings"] = rope.original_max_position_embeddings;
   }
   return json;
 }
@@ -157,12 +155,10 @@ class SharedWeight {
 
   // Whether it is not the base's, as rounded to the type that it has.
   bool is_healed() const { return is_healed_; }
-  bool is_tuned() const { return is_tuned_; }
   const Distances& distances() const { return distances_; }  // of the rows that all have
 
-  // tuned + (conversion - base) in `dtype`.
+  // tuned + (conversion - base) in `dtype`; only where it is healed.
   at::Tensor sum(at::ScalarType dtype) const {
-    if (!is_healed_) return tuned_.to(dtype);
     if (!is_tuned_) return conversion_.to(dtype);
     at::Tensor result = tuned_.to(dtype, /*non_blocking=*/false, /*copy=*/true);
     const int64_t rows = std::min(base_.size(0), tuned_.size(0));
@@ -352,13 +348,10 @@ class Transfer {
                 {"tuned", checkpoint_fingerprint(tuned_)}},
                options_.restart, WorkDir::Others::kRefuse);
     // Nothing is gone on with: of a run that was killed at its very end all may lie there.
-    for (const auto& entry : std::filesystem::directory_iterator(work.output())) {
-      std::filesystem::remove_all(entry.path());
-    }
+    work.clear_output();
     const OutputSections sections = output_sections(
         tuned_, hla_, options_.dtype, options_.dtype.value_or(stored_dtype(conversion_)));
-    constexpr uint64_t kSmallFiles = 8u << 20;
-    preflight_disk(out, sections.file_bytes(options_.max_shard_bytes) + kSmallFiles, work.root());
+    preflight_disk(out, sections.folder_bytes(options_.max_shard_bytes), work.root());
     ConversionWriter writer(tuned_, sections.all(), work.output(), options_.max_shard_bytes);
     Progress progress("transferring layers", hla_.num_hidden_layers, options_.progress);
     writer.write(sections.before, changed(sections.before));

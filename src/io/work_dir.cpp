@@ -191,6 +191,10 @@ void WorkDir::complete(const std::string& step, json result) {
   steps_ = std::move(steps);
 }
 
+void WorkDir::clear_output() const {
+  for (const auto& entry : fs::directory_iterator(output_)) fs::remove_all(entry.path());
+}
+
 void WorkDir::commit() {
   complete(kCommitStep, inode(output_));
   detail::commit_folder(output_, target_, shown_, force_);

@@ -12,7 +12,21 @@
 namespace hla {
 namespace {
 
-std::string rope_scaling_name(RopeType type) {
+// "96" or "64…128" over the layers.
+template <typename Get>
+std::string range_over_layers(const HlaConfig& hla, Get get) {
+  int64_t low = get(hla.layers.front());
+  int64_t high = low;
+  for (const HlaLayerConfig& layer : hla.layers) {
+    low = std::min(low, get(layer));
+    high = std::max(high, get(layer));
+  }
+  return low == high ? std::to_string(low) : std::to_string(low) + "…" + std::to_string(high);
+}
+
+}  // namespace
+
+std::string rope_type_name(RopeType type) {
   switch (type) {
     case RopeType::kDefault:
       return "default";
@@ -27,20 +41,6 @@ std::string rope_scaling_name(RopeType type) {
   }
   return "?";
 }
-
-// "96" or "64…128" over the layers.
-template <typename Get>
-std::string range_over_layers(const HlaConfig& hla, Get get) {
-  int64_t low = get(hla.layers.front());
-  int64_t high = low;
-  for (const HlaLayerConfig& layer : hla.layers) {
-    low = std::min(low, get(layer));
-    high = std::max(high, get(layer));
-  }
-  return low == high ? std::to_string(low) : std::to_string(low) + "…" + std::to_string(high);
-}
-
-}  // namespace
 
 ModelSummary summarize(const Checkpoint& checkpoint) {
   ModelSummary summary;
@@ -78,7 +78,7 @@ nlohmann::json ModelSummary::to_json() const {
       {"vocab_size", config.vocab_size},
       {"max_position_embeddings", config.max_position_embeddings},
       {"rope_theta", config.rope.theta},
-      {"rope_type", rope_scaling_name(config.rope.type)},
+      {"rope_type", rope_type_name(config.rope.type)},
       {"tie_word_embeddings", config.tie_word_embeddings},
       {"attention_bias", config.attention_bias},
       {"mlp_bias", config.mlp_bias},
@@ -119,7 +119,7 @@ std::string ModelSummary::to_text() const {
   char theta[32];
   std::snprintf(theta, sizeof theta, "%g", config.rope.theta);
   line("positions", number(config.max_position_embeddings) + ", RoPE " +
-                        rope_scaling_name(config.rope.type) + ", theta " + theta);
+                        rope_type_name(config.rope.type) + ", theta " + theta);
   line("vocabulary",
        number(config.vocab_size) +
            (config.tie_word_embeddings ? ", tied embeddings" : ", untied embeddings"));

@@ -565,9 +565,7 @@ class Run {
 
   // By links where the file system has them: killed before the end, it goes on with the originals.
   void gather_output(const WorkDir& work) {
-    for (const auto& entry : std::filesystem::directory_iterator(work.output())) {
-      std::filesystem::remove_all(entry.path());
-    }
+    work.clear_output();
     const auto copy = [](const std::filesystem::path& from, const std::filesystem::path& to) {
       using Options = std::filesystem::copy_options;
       std::error_code error;

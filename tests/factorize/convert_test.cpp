@@ -18,12 +18,14 @@
 #include "hla/model/llama.h"
 #include "hla/model/load.h"
 #include "hla/text/tokenizer.h"
+#include "model_files.h"
 #include "tensor_util.h"
 
 namespace hla {
 namespace {
 
 using testing::error_of;
+using testing::logits_of;
 using testing::max_abs_difference;
 using testing::source_path;
 using testing::TempDir;
@@ -48,12 +50,6 @@ ConvertOptions calibrated() {
   return options;
 }
 
-at::Tensor logits_of(const Checkpoint& checkpoint, const at::Tensor& ids) {
-  const c10::InferenceMode guard;
-  const auto model = load_model(checkpoint);
-  return model->logits(model->forward(ids));
-}
-
 at::Tensor ids_of(int64_t vocab, int64_t length) {
   at::manual_seed(7);
   return at::randint(vocab, {1, length}, at::kLong);
@@ -63,16 +59,8 @@ at::Tensor ids_of(int64_t vocab, int64_t length) {
 TEST(ConvertTest, NonFiniteWeightsAreRefused) {
   const TempDir folder;
   std::filesystem::copy(source_path("tests/data/models/gqa"), folder / "base");
-  const auto weights = folder / "base/model.safetensors";
-  const TensorView view =
-      SafetensorsReader::open(weights).view("model.layers.1.mlp.up_proj.weight");
-  const std::string values(reinterpret_cast<const char*>(view.data), view.nbytes);
-  std::string bytes = testing::read_file(weights);
-  const size_t at = bytes.find(values);
-  ASSERT_NE(at, std::string::npos);
-  const float infinity = std::numeric_limits<float>::infinity();
-  std::memcpy(bytes.data() + at + 8, &infinity, sizeof infinity);
-  testing::write_file(weights, bytes);
+  testing::overwrite_number(folder / "base/model.safetensors", "model.layers.1.mlp.up_proj.weight",
+                            std::numeric_limits<float>::infinity());
   ConvertOptions options = quiet();
   options.kv_ratio = 1.0;
   const Error error = error_of(

@@ -1,10 +1,7 @@
 // Fine-tunes carried over to conversions, of small random models.
 #include "hla/factorize/transfer.h"
 
-#include <c10/core/InferenceMode.h>
-
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <tuple>
@@ -16,6 +13,7 @@
 #include "hla/model/llama.h"
 #include "hla/model/load.h"
 #include "hla/model/save.h"
+#include "model_files.h"
 #include "tensor_util.h"
 
 namespace hla {
@@ -53,15 +51,25 @@ at::Tensor moved(const std::string&, const at::Tensor& weight) {
   return start + 0.1 * start.std(/*unbiased=*/false) * at::randn_like(start);
 }
 
-Checkpoint converted(const Checkpoint& base, const std::filesystem::path& out, double ratio,
-                     const std::string& rope = "original") {
+ConvertOptions in_fp32(const std::string& rope) {
   ConvertOptions options;
   options.progress = false;
   options.rope = *hla_rope_from_string(rope);
   options.dtype = at::kFloat;
-  options.kv_ratio = ratio;
+  return options;
+}
+
+Checkpoint converted(const Checkpoint& base, const std::filesystem::path& out,
+                     const ConvertOptions& options) {
   convert(base, out, options);
   return Checkpoint::open(out.string());
+}
+
+Checkpoint halved(const Checkpoint& base, const std::filesystem::path& out,
+                  const std::string& rope = "original") {
+  ConvertOptions options = in_fp32(rope);
+  options.kv_ratio = 0.5;
+  return converted(base, out, options);
 }
 
 TransferOptions quiet() {
@@ -71,10 +79,7 @@ TransferOptions quiet() {
 }
 
 at::Tensor logits_of(const Checkpoint& checkpoint) {
-  const c10::InferenceMode guard;
-  const auto model = load_model(checkpoint);
-  const at::Tensor ids = (at::arange(24, at::kLong) * 7 % 50).unsqueeze(0);
-  return model->logits(model->forward(ids));
+  return testing::logits_of(checkpoint, (at::arange(24, at::kLong) * 7 % 50).unsqueeze(0));
 }
 
 // Of a conversion that loses nothing the fine-tune's logits come back.
@@ -88,10 +93,7 @@ TEST_P(FullRankTransferTest, GivesTheTunedLogits) {
   for (const bool joint : {true, false}) {
     const TempDir folder;
     const Checkpoint tuned = write_variant(base, folder / "tuned", moved);
-    ConvertOptions options;
-    options.progress = false;
-    options.rope = *hla_rope_from_string(rope);
-    options.dtype = at::kFloat;
+    ConvertOptions options = in_fp32(rope);
     if (joint) {
       options.kv_ratio = 1.0;
     } else {
@@ -100,9 +102,8 @@ TEST_P(FullRankTransferTest, GivesTheTunedLogits) {
           rope == "latent" ? config.kv_size() : std::min(config.hidden_size, config.kv_size());
       options.q_rank = std::min(config.hidden_size, config.q_size());
     }
-    convert(base, folder / "hla", options);
     const TransferReport report =
-        transfer(Checkpoint::open((folder / "hla").string()), base, tuned, folder / "out", quiet());
+        transfer(converted(base, folder / "hla", options), base, tuned, folder / "out", quiet());
     const Checkpoint out = Checkpoint::open((folder / "out").string());
     EXPECT_GT(max_abs_difference(logits_of(base), logits_of(tuned)), 1e-2);
     EXPECT_LE(max_abs_difference(logits_of(out), logits_of(tuned)), 1e-4) << joint;
@@ -129,7 +130,7 @@ TEST(TransferTest, AddsWhatHealingChanged) {
   const at::Tensor start = checkpoint_tensor(base, healed_name);
   const at::Tensor healed_weight = start + 0.05 * at::randn_like(start);
   healed_weight[0] = 1e-4 * at::randn_like(start[0]);  // which base + change would round
-  const Checkpoint healed = write_variant(converted(base, folder / "hla", 0.5), folder / "healed",
+  const Checkpoint healed = write_variant(halved(base, folder / "hla"), folder / "healed",
                                           [&](const std::string& name, const at::Tensor& weight) {
                                             return name == healed_name ? healed_weight : weight;
                                           });
@@ -171,7 +172,7 @@ TEST(TransferTest, RoundedConversionsAreNotHealed) {
   at::manual_seed(9);
   const Checkpoint base = Checkpoint::open(model_path("gqa"));
   const Checkpoint tuned = write_variant(base, folder / "tuned", moved);
-  const Checkpoint whole = converted(base, folder / "hla", 0.5);
+  const Checkpoint whole = halved(base, folder / "hla");
   const Checkpoint rounded = write_variant(
       whole, folder / "rounded",
       [](const std::string&, const at::Tensor& weight) { return weight; }, nullptr, at::kBFloat16);
@@ -198,18 +199,14 @@ TEST(TransferTest, OfAnyConversion) {
          {std::tuple("latent", 3, 4), std::tuple("latent", 2, 2), std::tuple("original", 3, 5),
           std::tuple("original", 2, 3)}) {
       const std::string name = rope + std::to_string(fast) + std::to_string(floats) + run;
-      ConvertOptions options;
-      options.progress = false;
-      options.rope = *hla_rope_from_string(rope);
-      options.dtype = at::kFloat;
+      ConvertOptions options = in_fp32(rope);
       options.kv_ratio = 0.4;
       options.fast_frequencies = fast;
       options.fast_floats = floats;
-      convert(*base, folder / name, options);
       TransferOptions small = quiet();
       small.max_shard_bytes = 20000;
-      const TransferReport report = transfer(Checkpoint::open((folder / name).string()), *base,
-                                             tuned, folder / (name + "-out"), small);
+      const TransferReport report = transfer(converted(*base, folder / name, options), *base, tuned,
+                                             folder / (name + "-out"), small);
       EXPECT_GT(report.change_left, 0.3) << name;
       EXPECT_LT(report.change_left, 0.97) << name;
       EXPECT_TRUE(logits_of(Checkpoint::open((folder / (name + "-out")).string()))
@@ -224,7 +221,7 @@ TEST(TransferTest, OfAnyConversion) {
 TEST(TransferTest, UnfinishedRunsAreInNobodysWay) {
   const TempDir folder;
   const Checkpoint base = Checkpoint::open(model_path("gqa"));
-  const Checkpoint conversion = converted(base, folder / "hla", 0.5);
+  const Checkpoint conversion = halved(base, folder / "hla");
   const auto leave = [&](const nlohmann::json& fingerprint) {
     WorkDir work(folder / "out", /*force=*/false);
     work.begin(fingerprint, /*restart=*/false);
@@ -254,19 +251,12 @@ TEST(TransferTest, NonFiniteWeightsAreNamedWithTheirModel) {
   at::manual_seed(11);
   const Checkpoint base = Checkpoint::open(model_path("gqa"));
   const Checkpoint tuned = write_variant(base, folder / "tuned", moved);
-  const Checkpoint conversion = converted(base, folder / "hla", 0.5);
-  // save_weights() refuses such numbers, so that the file is changed behind it.
+  const Checkpoint conversion = halved(base, folder / "hla");
   int number = 0;
   const auto broken = [&](const Checkpoint& of, const std::string& name) {
     const auto target = folder / ("broken" + std::to_string(number++));
     std::filesystem::copy(of.path(), target);
-    const auto file = target / "model.safetensors";
-    const TensorView view = SafetensorsReader::open(file).view(name);
-    const std::string values(reinterpret_cast<const char*>(view.data), view.nbytes);
-    std::string bytes = testing::read_file(file);
-    const float nan = std::nanf("");
-    std::memcpy(bytes.data() + bytes.find(values) + 8, &nan, sizeof nan);
-    testing::write_file(file, bytes);
+    testing::overwrite_number(target / "model.safetensors", name, std::nanf(""));
     return Checkpoint::open(target.string());
   };
   const auto message = [&](const Checkpoint& a, const Checkpoint& b, const Checkpoint& c) {
@@ -308,7 +298,7 @@ TEST(TransferTest, TakesTheTunedVocabularyAndDtype) {
   };
   const Checkpoint tuned = write_variant(base, folder / "tuned", grow, config, at::kBFloat16);
   const Checkpoint healed =
-      write_variant(converted(base, folder / "hla", 0.5), folder / "healed",
+      write_variant(halved(base, folder / "hla"), folder / "healed",
                     [&](const std::string& name, const at::Tensor& weight) {
                       return name == "lm_head.weight" ? weight + 0.25 : weight;
                     });
@@ -340,12 +330,7 @@ TEST(TransferTest, OfPaperValuesAlone) {
   at::manual_seed(6);
   const Checkpoint base = Checkpoint::open(model_path("gqa"));
   const Checkpoint tuned = write_variant(base, folder / "tuned", moved);
-  ConvertOptions options;
-  options.progress = false;
-  options.rope = HlaRope::kPaper;
-  options.kv_ratio = 0.5;
-  convert(base, folder / "hla", options);
-  const Checkpoint conversion = Checkpoint::open((folder / "hla").string());
+  const Checkpoint conversion = halved(base, folder / "hla", "paper");
   transfer(conversion, base, tuned, folder / "out", quiet());
   const Checkpoint out = Checkpoint::open((folder / "out").string());
   for (const char* name : {"q_up", "q_down", "k_up", "k_down", "kv_up"}) {
@@ -361,7 +346,7 @@ TEST(TransferTest, RefusesWhatDoesNotBelongTogether) {
   at::manual_seed(7);
   const Checkpoint base = Checkpoint::open(model_path("gqa"));
   const Checkpoint tuned = write_variant(base, folder / "tuned", moved);
-  const Checkpoint conversion = converted(base, folder / "hla", 0.5);
+  const Checkpoint conversion = halved(base, folder / "hla");
   const Checkpoint other = write_variant(
       base, folder / "other",
       [](const std::string&, const at::Tensor& weight) { return at::randn_like(weight) * 0.2; });

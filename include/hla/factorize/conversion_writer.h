@@ -24,8 +24,8 @@ struct OutputSections {
   std::vector<SafetensorsWriter::Entry> after;
 
   std::vector<SafetensorsWriter::Entry> all() const;
-  // Of all files of weights.
-  uint64_t file_bytes(uint64_t max_shard_bytes) const;
+  // Of the folder: all files of weights, and room for the small ones beside them.
+  uint64_t folder_bytes(uint64_t max_shard_bytes) const;
   // Tensors before the first layer and in the first `layer` layers.
   size_t tensors_before_layer(int64_t layer) const;
 };

@@ -68,6 +68,9 @@ class WorkDir {
     return made;
   }
 
+  // Removes what lies in output().
+  void clear_output() const;
+
   // Gives up what is there: the destructor then removes the folder.
   void discard() { keep_ = false; }
 

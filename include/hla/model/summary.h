@@ -11,6 +11,8 @@
 
 namespace hla {
 
+std::string rope_type_name(RopeType type);  // as in config.json
+
 struct ModelSummary {
   std::string path;
   std::string kind;  // of the checkpoint: "HF folder", "llama2.c"

@@ -1,0 +1,35 @@
+// What tests of whole conversions do with model folders.
+#pragma once
+
+#include <c10/core/InferenceMode.h>
+
+#include <cstring>
+#include <filesystem>
+#include <string>
+
+#include "hla/io/checkpoint.h"
+#include "hla/model/llama.h"
+#include "hla/model/load.h"
+#include "tensor_util.h"
+
+namespace hla::testing {
+
+inline at::Tensor logits_of(const Checkpoint& checkpoint, const at::Tensor& ids) {
+  const c10::InferenceMode guard;
+  const auto model = load_model(checkpoint);
+  return model->logits(model->forward(ids));
+}
+
+// Puts `value` in the place of the third number of an fp32 tensor: the writers refuse NaN and Inf.
+inline void overwrite_number(const std::filesystem::path& file, const std::string& tensor,
+                             float value) {
+  const TensorView view = SafetensorsReader::open(file).view(tensor);
+  const std::string values(reinterpret_cast<const char*>(view.data), view.nbytes);
+  std::string bytes = read_file(file);
+  const size_t at = bytes.find(values);
+  ASSERT_NE(at, std::string::npos);
+  std::memcpy(bytes.data() + at + 8, &value, sizeof value);
+  write_file(file, bytes);
+}
+
+}  // namespace hla::testing
