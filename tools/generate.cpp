@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <iostream>
-#include <iterator>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -12,8 +11,10 @@
 #include "hla/core/error.h"
 #include "hla/core/log.h"
 #include "hla/core/memory.h"
+#include "hla/core/standard_input.h"
 #include "hla/io/mapped_file.h"
 #include "hla/model/device.h"
+#include "hla/model/llama.h"
 #include "hla/text/chat.h"
 #include "hla/text/unicode.h"
 #include "options.h"
@@ -77,7 +78,7 @@ std::vector<std::string> prompts_of(const GenerateArguments& arguments) {
     require_utf8(*arguments.prompt, "[--prompt]");
     return {*arguments.prompt};
   }
-  std::string prompt(std::istreambuf_iterator<char>(std::cin), {});
+  std::string prompt = read_standard_input();
   require_utf8(prompt, "stdin");
   return {std::move(prompt)};
 }
@@ -87,7 +88,7 @@ double per_second(int64_t count, double seconds) {
 }
 
 nlohmann::json to_json(const GenerateReport& report, const std::vector<std::string>& prompts,
-                       const GenerateArguments& arguments) {
+                       const GenerateArguments& arguments, uint64_t peak_bytes) {
   nlohmann::json list = nlohmann::json::array();
   for (size_t i = 0; i < prompts.size(); ++i) {
     const Continuation& continuation = report.continuations[i];
@@ -114,10 +115,10 @@ nlohmann::json to_json(const GenerateReport& report, const std::vector<std::stri
           {"decoded_tokens", report.step_tokens},
           {"decoded_tokens_per_second", per_second(report.step_tokens, report.step_seconds)},
           {"cache_bytes", report.cache_bytes},
-          {"peak_rss_bytes", peak_rss_bytes()}};
+          {"peak_rss_bytes", peak_bytes}};
 }
 
-std::string statistics(const GenerateReport& report) {
+std::string statistics(const GenerateReport& report, uint64_t peak_bytes) {
   char line[256];
   std::snprintf(line, sizeof line,
                 "prompts %lld tokens, %.1f tokens/s; then %lld tokens, %.1f tokens/s; cache %s, "
@@ -126,7 +127,7 @@ std::string statistics(const GenerateReport& report) {
                 per_second(report.prompt_tokens, report.prompt_seconds),
                 static_cast<long long>(report.step_tokens),
                 per_second(report.step_tokens, report.step_seconds),
-                format_bytes(report.cache_bytes).c_str(), format_bytes(peak_rss_bytes()).c_str());
+                format_bytes(report.cache_bytes).c_str(), format_bytes(peak_bytes).c_str());
   return line;
 }
 
@@ -171,13 +172,15 @@ void run_generate(const GenerateArguments& arguments) {
     on_text = [](size_t, std::string_view text) { std::cout << text << std::flush; };
   }
   const GenerateReport report = generate(decoder, *tokenizer, ids, options, on_text);
+  const uint64_t peak_bytes = peak_memory_bytes(model->device());
   if (arguments.stream && !to_stdout) std::cout << "\n";
   for (size_t i = 0; i < prompts.size() && !arguments.stream && !to_stdout; ++i) {
     if (prompts.size() > 1) std::cout << (i == 0 ? "" : "\n") << "--- " << i + 1 << "\n";
     std::cout << (arguments.echo ? prompts[i] : "") << report.continuations[i].text << "\n";
   }
   if (!arguments.json.empty()) {
-    write_json_result(arguments.json, to_json(report, prompts, arguments), arguments.force);
+    write_json_result(arguments.json, to_json(report, prompts, arguments, peak_bytes),
+                      arguments.force);
   }
   std::cout.flush();
   for (size_t i = 0; i < prompts.size(); ++i) {
@@ -188,7 +191,7 @@ void run_generate(const GenerateArguments& arguments) {
                                        : "max_position_embeddings; --max-length goes beyond") +
              ")");
   }
-  log_info(statistics(report));
+  log_info(statistics(report, peak_bytes));
 }
 
 }  // namespace

@@ -36,7 +36,9 @@ void add_info(CLI::App& app) {
       ->required();
   command->add_flag("--json", arguments->json, "Print JSON");
   command->footer(
-      "Reads no tensor data. Exit code 3 when the checkpoint has problems.\n\n"
+      "Of tensors it reads no data, but of a head that is tied to embeddings and stored beside "
+      "them.\n"
+      "Exit code 3 when the checkpoint has problems.\n\n"
       "Examples:\n"
       "  hla info models/SmolLM2-135M-Instruct\n"
       "  hla info HuggingFaceTB/SmolLM2-135M-Instruct --json\n"

@@ -118,7 +118,7 @@ LoadOptions resolve(const DeviceOptions& options) {
 }
 
 void check_output_target(const std::string& option, const std::string& target, bool force) {
-  if (target.empty() || target == "-") return;
+  if (target.empty() || target == "-" || is_standard_stream(target)) return;
   std::error_code error;
   const std::filesystem::path path(target);
   if (std::filesystem::is_directory(path, error)) {

@@ -2,7 +2,6 @@
 #include <chrono>
 #include <cstdio>
 #include <iostream>
-#include <iterator>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -10,6 +9,7 @@
 #include "commands.h"
 #include "hla/core/error.h"
 #include "hla/core/log.h"
+#include "hla/core/standard_input.h"
 #include "hla/io/checkpoint.h"
 #include "hla/io/hub_cache.h"
 #include "hla/io/json_file.h"
@@ -56,7 +56,8 @@ TokenizerSource tokenizer_of(const TokenizeArguments& arguments) {
   const bool folder = std::filesystem::is_directory(source.path, error);
   if (!folder && source.path.extension() == ".bin") {
     const Checkpoint checkpoint = Checkpoint::open(arguments.tokenizer);
-    if (const auto found = checkpoint.tokenizer_path()) source.path = *found;
+    if (!checkpoint.tokenizer_path()) throw_bad_input(arguments.tokenizer + ": has no tokenizer");
+    source.path = *checkpoint.tokenizer_path();
     if (arguments.check) source.config = checkpoint.config();
   } else if (arguments.check) {
     const auto config = (folder ? source.path : source.path.parent_path()) / "config.json";
@@ -189,7 +190,7 @@ void run_tokenize(const TokenizeArguments& arguments) {
   const auto tokenizer = load_tokenizer(tokenizer_of(arguments).path);
   std::string text;
   if (arguments.text.empty()) {
-    text.assign(std::istreambuf_iterator<char>(std::cin), {});
+    text = read_standard_input();
   } else {
     text = MappedFile::open(arguments.text)->text();
   }

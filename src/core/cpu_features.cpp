@@ -12,6 +12,30 @@ namespace hla {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
+namespace {
+
+struct CpuModel {
+  std::string vendor;
+  unsigned int family = 0, model = 0;
+};
+
+CpuModel read_cpu_model() {
+  CpuModel result;
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) == 0) return result;
+  for (const unsigned int part : {ebx, edx, ecx}) {
+    for (unsigned int byte = 0; byte < 4; ++byte) {
+      result.vendor += static_cast<char>((part >> (8 * byte)) & 0xFF);
+    }
+  }
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return result;
+  result.family = ((eax >> 8) & 0xF) + ((eax >> 20) & 0xFF);
+  result.model = ((eax >> 4) & 0xF) + ((eax >> 12) & 0xF0);
+  return result;
+}
+
+}  // namespace
+
 SimdLevel simd_level() {
   __builtin_cpu_init();
   static const SimdLevel level = [] {
@@ -36,16 +60,17 @@ bool has_amx() {
 }
 
 bool is_wide_amd() {
-  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (simd_level() != SimdLevel::kAvx512) return false;
-  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  if (ebx != signature_AMD_ebx || ecx != signature_AMD_ecx || edx != signature_AMD_edx) {
-    return false;
-  }
-  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return false;
   // Virtual machines hide the flag that says how wide the units are (8000001Ah), not the family.
   constexpr unsigned int kZen5 = 0x1A;
-  return ((eax >> 8) & 0xF) + ((eax >> 20) & 0xFF) >= kZen5;
+  const CpuModel cpu = read_cpu_model();
+  return cpu.vendor == "AuthenticAMD" && cpu.family >= kZen5;
+}
+
+std::string cpu_model() {
+  const CpuModel cpu = read_cpu_model();
+  if (cpu.vendor.empty()) return "";
+  return cpu.vendor + " " + std::to_string(cpu.family) + "/" + std::to_string(cpu.model);
 }
 
 #else
@@ -53,6 +78,7 @@ bool is_wide_amd() {
 SimdLevel simd_level() { return SimdLevel::kPortable; }
 bool has_amx() { return false; }
 bool is_wide_amd() { return false; }
+std::string cpu_model() { return ""; }
 
 #endif
 

@@ -253,6 +253,7 @@ class Worker {
     caches_.resize(std::min(caches_.size(), wanted), decoder_->new_sequence());
     while (caches_.size() < wanted) caches_.push_back(caches_[0].clone());
     release_free_memory();
+    synchronize(model_->device());  // copies are not to be timed
     reset_peak_memory(model_->device());
   }
 
@@ -262,6 +263,7 @@ class Worker {
       SequenceCache& cache = caches_[static_cast<size_t>(i)];
       cache.reserve(cache.length() + tokens);
     }
+    synchronize(model_->device());
   }
 
   double read_prompt(int64_t tokens) {

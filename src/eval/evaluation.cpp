@@ -100,7 +100,7 @@ class Evaluator {
       }
     }
     result_.partial = interrupt_signal() != 0 || result_.failure;
-    result_.peak_rss_bytes = peak_rss_bytes();
+    result_.peak_rss_bytes = peak_memory_bytes(options_.load.device);
     return std::move(result_);
   }
 

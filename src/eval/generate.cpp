@@ -91,7 +91,7 @@ class Sequence {
     if (static_cast<int64_t>(result.ids.size()) >= options_.max_new_tokens) {
       return finish(StopReason::kMaxNewTokens);
     }
-    if (static_cast<int64_t>(history_.size()) > max_length_) finish(StopReason::kMaxLength);
+    if (static_cast<int64_t>(history_.size()) >= max_length_) finish(StopReason::kMaxLength);
   }
 
   SequenceCache cache;
@@ -148,10 +148,16 @@ void check_prompts(const Decoder& decoder, const std::vector<std::vector<int32_t
     const std::string name = "[generate] prompt " + std::to_string(i + 1);
     const auto length = static_cast<int64_t>(prompts[i].size());
     if (length == 0) throw_bad_input(name + ": expected at least one token, got none");
-    if (length > decoder.max_length()) {
-      throw_bad_input(name + ": expected at most " + std::to_string(decoder.max_length()) +
-                      " tokens, got " + std::to_string(length) +
-                      " (max_position_embeddings; --max-length N goes beyond)");
+    const int64_t most = decoder.max_length() - (options.max_new_tokens > 0 ? 1 : 0);
+    if (length > most) {
+      const ModelConfig& config = decoder.model().config();
+      const bool trained = decoder.max_length() == config.max_position_embeddings;
+      throw_bad_input(name + ": expected at most " + std::to_string(most) + " tokens, got " +
+                      std::to_string(length) + "; a sequence may have " +
+                      std::to_string(decoder.max_length()) + ", what follows included" +
+                      (trained ? " (max_position_embeddings; hla generate --max-length N goes "
+                                 "beyond)"
+                               : " (--max-length)"));
     }
     check_ids(prompts[i], decoder.model().config(), name);
     const int64_t room = decoder.max_length() - length;

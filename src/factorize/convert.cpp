@@ -395,15 +395,12 @@ class Conversion {
     report_.base_parameters = parameter_count(report_.base);
     report_.hla_parameters = parameter_count(report_.hla);
     if (options_.dtype) set_config_dtype(report_.hla.raw, dtype_);
-    copy_side_files(base_, folder);
     const nlohmann::json json = report_.to_json(options_, /*measured=*/false);
     write_json_file(folder / "hla_report.json", json, /*force=*/false);
     AtomicFile card(folder / "README.md", /*force=*/false);
     card.write(model_card(json));
     card.commit();
-    nlohmann::json config = hla_config_json(report_.hla);
-    write_transformers_files(folder, config);
-    write_json_file(folder / "config.json", config, /*force=*/false);
+    write_model_files(base_, hla_config_json(report_.hla), folder);
   }
 
   void finish_report() {

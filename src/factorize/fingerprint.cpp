@@ -7,10 +7,13 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
+#include <system_error>
 
+#include "hla/core/cpu_features.h"
 #include "hla/core/sha256.h"
 #include "hla/core/version.h"
 #include "hla/model/device.h"
+#include "hla/model/load.h"
 
 namespace hla {
 namespace {
@@ -46,10 +49,20 @@ json checkpoint_fingerprint(const Checkpoint& base) {
           {"config_sha256", sha256_hex(base.config().dump())}};
 }
 
-json program_fingerprint() { return {{"version", version()}, {"commit", version_commit()}}; }
+json program_fingerprint() {
+  // Another wheel may lie where the program was linked; its size tells them apart, and stays the
+  // same where it is installed again.
+  std::error_code error;
+  const auto bytes = std::filesystem::file_size(torch_library_file(), error);
+  return {{"version", version()},
+          {"commit", version_commit()},
+          {"libtorch_bytes", error ? json() : json(bytes)}};
+}
 
 json machine_fingerprint() {
-  return {{"threads", at::get_num_threads()}, {"cpu", at::get_cpu_capability()}};
+  return {{"threads", at::get_num_threads()},
+          {"cpu", cpu_model()},
+          {"instructions", at::get_cpu_capability()}};
 }
 
 json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& options,
@@ -77,10 +90,17 @@ json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& option
     calibration = {{"texts", std::move(read)},       {"own_validation", options.valid.has_value()},
                    {"tokens", options.calib_tokens}, {"length", options.calib_length},
                    {"device", options.device.str()}, {"perplexity", options.report_perplexity}};
+    // GPUs of one name may compute in other types.
+    calibration["dtype"] =
+        dtype_label(resolve_dtype(std::nullopt, stored_dtype(base), options.device));
   }
-  return {{"base", checkpoint_fingerprint(base)}, {"plan", to_json(plan)},
-          {"options", std::move(chosen)},         {"calibration", std::move(calibration)},
-          {"program", program_fingerprint()},     {"machine", machine_fingerprint()}};
+  return {{"command", "convert"},
+          {"base", checkpoint_fingerprint(base)},
+          {"plan", to_json(plan)},
+          {"options", std::move(chosen)},
+          {"calibration", std::move(calibration)},
+          {"program", program_fingerprint()},
+          {"machine", machine_fingerprint()}};
 }
 
 }  // namespace hla

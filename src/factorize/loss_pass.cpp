@@ -5,6 +5,7 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/progress.h"
 #include "hla/factorize/scratch_tensors.h"
+#include "hla/model/device.h"
 
 namespace hla {
 namespace {
@@ -38,7 +39,9 @@ LossPass::LossPass(const Checkpoint& base, const Calibration& calibration,
       begun != nullptr && (!begun->get<bool>() || work.result(kAtOnceStep) != nullptr);
   at_once_ =
       bound ? begun->get<bool>() : !options.low_memory && loss_pass_fits(calibration, sample);
-  if (!at_once_) preflight_loss_by_layer(calibration, sample);
+  if (!at_once_) {
+    preflight_loss_by_layer(calibration, sample, available_memory_bytes(calibration.device()));
+  }
 }
 
 uint64_t LossPass::disk_bytes() const {

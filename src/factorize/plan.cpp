@@ -219,14 +219,11 @@ ConversionPlan plan_from_file(const ModelConfig& base, const ConvertOptions& opt
 }  // namespace
 
 ModelConfig convertible_config(const Checkpoint& base) {
-  ModelConfig config = parse_model_config(base.config(), base.path().string());
+  ModelConfig config = checked_config(base);
   if (config.hla) {
     throw_bad_input(base.path().string() +
                     ": is an HLA model already\n  hint: convert from its base model");
   }
-  Problems problems(base.path().string());
-  check_tensors(config, base, problems);
-  problems.throw_if_any();
   return config;
 }
 

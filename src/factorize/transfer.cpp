@@ -41,18 +41,14 @@ constexpr double kFarthest = 0.5;
 constexpr int64_t kBlockElements = int64_t{1} << 22;  // of a tensor, worked on at a time
 constexpr const char* kBelonging = "a conversion and a fine-tune of one base are expected";
 
-ModelConfig checked_config(const Checkpoint& checkpoint, bool is_conversion) {
-  const std::string source = checkpoint.path().string();
-  ModelConfig config = parse_model_config(checkpoint.config(), source);
+ModelConfig config_of(const Checkpoint& checkpoint, bool is_conversion) {
+  ModelConfig config = checked_config(checkpoint);
   if (config.hla.has_value() != is_conversion) {
     throw_bad_input(
-        source + ": expected " +
+        checkpoint.path().string() + ": expected " +
         (is_conversion ? "a conversion, got a plain Llama" : "a plain Llama, got a conversion") +
         "\n  hint: the order is CONVERSION, BASE, TUNED, OUT");
   }
-  Problems problems(source);
-  check_tensors(config, checkpoint, problems);
-  problems.throw_if_any();
   return config;
 }
 
@@ -321,9 +317,9 @@ class Transfer {
   Transfer(const Checkpoint& conversion, const Checkpoint& base, const Checkpoint& tuned,
            const std::filesystem::path& out, const TransferOptions& options)
       : conversion_(conversion), base_(base), tuned_(tuned), options_(options) {
-    const ModelConfig converted = checked_config(conversion, /*is_conversion=*/true);
-    base_config_ = checked_config(base, /*is_conversion=*/false);
-    hla_ = checked_config(tuned, /*is_conversion=*/false);
+    const ModelConfig converted = config_of(conversion, /*is_conversion=*/true);
+    base_config_ = config_of(base, /*is_conversion=*/false);
+    hla_ = config_of(tuned, /*is_conversion=*/false);
     nlohmann::json expected = architecture(base_config_);
     nlohmann::json got = architecture(hla_);
     check_alike(expected, got, tuned.path());
@@ -477,16 +473,13 @@ class Transfer {
   }
 
   void write_small_files(const std::filesystem::path& folder) {
-    copy_side_files(tuned_, folder);
-    if (options_.dtype) set_config_dtype(hla_.raw, *options_.dtype);
-    nlohmann::json config = hla_config_json(hla_);
-    write_transformers_files(folder, config);
-    write_json_file(folder / "config.json", config, /*force=*/false);
     nlohmann::json report = report_.to_json();
     report.erase("seconds");  // so that the bytes depend on the inputs alone
     report["hla_version"] = version();
     report["hla_commit"] = version_commit();
     write_json_file(folder / "transfer.json", report, /*force=*/false);
+    if (options_.dtype) set_config_dtype(hla_.raw, *options_.dtype);
+    write_model_files(tuned_, hla_config_json(hla_), folder);
   }
 
   const Clock::time_point start_ = Clock::now();

@@ -144,6 +144,8 @@ std::optional<int> standard_stream(const fs::path& path) {
 
 }  // namespace
 
+bool is_standard_stream(const fs::path& path) { return standard_stream(path).has_value(); }
+
 namespace detail {
 
 void write_all(int fd, const void* data, size_t bytes, const fs::path& path) {

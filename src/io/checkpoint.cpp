@@ -420,8 +420,9 @@ std::shared_ptr<std::byte> half_split_rows(const std::byte* source, int64_t rows
 
 std::optional<fs::path> find_llama2c_tokenizer(const fs::path& checkpoint, int64_t vocab) {
   const fs::path folder = checkpoint.has_parent_path() ? checkpoint.parent_path() : fs::path(".");
+  // llama2.c's own is for 32,000 ids, and lies where its other models do.
   for (const std::string& name :
-       {std::string("tokenizer.model"), "tok" + std::to_string(vocab) + ".model"}) {
+       {"tok" + std::to_string(vocab) + ".model", std::string("tokenizer.model")}) {
     if (is_file(folder / name)) return folder / name;
   }
   const std::vector<std::string> models = files_ending(folder, ".model");

@@ -122,6 +122,46 @@ std::vector<fs::path> newest_first(const fs::path& snapshots) {
   return folders;
 }
 
+// The snapshot of a repository in the cache: of a branch, tag or commit, without one of `main` or
+// else the newest. `subject` is what the user calls it.
+fs::path snapshot_of(const fs::path& repo, const std::string& revision, const std::string& subject,
+                     const std::string& download) {
+  const fs::path snapshots = repo / "snapshots";
+  const std::string ref = revision.empty() ? "main" : revision;
+  std::error_code error;
+  if (const auto hash = read_ref(repo / "refs" / ref)) {
+    if (fs::is_directory(snapshots / *hash, error)) return snapshots / *hash;
+    throw_bad_input(subject + ": " + (repo / "refs" / ref).string() +
+                    " names a snapshot that is not there: " + *hash + download);
+  }
+  if (!revision.empty()) {
+    if (revision.find('/') == std::string::npos && fs::is_directory(snapshots / revision, error)) {
+      return snapshots / revision;
+    }
+    std::vector<std::string> known = list_names(repo / "refs");
+    for (const std::string& hash : list_names(snapshots)) known.push_back(hash);
+    throw_bad_input(subject + ": no revision \"" + revision + "\" in " + repo.string() +
+                    (known.empty() ? "" : "; there are: " + join(known, ", ")) + download);
+  }
+  // Downloaded by commit hash, so that there is no ref.
+  const std::vector<fs::path> newest = newest_first(snapshots);
+  if (newest.empty()) throw_bad_input(subject + ": no snapshot in " + repo.string() + download);
+  return newest.front();
+}
+
+// The id of a repository's folder in a cache ("models--org--name"); nullopt if it is not one.
+std::optional<std::string> id_of_folder(const std::string& name, HubRepo kind) {
+  const std::string prefix = folder_prefix(kind);
+  if (!name.starts_with(prefix)) return std::nullopt;
+  std::string id = name.substr(prefix.size());
+  if (const size_t at = id.find("--"); at != std::string::npos) id.replace(at, 2, "/");
+  return id;
+}
+
+std::string download_hint(const std::string& id, const std::string& revision) {
+  return "\n  hint: hf download " + id + (revision.empty() ? "" : " --revision " + revision);
+}
+
 }  // namespace
 
 fs::path hub_cache_folder() {
@@ -135,14 +175,10 @@ fs::path hub_cache_folder() {
 
 std::vector<std::string> cached_hub_ids(HubRepo kind) {
   const fs::path cache = hub_cache_folder();
-  const std::string prefix = folder_prefix(kind);
   std::vector<std::string> ids;
   if (cache.empty()) return ids;
-  for (std::string name : list_names(cache)) {
-    if (!name.starts_with(prefix)) continue;
-    name.erase(0, prefix.size());
-    if (const size_t at = name.find("--"); at != std::string::npos) name.replace(at, 2, "/");
-    ids.push_back(std::move(name));
+  for (const std::string& name : list_names(cache)) {
+    if (auto id = id_of_folder(name, kind)) ids.push_back(std::move(*id));
   }
   return ids;
 }
@@ -165,7 +201,13 @@ std::vector<fs::path> cached_hub_snapshots(HubRepo kind, const std::string& id) 
 fs::path resolve_model_path(const std::string& path_or_id) {
   if (path_or_id.empty()) throw_bad_input("expected a model's path or id, got an empty string");
   std::error_code error;
-  if (fs::exists(path_or_id, error)) return path_or_id;
+  if (fs::exists(path_or_id, error)) {
+    // A repository of a cache itself, wherever that is: its files are in a snapshot.
+    const fs::path path = fs::path(path_or_id) / "";
+    const auto id = id_of_folder(path.parent_path().filename().string(), HubRepo::kModel);
+    if (!id || !fs::is_directory(path / "snapshots", error)) return path_or_id;
+    return snapshot_of(path.parent_path(), "", path_or_id, download_hint(*id, ""));
+  }
 
   const std::string missing = path_or_id + ": no such file or folder";
   const size_t at = path_or_id.find('@');
@@ -178,8 +220,7 @@ fs::path resolve_model_path(const std::string& path_or_id) {
   if (at != std::string::npos && !all_safe(split(revision, '/'))) {
     throw_bad_input(missing + " (and \"" + revision + "\" is not a revision)");
   }
-  const std::string download =
-      "\n  hint: hf download " + id + (revision.empty() ? "" : " --revision " + revision);
+  const std::string download = download_hint(id, revision);
   const fs::path cache = hub_cache_folder();
   if (cache.empty()) {
     throw_bad_input(missing + ", and no model cache to look it up in: HF_HOME and HOME are unset");
@@ -190,27 +231,7 @@ fs::path resolve_model_path(const std::string& path_or_id) {
     throw_bad_input(missing + ", and no model of that id in " + cache.string() + ": " +
                     describe_cache(cache, id) + (hint.empty() ? download : hint));
   }
-
-  const fs::path snapshots = repo / "snapshots";
-  const std::string ref = revision.empty() ? "main" : revision;
-  if (const auto hash = read_ref(repo / "refs" / ref)) {
-    if (fs::is_directory(snapshots / *hash, error)) return snapshots / *hash;
-    throw_bad_input(path_or_id + ": " + (repo / "refs" / ref).string() +
-                    " names a snapshot that is not there: " + *hash + download);
-  }
-  if (!revision.empty()) {
-    if (revision.find('/') == std::string::npos && fs::is_directory(snapshots / revision, error)) {
-      return snapshots / revision;
-    }
-    std::vector<std::string> known = list_names(repo / "refs");
-    for (const std::string& hash : list_names(snapshots)) known.push_back(hash);
-    throw_bad_input(path_or_id + ": no revision \"" + revision + "\" in " + repo.string() +
-                    (known.empty() ? "" : "; there are: " + join(known, ", ")) + download);
-  }
-  // Downloaded by commit hash, so that there is no ref.
-  const std::vector<fs::path> newest = newest_first(snapshots);
-  if (newest.empty()) throw_bad_input(path_or_id + ": no snapshot in " + repo.string() + download);
-  return newest.front();
+  return snapshot_of(repo, revision, path_or_id, download);
 }
 
 }  // namespace hla

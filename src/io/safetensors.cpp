@@ -35,6 +35,8 @@ constexpr uint64_t kLengthBytes = 8;
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
 constexpr const char* kMetadataKey = "__metadata__";
 constexpr const char* kAgainHint = "download the file again or convert it again";
+constexpr const char* kDtypeHint =
+    "the file may be sound; store its weights as BF16, F16 or F32 (quantized ones: dequantized)";
 
 std::string quoted(const std::string& name) { return json_excerpt(name); }
 
@@ -72,6 +74,7 @@ struct Located {
   TensorInfo info;
   uint64_t begin = 0;
   uint64_t end = 0;
+  bool is_known_dtype = true;
 };
 
 // One entry of the header. Adds what is wrong with it to the problems; nullopt if its place in the
@@ -90,11 +93,15 @@ std::optional<Located> parse_entry(const std::string& name, const json& entry,
 
   const json dtype_field = field("dtype");
   std::optional<DType> dtype;
+  bool is_known_dtype = true;
   if (!dtype_field.is_string()) {
     problems.add(subject + "dtype: expected a string, got " + json_excerpt(dtype_field));
   } else {
     dtype = dtype_from_name(dtype_field.get_ref<const std::string&>());
-    if (!dtype) problems.add(subject + "dtype " + json_excerpt(dtype_field) + " is not supported");
+    is_known_dtype = dtype.has_value();
+    if (!is_known_dtype) {
+      problems.add(subject + "dtype " + json_excerpt(dtype_field) + " is not supported");
+    }
   }
 
   const json shape_field = field("shape");
@@ -136,6 +143,7 @@ std::optional<Located> parse_entry(const std::string& name, const json& entry,
   result.info.file = path;
   result.begin = begin;
   result.end = end;
+  result.is_known_dtype = is_known_dtype;
   return result;
 }
 
@@ -302,7 +310,9 @@ SafetensorsReader SafetensorsReader::open(const std::filesystem::path& path) {
     return std::tie(a.begin, a.end, a.info.name) < std::tie(b.begin, b.end, b.info.name);
   });
   if (all_located) check_coverage(located, rest - header_bytes, problems);
-  problems.throw_if_any(kAgainHint);
+  const bool known_dtypes = std::all_of(located.begin(), located.end(),
+                                        [](const Located& one) { return one.is_known_dtype; });
+  problems.throw_if_any(known_dtypes ? kAgainHint : kDtypeHint);
 
   content->data = file.data() + kLengthBytes + header_bytes;
   for (Located& tensor : located) {

@@ -34,6 +34,16 @@ json inode(const fs::path& folder) {
   return static_cast<uint64_t>(info.st_ino);
 }
 
+// Whether a path is in a folder that is there, or is it.
+bool is_within(const fs::path& path, const fs::path& folder) {
+  std::error_code error;
+  for (fs::path place = fs::weakly_canonical(path, error); place.has_relative_path();
+       place = place.parent_path()) {
+    if (fs::equivalent(place, folder, error)) return true;
+  }
+  return false;
+}
+
 // Where two fingerprints differ, as a message shows it: "options/kv_ratio, base/files".
 std::string differences(const json& before, const json& now) {
   std::set<std::string> places;
@@ -56,23 +66,29 @@ void WorkDir::check_target(const fs::path& target, bool force) {
 }
 
 void WorkDir::check_inputs(const fs::path& target, const std::vector<fs::path>& inputs) {
-  std::error_code error;
-  if (!fs::exists(target, error)) return;
+  const fs::path root = root_of(detail::folder_target(target));
   for (const fs::path& input : inputs) {
     if (input.empty()) continue;
-    for (fs::path place = fs::weakly_canonical(input, error); place.has_relative_path();
-         place = place.parent_path()) {
-      if (!fs::equivalent(place, target, error)) continue;
+    if (is_within(input, target)) {
       throw_usage(target.string() + ": holds " + input.string() +
                   ", which is read; it is not replaced, even with --force");
     }
+    if (is_within(input, root)) {
+      throw_usage(root.string() + ": holds " + input.string() + ", which is read, and is where " +
+                  target.string() +
+                  " is made\n  hint: copy it to another place first, or give another output");
+    }
   }
+}
+
+fs::path WorkDir::root_of(const fs::path& target) {
+  return target.parent_path() / ("." + target.filename().string() + ".hla-partial");
 }
 
 WorkDir::WorkDir(const fs::path& target, bool force)
     : shown_(target), target_(detail::folder_target(target)), force_(force) {
   check_target(shown_, force_);
-  root_ = target_.parent_path() / ("." + target_.filename().string() + ".hla-partial");
+  root_ = root_of(target_);
   output_ = root_ / "output";
   scratch_ = root_ / "scratch";
   lock();
@@ -135,26 +151,34 @@ bool WorkDir::take_up(Others others) {
     log_info(root_.string() + ": " + reason + ": starting over");
     return false;
   };
+  const auto give_up = [&](const std::string& reason, const std::string& way_on, bool refuses) {
+    if (!refuses) return start_over(reason);
+    begun_ = false;  // so that the destructor keeps what is there
+    throw_usage(root_.string() + ": " + reason + "; " + way_on + "--restart to throw it away");
+  };
+  const bool refuses = others == Others::kRefuse;
   if (!fs::exists(root_ / kStepsName, error)) return start_over("no step of it is complete");
   json state;
   try {
     state = read_json_file(root_ / kStepsName);
   } catch (const Error&) {
-    return start_over("cannot be read");
+    return give_up(std::string(kStepsName) + " cannot be read", "", refuses);
   }
   if (!state.is_object() || state.value("format", json()) != kFormat ||
-      !state.value("steps", json()).is_object() || !state.contains("fingerprint")) {
-    return start_over("is of another version of this program");
+      !state.value("steps", json()).is_object() ||
+      !state.value("fingerprint", json()).is_object()) {
+    return give_up("is of another version of this program", "", refuses);
   }
-  if (state["fingerprint"] != fingerprint_) {
-    const std::string reason =
-        "was begun with other settings (" + differences(state["fingerprint"], fingerprint_) + ")";
-    if (others == Others::kRefuse) {
-      steps_ = state["steps"];  // so that the destructor keeps them
-      throw_usage(root_.string() + ": " + reason +
-                  "; give those to go on, or --restart to throw it away");
-    }
-    return start_over(reason);
+  const json& before = state["fingerprint"];
+  const json command = before.value("command", json());
+  if (command != fingerprint_.value("command", json())) {
+    return give_up("was begun by " + (command.is_string() ? "hla " + command.get<std::string>()
+                                                          : "another version of this program"),
+                   "give another output, or ", /*refuses=*/true);
+  }
+  if (before != fingerprint_) {
+    return give_up("was begun with other settings (" + differences(before, fingerprint_) + ")",
+                   "give those to go on, or ", refuses);
   }
   // A run that was killed just after the output got its name: what lies here now is the old one.
   const json& steps = state["steps"];

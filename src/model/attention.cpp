@@ -26,11 +26,9 @@ at::Tensor by_attention_kernel(const at::Tensor& q, const at::Tensor& k, const a
   return context.to(q.scalar_type());
 }
 
-// One sequence: q (T, H, d), k and v (L, K, d) -> (T, H, d). The kv heads stand where the batch
-// was, and each is repeated for its group of queries with stride 0, so that nothing is copied: the
-// attention kernels read through strides.
-at::Tensor sequence_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  if (is_for_attention_kernel(q)) return by_attention_kernel(q, k, v);
+// By LibTorch. The kv heads stand where the batch was, and each is repeated for its group of
+// queries with stride 0, so that nothing is copied: the attention kernels read through strides.
+at::Tensor by_torch(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   const int64_t kv_heads = k.size(1);
   const int64_t group = q.size(1) / kv_heads;
   const auto repeat = [&](const at::Tensor& x) {  // (K, G, T, d)
@@ -47,6 +45,16 @@ at::Tensor sequence_attention(const at::Tensor& q, const at::Tensor& k, const at
                                           /*dropout_p=*/0.0, /*is_causal=*/before == 0)
       .permute({2, 0, 1, 3})  // (T, K, G, d)
       .flatten(1, 2);
+}
+
+// One sequence: q (T, H, d), k and v (L, K, d) -> (T, H, d).
+at::Tensor sequence_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  if (is_for_attention_kernel(q)) return by_attention_kernel(q, k, v);
+  // Values of a conversion begin where a product's keys end, which may be anywhere.
+  if (q.is_cuda()) {
+    return by_torch(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v));
+  }
+  return by_torch(q, k, v);
 }
 
 }  // namespace

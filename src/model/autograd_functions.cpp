@@ -3,6 +3,8 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+
 #include "hla/core/error.h"
 #include "hla/model/attention_kernels.h"
 #include "hla/model/cpu_kernels.h"
@@ -101,6 +103,17 @@ void refuse_second_derivatives(const std::string& of) {
 }
 
 at::Tensor with_dense_rows(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+
+at::Tensor with_aligned_rows(const at::Tensor& x) {
+  constexpr int64_t kBytes = 16;
+  const auto is_aligned = [&](int64_t elements) {
+    return elements * static_cast<int64_t>(x.element_size()) % kBytes == 0;
+  };
+  const at::IntArrayRef strides = x.strides();
+  const bool aligned =
+      is_aligned(x.storage_offset()) && std::all_of(strides.begin(), strides.end() - 1, is_aligned);
+  return aligned ? x : x.clone(at::MemoryFormat::Contiguous);
+}
 
 bool differentiates(const at::Tensor& x) {
   return at::GradMode::is_enabled() && x.requires_grad() && is_dense_fp32(x);

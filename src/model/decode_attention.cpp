@@ -697,7 +697,7 @@ DecodeAttention::DecodeAttention(const Attention& attention, const ModelConfig& 
   }
   shares_ = at::tensor(shares)
                 .view({turned.size, static_cast<int64_t>(nodes)})
-                .to(like.device(), like.scalar_type());
+                .to(like.device(), at::promote_types(like.scalar_type(), at::kFloat));
 }
 
 // The first `pairs` pairs (2i, 2i+1) of x (N, n), turned by the positions' angles, or back.
@@ -814,7 +814,9 @@ at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& r
   const RopeTables positions = {rope.cos.slice(0, 0, length), rope.sin.slice(0, 0, length)};
   const at::Tensor plain =
       turn(records, static_cast<int64_t>(maps().unrotated.size()), positions, /*back=*/true);
-  at::Tensor scores = q.new_zeros({maps().heads, length});
+  // A score is the sum of several products, which would each be rounded to 16 bits.
+  const at::ScalarType wide = at::promote_types(q.scalar_type(), at::kFloat);
+  at::Tensor scores = at::zeros({maps().heads, length}, q.options().dtype(wide));
   for (size_t i = 0; i < maps().stored.size(); ++i) {
     const DecodeMaps::Stored& stored = maps().stored[i];
     const at::Tensor heads = q.slice(0, stored.head, stored.head + stored.heads);
@@ -869,13 +871,14 @@ at::Tensor DecodeAttention::context(const at::Tensor& query, const at::Tensor& r
         if (absorbed_.bias.defined()) {
           added = added + part.matmul(absorbed_.bias.slice(0, range.begin, range.end)).unsqueeze(2);
         }
-        added = (added * shares_.select(1, static_cast<int64_t>(p))).transpose(0, 1).flatten(1);
+        added = added.to(wide) * shares_.select(1, static_cast<int64_t>(p));
+        added = added.transpose(0, 1).flatten(1);
         scores.slice(0, g * group, (g + 1) * group).add_(added.slice(1, 0, length));
       }
     }
   }
-  const at::Tensor probabilities = scores.softmax(1);
-  std::vector<at::Tensor> contexts = {scores.new_zeros({0})};
+  const at::Tensor probabilities = scores.softmax(1).to(q.scalar_type());
+  std::vector<at::Tensor> contexts = {q.new_zeros({0})};
   for (const DecodeMaps::Values& values : maps().values) {
     contexts.push_back(probabilities.slice(0, values.head, values.head + values.heads)
                            .matmul(columns(plain, values.from))
@@ -923,12 +926,12 @@ double DecodeAttention::rebuild_cost() const {
 
 int64_t DecodeAttention::decode_operations() const {
   const auto counted = [](size_t n) { return static_cast<int64_t>(n); };
-  int64_t sum = 20 + 3 * counted(maps().stored.size()) + 2 * counted(maps().values.size());
+  int64_t sum = 24 + 3 * counted(maps().stored.size()) + 2 * counted(maps().values.size());
   if (down_.defined()) sum += 5;  // gather()
   if (!maps().unrotated.empty()) sum += kTurnOperations;
   if (rebuilt_.matrix.defined()) sum += 11 + 2 * maps().kv_heads;
   if (absorbed_.matrix.defined()) {
-    sum += 5 + counted(maps().turned.nodes.size()) * (12 + 6 * maps().kv_heads);
+    sum += 5 + counted(maps().turned.nodes.size()) * (12 + 9 * maps().kv_heads);
   }
   return sum;
 }

@@ -56,12 +56,16 @@ ExitCode exit_code_of(const c10::Error& error) {
   return out_of_memory ? ExitCode::kOutOfMemory : ExitCode::kRuntime;
 }
 
-bool has_cuda_library() {
+std::filesystem::path torch_library_file() {
   Dl_info info = {};
-  if (dladdr(reinterpret_cast<const void*>(&at::get_num_threads), &info) == 0) return false;
+  if (dladdr(reinterpret_cast<const void*>(&at::get_num_threads), &info) == 0) return {};
+  return info.dli_fname;
+}
+
+bool has_cuda_library() {
+  const std::filesystem::path file = torch_library_file();
   std::error_code error;
-  return std::filesystem::exists(std::filesystem::path(info.dli_fname).parent_path() / kCudaLibrary,
-                                 error);
+  return !file.empty() && std::filesystem::exists(file.parent_path() / kCudaLibrary, error);
 }
 
 int cuda_device_count() {
@@ -158,6 +162,10 @@ DType to_dtype(at::ScalarType dtype) {
     if (to_scalar_type(candidate) == dtype) return candidate;
   }
   throw_runtime(std::string("cannot store tensors of type ") + c10::toString(dtype));
+}
+
+void synchronize(const at::Device& device) {
+  if (device.is_cuda()) torch::cuda::synchronize(device.index());
 }
 
 uint64_t available_memory_bytes(const at::Device& device) {

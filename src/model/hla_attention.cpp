@@ -39,6 +39,16 @@ PaperPairs paper_pairs(int64_t rank, int64_t heads, int64_t head_dim, double rot
   return result;
 }
 
+namespace {
+
+// Numbers of frequencies, on the device of a weight.
+at::Tensor index_beside(const at::Tensor& weight, const std::vector<int64_t>& index) {
+  const at::Tensor on_cpu = at::tensor(index, at::kLong);
+  return weight.is_meta() ? on_cpu : on_cpu.to(weight.device());
+}
+
+}  // namespace
+
 ComplexUp::ComplexUp(ParameterSource& source, const std::string& prefix, int64_t kv_heads,
                      const std::vector<int64_t>& ranks, bool with_bias)
     : fast_frequencies_(static_cast<int64_t>(ranks.size())) {
@@ -54,8 +64,7 @@ ComplexUp::ComplexUp(ParameterSource& source, const std::string& prefix, int64_t
         "bias", source.get(prefix + ".bias", {kv_heads * 2 * fast_frequencies_}), false);
   }
   // Derived from the config, so neither saved nor counted as a parameter.
-  frequency_index_ = at::tensor(index, at::kLong);
-  if (!weight.is_meta()) frequency_index_ = frequency_index_.to(weight.device());
+  frequency_index_ = index_beside(weight, index);
 }
 
 at::Tensor ComplexUp::real_matrix() const {
@@ -110,21 +119,28 @@ HlaAttention::HlaAttention(ParameterSource& source, const std::string& prefix,
         linear("kv_up", layer_.kv_rank, kv_heads_ * 2 * (m - c) + config.kv_size(), latent_bias);
   }
   o_proj_ = linear("o_proj", config.q_size(), hidden, config.output_bias());
+  if (rope_kind_ != HlaRope::kPaper) return;
+  const auto rotation = [&](const Linear& down, int64_t heads) {
+    const int64_t rank = down.weight.size(0);
+    return index_beside(down.weight,
+                        paper_pairs(rank, heads, head_dim_, rotary_fraction_).frequency);
+  };
+  q_rotation_ = rotation(*q_down_, heads_);
+  if (k_down_) k_rotation_ = rotation(*k_down_, kv_heads_);
 }
 
-at::Tensor HlaAttention::paper_rotate(const at::Tensor& latent, int64_t heads,
+// The pairs of `rotation` turned; the others stay.
+at::Tensor HlaAttention::paper_rotate(const at::Tensor& latent, const at::Tensor& rotation,
                                       const RopeTables& rope) const {
-  const PaperPairs pairs = paper_pairs(latent.size(-1), heads, head_dim_, rotary_fraction_);
-  const at::Tensor index = at::tensor(pairs.frequency, at::kLong).to(latent.device());
-  const at::Tensor turning = latent.slice(-1, 0, 2 * pairs.rotated);
-  return at::cat(
-      {apply_rope_interleaved(turning, rope.select(index)), latent.slice(-1, 2 * pairs.rotated)},
-      /*dim=*/-1);
+  const int64_t turning = 2 * rotation.numel();
+  return at::cat({apply_rope_interleaved(latent.slice(-1, 0, turning), rope.select(rotation)),
+                  latent.slice(-1, turning)},
+                 /*dim=*/-1);
 }
 
 at::Tensor HlaAttention::queries(const at::Tensor& x, const RopeTables& rope) const {
   if (rope_kind_ == HlaRope::kPaper) {
-    const at::Tensor latent = paper_rotate(q_down_->forward(x), heads_, rope);
+    const at::Tensor latent = paper_rotate(q_down_->forward(x), q_rotation_, rope);
     return q_up_->forward(latent).unflatten(-1, {heads_, head_dim_});
   }
   const at::Tensor q = q_proj_ ? q_proj_->forward(x) : through(*q_down_, *q_up_, x);
@@ -134,7 +150,7 @@ at::Tensor HlaAttention::queries(const at::Tensor& x, const RopeTables& rope) co
 // The k latent as it is cached: rotated for `latent` and `paper`.
 at::Tensor HlaAttention::rotated_k_latent(const at::Tensor& x, const RopeTables& rope) const {
   const at::Tensor latent = k_down_->forward(x);  // (B, T, k_floats)
-  if (rope_kind_ == HlaRope::kPaper) return paper_rotate(latent, kv_heads_, rope);
+  if (rope_kind_ == HlaRope::kPaper) return paper_rotate(latent, k_rotation_, rope);
   if (!k_up_complex_) return latent;
   // [re; im] is the half-split layout of one "head" of R frequencies.
   return apply_rope_to_temporary(latent.unsqueeze(-2),

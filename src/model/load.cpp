@@ -115,12 +115,17 @@ at::Tensor CheckpointSource::get(const std::string& name, at::IntArrayRef) {
   return checkpoint_tensor(checkpoint_, name).to(device_, dtype_);
 }
 
-std::shared_ptr<LlamaForCausalLM> load_model(const Checkpoint& checkpoint,
-                                             const LoadOptions& options) {
-  const ModelConfig config = parse_model_config(checkpoint.config(), checkpoint.path().string());
+ModelConfig checked_config(const Checkpoint& checkpoint) {
+  ModelConfig config = parse_model_config(checkpoint.config(), checkpoint.path().string());
   Problems problems(checkpoint.path().string());
   check_tensors(config, checkpoint, problems);
   problems.throw_if_any("config.json and the weights do not belong together, or a file is damaged");
+  return config;
+}
+
+std::shared_ptr<LlamaForCausalLM> load_model(const Checkpoint& checkpoint,
+                                             const LoadOptions& options) {
+  const ModelConfig config = checked_config(checkpoint);
   const at::ScalarType stored = stored_dtype(checkpoint);
   const at::ScalarType dtype = resolve_dtype(options.dtype, stored, options.device);
   if (options.device.is_cpu() && dtype != stored) {

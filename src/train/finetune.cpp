@@ -62,6 +62,7 @@ class Run {
     if (is_half(dtype_)) load.dtype = is_half(stored) ? stored : at::kFloat;
     output_dtype_ = is_half(stored) ? dtype_ : *load.dtype;
     model_ = load_model(checkpoint_, load);
+    check_finite();
     balance_factors();
     check_contexts(*model_, "the model's");
     if (teacher_) check_contexts(*teacher_, "the teacher's");
@@ -126,6 +127,17 @@ class Run {
     inputs.insert(inputs.end(), {config.model, config.distill.teacher, config.data.valid});
     WorkDir::check_inputs(config.output, inputs);
     return config;
+  }
+
+  // What is broken from the beginning would show when the first tuned model is written, or never.
+  void check_finite() const {
+    Problems problems(config_.model, ExitCode::kNonFinite);
+    for (const auto& parameter : model_->named_parameters()) {
+      if (!parameter.value().isfinite().all().item<bool>()) {
+        problems.add("tensor " + parameter.key() + ": NaN or Inf");
+      }
+    }
+    problems.throw_if_any();
   }
 
   // Of what the trainer will hold, that is in memory already: weights that were converted when they
@@ -342,7 +354,8 @@ class Run {
     for (const ConfigField& field : config_fields(config)) settings[field.key] = field.value();
     nlohmann::json teacher;
     if (teacher_checkpoint_) teacher = checkpoint_fingerprint(*teacher_checkpoint_);
-    return {{"config", std::move(settings)},
+    return {{"command", "finetune"},
+            {"config", std::move(settings)},
             {"model", checkpoint_fingerprint(checkpoint_)},
             {"teacher", std::move(teacher)},
             {"texts", std::move(texts)},
@@ -509,7 +522,8 @@ class Run {
     options.sampling.temperature = 0;
     options.end_of_text = end_of_text_ids(checkpoint_, *tokenizer_);
     const at::NoGradGuard no_gradients;
-    const Decoder decoder(*model_);
+    const int64_t limit = model_->config().max_position_embeddings;
+    const Decoder decoder(*model_, {.max_length = longest_sequence(prompts, options, limit)});
     std::vector<std::string> texts;
     for (Continuation& one : generate(decoder, *tokenizer_, prompts, options).continuations) {
       texts.push_back(sanitize_utf8(one.text));  // of a model that is far off
@@ -556,11 +570,9 @@ class Run {
                                                         : checkpoint_tensor(checkpoint_, name));
     }
     save_weights(weights, output_dtype_, folder);
-    copy_side_files(checkpoint_, folder);
     nlohmann::json config = checkpoint_.config();
     set_config_dtype(config, output_dtype_);
-    if (model_->config().hla) write_transformers_files(folder, config);
-    write_json_file(folder / "config.json", config, /*force=*/false);
+    write_model_files(checkpoint_, std::move(config), folder);
   }
 
   // By links where the file system has them: killed before the end, it goes on with the originals.

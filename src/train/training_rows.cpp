@@ -26,6 +26,22 @@ std::vector<std::string_view> lines_of(std::string_view text) {
   return lines;
 }
 
+// At least the first `wanted` ids of a text that is one part, its rows joined; 0: all.
+std::vector<int32_t> first_ids(std::string_view text, const Tokenizer& tokenizer, int64_t wanted) {
+  constexpr size_t kBytes = 8;      // of a token, more than most have
+  constexpr int64_t kMargin = 256;  // ids near a cut may differ
+  if (wanted == 0 || static_cast<uint64_t>(wanted) >= text.size()) {
+    return tokenizer.encode(join_hf_rows(text));
+  }
+  for (size_t size = kBytes * static_cast<size_t>(wanted + kMargin);; size *= 2) {
+    const size_t end = text.find('\n', size);
+    const bool whole = end == std::string_view::npos;
+    std::vector<int32_t> ids =
+        tokenizer.encode(join_hf_rows(whole ? text : text.substr(0, end + 1)));
+    if (whole || static_cast<int64_t>(ids.size()) >= wanted + kMargin) return ids;
+  }
+}
+
 // A generator whose numbers are the same everywhere (splitmix64, Steele, Lea and Flood 2014).
 class Random {
  public:
@@ -77,22 +93,22 @@ TrainingRows::TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64
     progress.advance(count);
     return count;
   };
-  const auto add = [&](std::string_view part) {
+  const auto add = [&](const std::vector<int32_t>& ids) {
     if (packed) {
       if (tokens_ > 0 && tokenizer.eos_id()) append({*tokenizer.eos_id()}, 0);
-      append(tokenizer.encode(part), 0);
+      append(ids, 0);
     } else {
       const int64_t begin = tokens_;
-      const int64_t count = append(tokenizer.encode(part), options.context);
+      const int64_t count = append(ids, options.context);
       if (count > 1) rows_.push_back({begin, count, count - 1});
     }
     return most == 0 || tokens_ < most;
   };
   texts([&](Corpus::Kind kind, std::string_view part) {
-    if (kind == Corpus::Kind::kDocuments) return add(part);
-    if (packed) return add(join_hf_rows(part));
+    if (kind == Corpus::Kind::kDocuments) return add(tokenizer.encode(part));
+    if (packed) return add(first_ids(part, tokenizer, most == 0 ? 0 : most - tokens_));
     for (const std::string_view line : lines_of(part)) {
-      if (!add(line)) return false;
+      if (!add(tokenizer.encode(line))) return false;
     }
     return true;
   });

@@ -1,6 +1,7 @@
 // The small things of core: errors, progress, memory, hashes, data files.
 #include <cstdlib>
 
+#include "hla/core/cpu_features.h"
 #include "hla/core/data_dir.h"
 #include "hla/core/error.h"
 #include "hla/core/memory.h"
@@ -56,6 +57,16 @@ TEST(ProgressTest, GoesToTheLogWhereThatIsWanted) {
   EXPECT_NE(shown(0).find("loss 2.5\n"), std::string::npos);
   EXPECT_EQ(shown(3600), "");
   EXPECT_EQ(shown(-1), "");
+}
+
+TEST(CpuFeaturesTest, KnowsTheModel) {
+#if defined(__x86_64__)
+  EXPECT_EQ(is_wide_amd(), simd_level() == SimdLevel::kAvx512 &&
+                               cpu_model().starts_with("AuthenticAMD ") &&
+                               std::stoi(cpu_model().substr(13)) >= 26);
+  EXPECT_NE(cpu_model().find(' '), std::string::npos) << cpu_model();
+  EXPECT_NE(cpu_model().find('/'), std::string::npos) << cpu_model();
+#endif
 }
 
 TEST(MemoryTest, KnowsThisProcessAndRefusesTooMuch) {

@@ -105,8 +105,7 @@ TEST_F(GenerateTest, StopsAtEndOfTextAndAtTheLongestSequence) {
   const std::vector<int32_t> prompt = tokenizer_->encode("Once upon a time");
   const GenerateReport cut = generate(narrow, *tokenizer_, {prompt}, {.max_new_tokens = 20});
   EXPECT_EQ(cut.continuations[0].reason, StopReason::kMaxLength);
-  // The last one is chosen after the twelfth token, and not read.
-  EXPECT_EQ(prompt.size() + cut.continuations[0].ids.size(), 13u);
+  EXPECT_EQ(prompt.size() + cut.continuations[0].ids.size(), 12u);
 
   EXPECT_EQ(run({"Once"}, {.max_new_tokens = 0}).continuations[0].text, "");
 }
@@ -118,6 +117,8 @@ TEST_F(GenerateTest, RefusesPromptsThatCannotBeRead) {
   };
   EXPECT_EQ(code({{}}), ExitCode::kBadInput);
   EXPECT_EQ(code({{1}, {1, 2, 3, 4}}), ExitCode::kBadInput);
+  EXPECT_EQ(code({{1}, {1, 2, 3}}), ExitCode::kBadInput);  // no room for what follows
+  EXPECT_NO_THROW(generate(narrow, *tokenizer_, {{1, 2, 3}}, {.max_new_tokens = 0}));
   EXPECT_EQ(code({{1}, {1, 512}}), ExitCode::kBadInput);  // the model has 512 ids
   const Decoder endless(*model_, {.max_length = int64_t{1} << 20});
   std::vector<std::vector<int32_t>> many(1 << 14, {1});

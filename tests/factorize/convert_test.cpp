@@ -14,6 +14,7 @@
 #include "hla/factorize/plan.h"
 #include "hla/factorize/statistics.h"
 #include "hla/io/json_file.h"
+#include "hla/io/work_dir.h"
 #include "hla/model/device.h"
 #include "hla/model/llama.h"
 #include "hla/model/load.h"
@@ -70,6 +71,18 @@ TEST(ConvertTest, NonFiniteWeightsAreRefused) {
             std::string::npos)
       << error.what();
   EXPECT_FALSE(std::filesystem::exists(folder / "out"));
+}
+
+TEST(ConvertTest, LeavesAnUnfinishedFineTuneAlone) {
+  const TempDir folder;
+  {
+    WorkDir work(folder / "out", /*force=*/false);
+    work.begin({{"command", "finetune"}}, /*restart=*/false);
+    work.complete("checkpoints");
+  }
+  const Error error = error_of([&] { convert(stories(), folder / "out", quiet()); });
+  EXPECT_EQ(error.code(), ExitCode::kUsage);
+  EXPECT_TRUE(std::filesystem::exists(folder / ".out.hla-partial/steps.json"));
 }
 
 // Compression is never left to luck: with all ranks, the base's logits come back. Random models

@@ -128,6 +128,17 @@ TEST(CheckpointTest, MissingFiles) {
   EXPECT_NE(message_of("no/such").find("no/such"), std::string::npos);
 }
 
+// As in a clone of llama2.c, whose own tokenizer is for other models.
+TEST(CheckpointTest, TheTokenizerOfTheVocabularyIsTaken) {
+  const TempDir folder;
+  const auto data = source_path("data/stories260K");
+  std::filesystem::copy_file(data / "stories260K.bin", folder / "stories260K.bin");
+  std::filesystem::copy_file(data / "tok512.model", folder / "tok512.model");
+  write_file(folder / "tokenizer.model", "of 32,000 ids");
+  const Checkpoint checkpoint = Checkpoint::open((folder / "stories260K.bin").string());
+  EXPECT_EQ(checkpoint.tokenizer_path()->filename(), "tok512.model");
+}
+
 TEST(CheckpointTest, Llama2cRowsBecomeHalfSplit) {
   const Checkpoint checkpoint =
       Checkpoint::open(source_path("data/stories260K/stories260K.bin").string());

@@ -55,5 +55,30 @@ TEST(HubCacheTest, HintsAtWhatIsMissing) {
       << message_of("org/latent-50");
 }
 
+// The folder that huggingface_hub keeps, given as a path: at any place, with or without a slash.
+TEST(HubCacheTest, ARepositorysFolderIsItsSnapshot) {
+  const TempDir folder;
+  const auto repo = folder / "models--org--name";
+  const auto resolve = [&](const std::string& ending) {
+    return resolve_model_path(repo.string() + ending);
+  };
+  std::filesystem::create_directory(repo);
+  EXPECT_EQ(resolve(""), repo);  // no folder of a cache, whatever its name
+  std::filesystem::create_directory(repo / "snapshots");
+  const std::string message = testing::error_of([&] { resolve(""); }).what();
+  EXPECT_NE(message.find("no snapshot in"), std::string::npos) << message;
+  EXPECT_NE(message.find("hint: hf download org/name"), std::string::npos) << message;
+  std::filesystem::create_directories(repo / "snapshots" / "aaa");
+  std::filesystem::create_directories(repo / "snapshots" / "bbb");
+  const auto now = std::filesystem::file_time_type::clock::now();
+  std::filesystem::last_write_time(repo / "snapshots" / "aaa", now - std::chrono::hours(1));
+  EXPECT_EQ(resolve("/").filename(), "bbb");
+  std::filesystem::create_directory(repo / "refs");
+  write_file(repo / "refs" / "main", "aaa");
+  EXPECT_EQ(resolve(""), repo / "snapshots" / "aaa");
+  EXPECT_EQ(resolve("/"), repo / "snapshots" / "aaa");
+  EXPECT_EQ(resolve("/snapshots/bbb").filename(), "bbb");
+}
+
 }  // namespace
 }  // namespace hla

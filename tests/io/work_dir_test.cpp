@@ -110,6 +110,49 @@ TEST(WorkDirTest, SaysWhatIsOther) {
   EXPECT_NE(said.find("(options/rank)"), std::string::npos) << said;
 }
 
+// What another command has made there may have taken hours.
+TEST(WorkDirTest, WhatAnotherCommandLeftIsRefused) {
+  const TempDir folder;
+  json mine = kFingerprint;
+  mine["command"] = "finetune";
+  {
+    WorkDir dir(folder / "out", false);
+    dir.begin(mine, false);
+    write_file(dir.scratch() / "checkpoint", "weights");
+    dir.complete("one");
+  }
+  json other = kFingerprint;
+  for (const json& command : {json("convert"), json()}) {
+    other["command"] = command;
+    WorkDir dir(folder / "out", false);
+    const Error error = error_of([&] { dir.begin(other, false); });
+    EXPECT_EQ(error.code(), ExitCode::kUsage);
+    EXPECT_NE(std::string(error.what()).find("was begun by hla finetune"), std::string::npos)
+        << error.what();
+  }
+  EXPECT_EQ(read_file(folder.path() / ".out.hla-partial" / "scratch" / "checkpoint"), "weights");
+  WorkDir dir(folder / "out", false);
+  dir.begin(other, /*restart=*/true);
+  EXPECT_TRUE(fs::is_empty(dir.scratch()));
+}
+
+// Nor may what cannot be read go, where steps take long.
+TEST(WorkDirTest, WhatCannotBeReadIsRefusedWhereStepsAreDear) {
+  for (const char* text : {"{", "[]", R"({"format": 99, "steps": {}, "fingerprint": {}})"}) {
+    SCOPED_TRACE(text);
+    const TempDir folder;
+    leave_two_steps(folder / "out");
+    write_file(folder.path() / ".out.hla-partial" / "steps.json", text);
+    {
+      WorkDir dir(folder / "out", false);
+      const Error error =
+          error_of([&] { dir.begin(kFingerprint, false, WorkDir::Others::kRefuse); });
+      EXPECT_EQ(error.code(), ExitCode::kUsage);
+    }
+    EXPECT_TRUE(fs::exists(folder.path() / ".out.hla-partial" / "output" / "one"));
+  }
+}
+
 // A run that was killed between the renaming and the removal of its work folder.
 TEST(WorkDirTest, WhatIsFinishedIsNotTakenUp) {
   for (const bool replaces : {false, true}) {
@@ -166,6 +209,13 @@ TEST(WorkDirTest, InputsAreNotReplaced) {
   EXPECT_EQ(code(base, folder / "link"), ExitCode::kUsage);
   EXPECT_NO_THROW(WorkDir::check_inputs(folder.path() / "models" / "other", {base, "org/name"}));
   EXPECT_NO_THROW(WorkDir::check_inputs(base, {folder / "models", "wikitext-2:test"}));
+  // Nor is what an unfinished run of the same output has made, with which it would go.
+  const fs::path out = folder.path() / "models" / "out";
+  leave_two_steps(out);
+  const fs::path root = folder.path() / "models" / ".out.hla-partial";
+  EXPECT_EQ(code(out, root / "scratch" / "model-100"), ExitCode::kUsage);
+  EXPECT_EQ(code(folder.path() / "models" / "." / "out", root), ExitCode::kUsage);
+  EXPECT_NO_THROW(WorkDir::check_inputs(folder.path() / "models" / "other", {root / "scratch"}));
 }
 
 TEST(WorkDirTest, DiscardRemovesEverything) {

@@ -19,6 +19,23 @@ double difference(const at::Tensor& a, const at::Tensor& b) {
   return testing::max_abs_difference(a, b) / b.abs().max().item<double>();
 }
 
+TEST(AutogradFunctionsTest, RowsAreAligned) {
+  const at::Tensor x = at::randn({5, 40}).requires_grad_(true);
+  const auto moved = [&](const at::Tensor& y) {
+    const at::Tensor aligned = with_aligned_rows(y);
+    EXPECT_TRUE(aligned.equal(y));
+    EXPECT_TRUE(aligned.requires_grad());
+    return aligned.const_data_ptr() != y.const_data_ptr();
+  };
+  EXPECT_FALSE(moved(x));
+  EXPECT_FALSE(moved(x.slice(1, 4, 36)));
+  EXPECT_FALSE(moved(x.view({5, 5, 8}).transpose(0, 1)));
+  EXPECT_TRUE(moved(x.slice(1, 3, 35)));                           // begins between
+  EXPECT_TRUE(moved(x.flatten().slice(0, 0, 190).view({5, 38})));  // rows do
+  EXPECT_TRUE(moved(x.to(at::kHalf).slice(1, 4, 36)));             // 8 bytes
+  EXPECT_FALSE(moved(x.to(at::kHalf).slice(1, 8, 40)));
+}
+
 // Of one layer of a model in a precision, by the hidden states and by what `inputs` names.
 std::vector<at::Tensor> gradients(at::ScalarType dtype, const at::Tensor& hidden,
                                   const at::Tensor& direction) {

@@ -28,5 +28,11 @@ TEST(DeviceTest, ErrorsOfMemoryHaveTheirExitCode) {
   EXPECT_EQ(code([] { TORCH_CHECK(false, "CUDA error: invalid argument"); }), ExitCode::kRuntime);
 }
 
+TEST(DeviceTest, FindsTheFileOfLibTorch) {
+  EXPECT_TRUE(torch_library_file().filename().string().starts_with("libtorch_cpu.so"))
+      << torch_library_file();
+  EXPECT_TRUE(std::filesystem::exists(torch_library_file()));
+}
+
 }  // namespace
 }  // namespace hla

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "hla/factorize/factors.h"
+#include "hla/model/device.h"
 #include "tensor_util.h"
 
 namespace hla {
@@ -57,6 +58,32 @@ at::Tensor rotate_naively(const at::Tensor& keys, const at::Tensor& positions, d
     }
   }
   return result;
+}
+
+// Values begin where a product's keys end, here at no multiple of 16 bytes.
+TEST(HlaAttentionTest, ReadsValuesAnywhereOnCuda) {
+  if (cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  at::manual_seed(12);
+  const at::Device device(at::kCUDA, 0);
+  for (const at::ScalarType dtype : {at::kFloat, at::kHalf}) {
+    SCOPED_TRACE(dtype);
+    const auto attend = [&](bool apart) {
+      at::manual_seed(3);
+      const at::TensorOptions options = at::TensorOptions(device).dtype(dtype);
+      const at::Tensor up = at::randn({1, 50, 3 * 2 * 27 + 3 * 64}, options).requires_grad_(true);
+      at::Tensor values = up.slice(-1, 3 * 2 * 27).unflatten(-1, {3, 64});
+      if (apart) values = values.clone(at::MemoryFormat::Contiguous);
+      const at::Tensor context = Attention::context(
+          {at::randn({1, 50, 9, 64}, options), at::randn({1, 50, 3, 64}, options), values});
+      context.square().sum().backward();
+      return std::pair{context.detach().cpu().to(at::kFloat), up.grad().cpu().to(at::kFloat)};
+    };
+    const auto [context, gradient] = attend(false);
+    const auto [expected_context, expected_gradient] = attend(true);
+    const double tolerance = dtype == at::kFloat ? 1e-4 : 2e-2;
+    EXPECT_LE(max_abs_difference(context, expected_context), tolerance);
+    EXPECT_LE(max_abs_difference(gradient, expected_gradient), tolerance);
+  }
 }
 
 // Rotating the complex latents and then projecting up is rotating the projected keys: exactly,

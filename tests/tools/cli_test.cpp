@@ -57,6 +57,33 @@ TEST(CliTest, UsageErrorsExitWith2) {
   EXPECT_EQ(run_hla("convert " + stories() + " out --objective loss --value-weight 0.3").code, 2);
 }
 
+// A pipe that stays open: what is waited for there can be interrupted.
+TEST(CliTest, ReadingStdinCanBeInterrupted) {
+  for (const char* command : {"tokenize ", "generate "}) {
+    SCOPED_TRACE(command);
+    const CommandResult result = run_command("sleep 4 | timeout --preserve-status -s INT 2 " +
+                                             std::string(HLA_BINARY) + " " + command + stories());
+    EXPECT_EQ(result.code, 130) << result.err;
+    EXPECT_EQ(result.out, "");
+  }
+}
+
+TEST(CliTest, StdoutIsNoFileThatExists) {
+  const CommandResult generated =
+      run_hla("generate " + stories() + " --prompt a -n 2 --json /dev/stdout");
+  EXPECT_EQ(generated.code, 0) << generated.err;
+  EXPECT_NE(generated.out.find("\"continuations\""), std::string::npos) << generated.out;
+}
+
+TEST(CliTest, SaysThatThereIsNoTokenizer) {
+  const TempDir folder;
+  std::filesystem::copy_file(stories(), folder / "model.bin");
+  const CommandResult result =
+      run_hla("tokenize " + (folder / "model.bin").string() + " </dev/null");
+  EXPECT_EQ(result.code, 3);
+  EXPECT_NE(result.err.find("model.bin: has no tokenizer"), std::string::npos) << result.err;
+}
+
 TEST(CliTest, InfoDescribes) {
   const CommandResult text = run_hla("info " + stories());
   EXPECT_EQ(text.code, 0);

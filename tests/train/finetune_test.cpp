@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <sstream>
 #include <tuple>
 
+#include "factorize/model_files.h"
 #include "hla/io/checkpoint.h"
 #include "hla/io/json_file.h"
 #include "hla/io/parquet.h"
@@ -468,6 +470,21 @@ TEST(FinetuneTest, Refuses) {
   EXPECT_EQ(code_of("train.parameters=factors"), ExitCode::kBadInput);
   EXPECT_EQ(code_of("train.lora_rank=4"), ExitCode::kUsage);
   EXPECT_FALSE(std::filesystem::exists(folder / "out"));
+}
+
+// No text reads it, so that nothing but the weights themselves shows it.
+TEST(FinetuneTest, RefusesWeightsThatAreNotFinite) {
+  const TempDir folder;
+  ASSERT_EQ(
+      run_hla("convert " + stories() + " " + (folder / "broken").string() + " --no-calib").code, 0);
+  testing::overwrite_number(folder / "broken" / "model.safetensors", "model.embed_tokens.weight",
+                            std::numeric_limits<float>::quiet_NaN());
+  const Error error = error_of([&] { tune(quick((folder / "broken").string(), folder / "out")); });
+  EXPECT_EQ(error.code(), ExitCode::kNonFinite);
+  EXPECT_NE(std::string(error.what()).find("model.embed_tokens.weight: NaN or Inf"),
+            std::string::npos)
+      << error.what();
+  EXPECT_FALSE(std::filesystem::exists(folder / ".out.hla-partial"));
 }
 
 }  // namespace

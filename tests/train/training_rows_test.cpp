@@ -32,6 +32,23 @@ class Letters : public Tokenizer {
   std::string kind() const override { return "letters"; }
 };
 
+// A line is one id, its length, so that ids have any number of bytes.
+class Lines : public Letters {
+ public:
+  std::vector<int32_t> encode(std::string_view text, bool) const override {
+    encoded += text.size();
+    std::vector<int32_t> ids;
+    for (size_t end = 0; end != std::string_view::npos; text.remove_prefix(end + 1)) {
+      end = text.find('\n');
+      const size_t length = std::min(end, text.size());
+      if (length > 0) ids.push_back(static_cast<int32_t>(length));
+      if (end == std::string_view::npos) break;
+    }
+    return ids;
+  }
+  mutable size_t encoded = 0;
+};
+
 using Part = std::pair<Corpus::Kind, std::string>;
 
 Part document(std::string text) { return {Corpus::Kind::kDocuments, std::move(text)}; }
@@ -131,6 +148,30 @@ TEST(TrainingRowsTest, ShufflesBySeedAndEpoch) {
   for (int64_t i = 0; i < 100; ++i) EXPECT_EQ(sorted[static_cast<size_t>(i)], i);
   EXPECT_NE(sorted, order);
   EXPECT_TRUE(shuffled(0, 1, 0).empty());
+}
+
+// Of a long text only so much is encoded as there is room for, to the same ids.
+TEST(TrainingRowsTest, EncodesTheBeginningOfALongText) {
+  for (const size_t longest : {6, 38}) {
+    SCOPED_TRACE(longest);
+    std::string text;
+    for (size_t i = 0; i < 50'000; ++i) text += std::string(1 + i * 7 % longest, 'x') + "\n";
+    const auto rows_of_text = [&](int64_t max_tokens, const Lines& lines) {
+      const testing::TempDir folder;
+      const auto texts = [&](const CorpusPart& part) { part(Corpus::Kind::kText, text); };
+      const TrainingRows rows(texts, lines, 40, {.context = 100, .max_tokens = max_tokens},
+                              folder.path());
+      EXPECT_EQ(rows.tokens(), max_tokens == 0 ? 50'000 : max_tokens);
+      return rows.batch({9}).ids;
+    };
+    const Lines all;
+    const at::Tensor expected = rows_of_text(0, all);
+    const Lines some;
+    EXPECT_TRUE(at::equal(rows_of_text(1'000, some), expected));
+    EXPECT_LT(some.encoded, all.encoded / 5);
+    const Lines most;
+    EXPECT_TRUE(at::equal(rows_of_text(49'990, most), expected));
+  }
 }
 
 }  // namespace

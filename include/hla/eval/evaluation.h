@@ -59,7 +59,7 @@ struct Evaluation {
   std::vector<std::string> warnings;  // what may make the numbers incomparable
   bool partial = false;               // interrupted, or ended by `failure`
   std::exception_ptr failure;         // what ended it after at least one model was scored
-  uint64_t peak_rss_bytes = 0;
+  uint64_t peak_rss_bytes = 0;        // of the process; on a GPU of LibTorch's allocator there
   int threads = 0;
 
   // {"results": [...]}: one self-contained entry per model and protocol.

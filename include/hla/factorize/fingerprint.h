@@ -13,15 +13,15 @@ namespace hla {
 
 // A checkpoint's files (name, size, time of the last change, tensors) and config.
 nlohmann::json checkpoint_fingerprint(const Checkpoint& checkpoint);
-// The program, and the number of threads and the processor's instructions, which decide how sums
+// The program with its LibTorch, and the number of threads and the processor, which decide how sums
 // are rounded.
 nlohmann::json program_fingerprint();
 nlohmann::json machine_fingerprint();
 
 // Equal only for conversions that give the same folder: the base's files (name, size, time of the
-// last change, tensors) and config, the plan, the options, the calibration texts, the program, and
-// the number of threads and the processor's instructions, which decide how sums are rounded. An
-// unfinished conversion is gone on with only where it is equal.
+// last change, tensors) and config, the plan, the options, the calibration texts and
+// the type of device and numbers they are computed with, program_fingerprint() and
+// machine_fingerprint(). An unfinished conversion is gone on with only where it is equal.
 nlohmann::json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& options,
                                       const ConversionPlan& plan,
                                       const std::vector<CalibrationText>& texts);

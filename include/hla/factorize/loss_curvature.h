@@ -47,9 +47,8 @@ uint64_t loss_pass_bytes(const ModelConfig& config, int64_t length, bool fused, 
 uint64_t loss_pass_disk_bytes(const Calibration& calibration, int64_t kept_inputs, bool at_once);
 // Whether collect_loss_curvature() takes less than half of the available memory.
 bool loss_pass_fits(const Calibration& calibration, bool sample);
-// Throws kOutOfMemory where not even a layer at a time fits into `available` bytes.
-void preflight_loss_by_layer(const Calibration& calibration, bool sample,
-                             uint64_t available = available_memory_bytes());
+// Throws kOutOfMemory where not even a layer at a time fits into `available` bytes of the device.
+void preflight_loss_by_layer(const Calibration& calibration, bool sample, uint64_t available);
 
 struct LossPassOptions {
   bool sample = false;

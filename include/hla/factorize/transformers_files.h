@@ -1,10 +1,13 @@
-// The Python code with which transformers runs a converted folder (trust_remote_code).
+// What makes a folder of weights a model, with the Python code with which transformers runs a
+// conversion (trust_remote_code).
 #pragma once
 
 #include <filesystem>
 #include <nlohmann/json_fwd.hpp>
 #include <string_view>
 #include <vector>
+
+#include "hla/io/checkpoint.h"
 
 namespace hla {
 
@@ -16,8 +19,10 @@ struct EmbeddedFile {
 // The files of src/factorize/transformers, embedded by cmake/embed_transformers.cmake.
 const std::vector<EmbeddedFile>& transformers_files();
 
-// Writes them into `folder`, and into `config` (a config.json) where transformers finds its
+// Makes a folder of weights whole: the side files of the checkpoint that they are derived from, for
+// a conversion (`config` says so) transformers_files(), and last config.json, which names their
 // classes. Throws kRuntime when a file cannot be written, kUsage when it exists.
-void write_transformers_files(const std::filesystem::path& folder, nlohmann::json& config);
+void write_model_files(const Checkpoint& origin, nlohmann::json config,
+                       const std::filesystem::path& folder);
 
 }  // namespace hla

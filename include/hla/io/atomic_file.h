@@ -43,6 +43,10 @@ class AtomicFile {
   int fd_ = -1;
 };
 
+// Whether AtomicFile takes a path for the process's own stdout or stderr (/dev/stdout), wherever
+// that goes.
+bool is_standard_stream(const std::filesystem::path& path);
+
 // Bytes that this user may still write on the file system of `path`; of its nearest existing parent
 // when it does not exist yet. Throws kRuntime if that cannot be found out.
 uint64_t free_space(const std::filesystem::path& path);

@@ -24,7 +24,8 @@ std::filesystem::path cached_hub_folder(HubRepo kind, const std::string& id);
 // may hold a part of the repository's files only. Empty where the repository is not cached.
 std::vector<std::filesystem::path> cached_hub_snapshots(HubRepo kind, const std::string& id);
 
-// The folder or file that the user means. An existing path wins; else `org/name` or
+// The folder or file that the user means. An existing path wins (of a repository's own folder in a
+// cache, "models--org--name", the snapshot of `main`, or the newest); else `org/name` or
 // `org/name@revision` is looked up in the cache: a ref (a branch or tag, "main" by default), a
 // commit hash, or without a ref for the default revision the newest snapshot. Throws kBadInput
 // that says where it looked and what is there.

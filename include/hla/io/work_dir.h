@@ -26,8 +26,9 @@ class WorkDir {
   // Throws what the constructor would throw for the target. Makes nothing.
   static void check_target(const std::filesystem::path& target, bool force);
 
-  // Throws kUsage where one of the inputs is the target or lies in it: with force it would be
-  // replaced while it is read, and be gone. Inputs that are no paths are nothing.
+  // Throws kUsage where one of the inputs is the target or its work folder, or lies in one of them:
+  // it would be replaced or removed while it is read, and be gone. Inputs that are no paths are
+  // nothing.
   static void check_inputs(const std::filesystem::path& target,
                            const std::vector<std::filesystem::path>& inputs);
 
@@ -46,7 +47,9 @@ class WorkDir {
     kRefuse,  // kUsage, saying what differs: they took too long to be lost by a slip
   };
   // To be called once, before anything is written. Takes up the steps that an unfinished run of the
-  // same fingerprint left, unless `restart`; else empties the folder. Says on stderr which.
+  // same fingerprint left, unless `restart`; else empties the folder. Says on stderr which. What
+  // another command left, by the "command" in its fingerprint, is refused in any case: what it may
+  // have cost is not known here.
   void begin(nlohmann::json fingerprint, bool restart, Others others = Others::kRemove);
 
   // Of output(), scratch() and all else there is.
@@ -80,6 +83,7 @@ class WorkDir {
   void commit();
 
  private:
+  static std::filesystem::path root_of(const std::filesystem::path& target);
   void lock();
   void make_folders() const;
   bool take_up(Others others);

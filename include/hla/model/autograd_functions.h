@@ -17,6 +17,10 @@ bool differentiates(const at::Tensor& x, const at::Tensor& weight);
 // x with the entries of its last dimension next to each other, as kernels read them.
 at::Tensor with_dense_rows(const at::Tensor& x);
 
+// x with rows that begin at multiples of 16 bytes: LibTorch's attention kernels for GPUs read so
+// many at once, and do not look where they begin.
+at::Tensor with_aligned_rows(const at::Tensor& x);
+
 // As cpu::rms_norm: x (…, D), weight (D) -> (…, D).
 at::Tensor differentiable_rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <filesystem>
 #include <optional>
 #include <string>
 
@@ -14,8 +15,11 @@ namespace hla {
 
 // Usable CUDA devices. The first call loads LibTorch's CUDA half where there is an NVIDIA driver;
 // the program is not linked against it, because every start would take 400 MB more
-// (docs/design.md).
+// (docs/design.md). To be called before anything that asks LibTorch for an accelerator, as
+// at::manual_seed() does: LibTorch then decides once and for all that there is none.
 int cuda_device_count();
+// The file of libtorch_cpu that runs in this process; empty where that cannot be told.
+std::filesystem::path torch_library_file();
 // Whether this LibTorch has a CUDA half at all.
 bool has_cuda_library();
 
@@ -38,6 +42,9 @@ std::string dtype_label(at::ScalarType dtype);  // "fp32"
 bool is_half(at::ScalarType dtype);             // fp16 or bf16
 at::ScalarType to_scalar_type(DType dtype);
 DType to_dtype(at::ScalarType dtype);  // throws kRuntime for types that files do not hold
+
+// Waits until a GPU has done all that it was given.
+void synchronize(const at::Device& device);
 
 // What can still be allocated there; of a GPU where its runtime says so, else as if without limit.
 uint64_t available_memory_bytes(const at::Device& device);

@@ -89,7 +89,8 @@ class HlaAttention : public Attention {
   at::Tensor rotate_fast_keys(const at::Tensor& up, const RopeTables& rope) const;
   std::pair<at::Tensor, at::Tensor> assemble(at::Tensor fast, const at::Tensor& up,
                                              const at::Tensor& like, const RopeTables& rope) const;
-  at::Tensor paper_rotate(const at::Tensor& latent, int64_t heads, const RopeTables& rope) const;
+  at::Tensor paper_rotate(const at::Tensor& latent, const at::Tensor& rotation,
+                          const RopeTables& rope) const;
 
   HlaRope rope_kind_;
   double rotary_fraction_;
@@ -98,6 +99,8 @@ class HlaAttention : public Attention {
   std::shared_ptr<Linear> k_down_, k_up_;
   std::shared_ptr<ComplexUp> k_up_complex_;
   std::shared_ptr<Linear> kv_down_, kv_up_;
+  // Of `paper`: the frequency of each pair of a latent that turns.
+  at::Tensor q_rotation_, k_rotation_;
 };
 
 // Number of rotated pairs and the frequency of pair i for the `paper` rotation of a latent of

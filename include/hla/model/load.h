@@ -23,11 +23,15 @@ struct LoadOptions {
 // differs from the embeddings that it is tied to. Of no other tensors data are read.
 void check_tensors(const ModelConfig& config, const Checkpoint& checkpoint, Problems& problems);
 
+// The config of a checkpoint that load_model() can load, plain Llama or HLA. Throws kBadInput with
+// all problems of config.json, or else all that check_tensors() finds.
+ModelConfig checked_config(const Checkpoint& checkpoint);
+
 // The floating-point type that holds most of the checkpoint's elements.
 at::ScalarType stored_dtype(const Checkpoint& checkpoint);
 
 // A checkpoint's tensors on a device in a dtype: views of the mapped file where nothing has to
-// change. Expects checked tensors (check_tensors). The checkpoint must outlive it.
+// change. Expects checked tensors (checked_config). The checkpoint must outlive it.
 class CheckpointSource : public ParameterSource {
  public:
   CheckpointSource(const Checkpoint& checkpoint, at::Device device, at::ScalarType dtype)
