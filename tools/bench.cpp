@@ -53,19 +53,19 @@ void add_bench(CLI::App& app) {
       ->required();
   command
       ->add_option("-p,--prompt-tokens", bench.prompt_tokens, "Tokens of a prompt; 0: no such test")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   command
       ->add_option("-n,--generated-tokens", bench.generated_tokens,
                    "Tokens decoded of every sequence; 0: no such test")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   add_list_option(*command, "-d,--depth", bench.depths,
                   "Tokens in the cache before a test; several: 0,2048,8192; default 0");
   add_list_option(*command, "-b,--batch", bench.batches,
                   "Sequences decoded at once; several: 1,4; default 1");
   command->add_option("-r,--repetitions", bench.repetitions, "Of every test")
-      ->check(CLI::PositiveNumber)
+      ->check(at_least(1))
       ->capture_default_str();
   add_cache_dtype_option(*command, arguments->cache_dtype);
   add_absorb_error_option(*command, bench.absorb_error);

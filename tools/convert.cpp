@@ -190,7 +190,8 @@ void run_convert(ConvertArguments& arguments) {
   if (!has_size(options) && options.objective() == Objective::kLoss) {
     options.target_ratio = kDefaultRatio;
   }
-  check_output_targets({{"--json", arguments.json}, {"--plot", arguments.plot}}, options.force);
+  check_output_targets({{"--json", arguments.json}, {"--plot", arguments.plot}}, options.force,
+                       arguments.out);
   if (arguments.dry_run && !arguments.plot.empty()) {
     throw_usage("--plot and --dry-run exclude each other: nothing is converted");
   }
@@ -235,8 +236,10 @@ void add_convert(CLI::App& app) {
   command->add_option("--target-ratio", options.target_ratio,
                       "The same, but shared out over the layers by the loss that their ranks cost, "
                       "where the objective is loss (then the default: 0.5)");
-  command->add_option("--target-bytes-per-token", options.target_bytes,
-                      "The same for at most so many cached bytes per token of all layers");
+  command
+      ->add_option("--target-bytes-per-token", options.target_bytes,
+                   "The same for at most so many cached bytes per token of all layers")
+      ->check(at_least(1));
   command->add_option("--target-ppl-increase", arguments->target_ppl_increase,
                       "The least cache with which the perplexity of held-out text rises by no more "
                       "than this, like 5%");
@@ -264,11 +267,13 @@ void add_convert(CLI::App& app) {
                    "SmolLM2")
       ->take_all();
   command->add_option("--calib-tokens", options.calib_tokens, "Tokens of all texts together")
-      ->check(CLI::PositiveNumber)
+      ->check(at_least(1))
       ->capture_default_str();
-  command->add_option("--calib-length", options.calib_length, "Tokens per calibration sequence")
-      ->check(CLI::Range(2, 1 << 20))
-      ->capture_default_str();
+  command
+      ->add_option("--calib-length", options.calib_length,
+                   "Tokens per calibration sequence; default: 1024, or the model's positions where "
+                   "those are fewer")
+      ->check(CLI::Range(2, 1 << 20));
   command->add_flag("--no-calib", arguments->no_calib, "Use the weights alone");
   CLI::Option* objective =
       command

@@ -24,7 +24,6 @@ struct FinetuneArguments {
 };
 
 void run_finetune(const FinetuneArguments& arguments) {
-  check_output_target("--json", arguments.json, arguments.force);
   const std::optional<std::filesystem::path> file =
       arguments.config.empty() ? std::nullopt
                                : std::optional<std::filesystem::path>(arguments.config);
@@ -33,6 +32,7 @@ void run_finetune(const FinetuneArguments& arguments) {
     std::cout << to_commented_json(config);
     return;
   }
+  check_output_targets({{"--json", arguments.json}}, arguments.force, config.config.output);
   keep_freed_memory();  // every step takes the same
   const FinetuneReport report = finetune(
       config,

@@ -169,7 +169,10 @@ void run_generate(const GenerateArguments& arguments) {
   OnText on_text;
   if (arguments.stream && !to_stdout) {
     if (arguments.echo) std::cout << prompts[0];
-    on_text = [](size_t, std::string_view text) { std::cout << text << std::flush; };
+    on_text = [](size_t, std::string_view text) {
+      std::cout << text << std::flush;
+      if (!std::cout) throw_runtime("stdout: write failed");  // nobody reads on
+    };
   }
   const GenerateReport report = generate(decoder, *tokenizer, ids, options, on_text);
   const uint64_t peak_bytes = peak_memory_bytes(model->device());
@@ -221,7 +224,7 @@ void add_generate(CLI::App& app) {
   SamplingOptions& sampling = generate.sampling;
   const char* group = "When to stop";
   command->add_option("-n,--max-new-tokens", generate.max_new_tokens, "Tokens per prompt, at most")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str()
       ->group(group);
   command
@@ -239,7 +242,7 @@ void add_generate(CLI::App& app) {
           "Longest sequence, prompt included; default: the model's "
           "max_position_embeddings, beyond which it was not trained. (Where RoPE is scaled "
           "by length, \"dynamic\", it is by the longest that a batch can reach)")
-      ->check(CLI::PositiveNumber)
+      ->check(at_least(1))
       ->group(group);
   group = "Sampling";
   CLI::Option* temperature =

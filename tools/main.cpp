@@ -4,10 +4,13 @@
 #include <torch/version.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <csignal>
 #include <iostream>
 #include <new>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "commands.h"
 #include "hla/core/cpu_features.h"
@@ -36,6 +39,21 @@ int report(ExitCode code, const std::string& message) {
   return static_cast<int>(code);
 }
 
+// What a script makes of a variable that is not set must not count as if the option were not there.
+void refuse_empty_values(const CLI::App& app) {
+  for (const CLI::App* command : app.get_subcommands()) {
+    for (const CLI::Option* option : command->get_options()) {
+      const std::string name = option->get_name();
+      if (name == "--prompt" || name == "--system") continue;
+      if (option->get_items_expected_min() == 0) continue;  // may be given without
+      const std::vector<std::string>& values = option->results();
+      if (std::find(values.begin(), values.end(), "") != values.end()) {
+        throw CLI::ValidationError(name, "expected a value, got an empty one");
+      }
+    }
+  }
+}
+
 int run(int argc, char** argv) {
   CLI::App app{"Converts Llama checkpoints to HLA, low-rank latent attention, and measures them."};
   app.name("hla");
@@ -47,6 +65,7 @@ int run(int argc, char** argv) {
   app.add_flag("-v,--verbose", verbose, "More messages on stderr");
   app.add_flag("-q,--quiet", quiet, "Only warnings and errors on stderr");
   app.parse_complete_callback([&] {
+    refuse_empty_values(app);
     hla::init_logging(verbose ? hla::LogLevel::kVerbose
                       : quiet ? hla::LogLevel::kQuiet
                               : hla::LogLevel::kNormal);

@@ -1,14 +1,19 @@
 #include "options.h"
 
 #include <ATen/Parallel.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
+#include <cstring>
 #include <filesystem>
 #include <iostream>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <sstream>
+#include <thread>
 
 #include "hla/core/error.h"
 #include "hla/io/atomic_file.h"
@@ -25,7 +30,25 @@ std::vector<std::string> split(const std::string& text) {
   return parts;
 }
 
+std::optional<int64_t> integer_of(const std::string& text) {
+  int64_t number = 0;
+  const auto parsed = std::from_chars(text.data(), text.data() + text.size(), number);
+  const bool whole = parsed.ec == std::errc() && parsed.ptr == text.data() + text.size();
+  return whole ? std::optional(number) : std::nullopt;
+}
+
 }  // namespace
+
+CLI::Validator at_least(int64_t least) {
+  return CLI::Validator(
+      [least](std::string& text) {
+        const std::optional<int64_t> number = integer_of(text);
+        return number && *number < least
+                   ? "expected at least " + std::to_string(least) + ", got " + text
+                   : std::string();
+      },
+      "");
+}
 
 void add_cache_dtype_option(CLI::App& command, std::string& target) {
   command
@@ -72,12 +95,11 @@ CLI::Option* add_list_option(CLI::App& command, const std::string& name,
       [&target, name](const std::string& text) {
         target.clear();
         for (const std::string& part : split(text)) {
-          int64_t number = 0;
-          const auto parsed = std::from_chars(part.data(), part.data() + part.size(), number);
-          if (parsed.ec != std::errc() || parsed.ptr != part.data() + part.size()) {
+          const std::optional<int64_t> number = integer_of(part);
+          if (!number) {
             throw CLI::ValidationError(name, "expected integers like 0,73,147, got " + text);
           }
-          target.push_back(number);
+          target.push_back(*number);
         }
       },
       description);
@@ -90,7 +112,17 @@ void add_dtype_option(CLI::App& command, std::string& target, const std::string&
 
 void add_threads_option(CLI::App& command, int& target) {
   command.add_option("--threads", target, "CPU threads; 0: one per core")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
+      ->check(CLI::Validator(
+          [](std::string& text) {
+            // Many more than processors only wait for each other.
+            const int64_t most = std::max<int64_t>(64, 4 * std::thread::hardware_concurrency());
+            const std::optional<int64_t> count = integer_of(text);
+            return count && *count > most ? "expected at most " + std::to_string(most) +
+                                                " on this machine, got " + text
+                                          : std::string();
+          },
+          ""))
       ->capture_default_str();
 }
 
@@ -117,6 +149,19 @@ LoadOptions resolve(const DeviceOptions& options) {
   return {.device = parse_device(options.device), .dtype = parse_dtype(options.dtype)};
 }
 
+namespace {
+
+// Where a file would come to lie, through links that lead to where nothing is yet, too.
+std::string place_of(std::filesystem::path path) {
+  std::error_code error;
+  for (int links = 0; links < 40 && std::filesystem::is_symlink(path, error); ++links) {
+    path = path.parent_path() / std::filesystem::read_symlink(path, error);
+  }
+  return std::filesystem::weakly_canonical(std::filesystem::absolute(path), error).string();
+}
+
+}  // namespace
+
 void check_output_target(const std::string& option, const std::string& target, bool force) {
   if (target.empty() || target == "-" || is_standard_stream(target)) return;
   std::error_code error;
@@ -128,6 +173,14 @@ void check_output_target(const std::string& option, const std::string& target, b
     throw_usage("[" + option + "] " + target + ": there is no folder " +
                 path.parent_path().string());
   }
+  // Before the work, not after it. What is no regular file is written straight to.
+  const bool exists = std::filesystem::exists(path, error);
+  const std::filesystem::path folder = std::filesystem::path(place_of(path)).parent_path();
+  if ((!exists || std::filesystem::is_regular_file(path, error)) &&
+      ::access(folder.c_str(), W_OK | X_OK) != 0) {
+    throw_runtime("[" + option + "] " + target + ": cannot write in " + folder.string() + ": " +
+                  std::strerror(errno));
+  }
   if (force) return;
   if (std::filesystem::is_regular_file(target, error)) {
     throw_usage("[" + option + "] " + target + " exists: use --force to replace it");
@@ -135,16 +188,16 @@ void check_output_target(const std::string& option, const std::string& target, b
 }
 
 void check_output_targets(const std::vector<std::pair<std::string, std::string>>& targets,
-                          bool force) {
+                          bool force, const std::string& folder) {
   std::vector<std::string> seen;
+  if (!folder.empty()) seen.push_back(place_of(folder));
   for (const auto& [option, target] : targets) {
     check_output_target(option, target, force);
     if (target.empty()) continue;
     if (target == "-" && option != "--json" && option != "--csv") {
       throw_usage("[" + option + "] expected a file, got -");
     }
-    const std::string place =
-        target == "-" ? target : std::filesystem::absolute(target).lexically_normal().string();
+    const std::string place = target == "-" ? target : place_of(target);
     if (std::find(seen.begin(), seen.end(), place) != seen.end()) {
       throw_usage("[" + option + "] expected a target of its own, got " + target +
                   " a second time");

@@ -18,6 +18,9 @@ struct DeviceOptions {
   int threads = 0;  // 0: as many as LibTorch takes, one per core
 };
 
+// Refuses integers below `least`, saying so.
+CLI::Validator at_least(int64_t least);
+
 // Registers --device, --dtype and --threads; `auto_dtype` says what the dtype is by default.
 void add_device_options(
     CLI::App& command, DeviceOptions& options,
@@ -56,7 +59,8 @@ void write_json_result(const std::string& target, const nlohmann::json& value, b
 void write_text_result(const std::string& target, const std::string& text, bool force);
 void check_output_target(const std::string& option, const std::string& target, bool force);
 // Of several options at once: no two may name the same place, and none but --json and --csv stdout.
+// Nor may one be `folder`, which the command makes.
 void check_output_targets(const std::vector<std::pair<std::string, std::string>>& targets,
-                          bool force);
+                          bool force, const std::string& folder = "");
 
 }  // namespace hla::tools

@@ -23,7 +23,7 @@ struct TransferArguments {
 };
 
 void run_transfer(TransferArguments& arguments) {
-  check_output_target("--json", arguments.json, arguments.options.force);
+  check_output_targets({{"--json", arguments.json}}, arguments.options.force, arguments.out);
   set_threads(arguments.threads);
   arguments.options.dtype = parse_dtype(arguments.dtype);
   const TransferReport report =

@@ -3,6 +3,8 @@
 #include <openssl/evp.h>
 
 #include <array>
+#include <fstream>
+#include <vector>
 
 #include "hla/core/error.h"
 
@@ -40,6 +42,18 @@ std::string Sha256::hex() {
 std::string sha256_hex(std::string_view data) {
   Sha256 hash;
   hash.add(data);
+  return hash.hex();
+}
+
+std::string sha256_of_file(const std::filesystem::path& file) {
+  std::ifstream stream(file, std::ios::binary);
+  std::vector<char> buffer(size_t{1} << 20);
+  Sha256 hash;
+  while (stream) {
+    stream.read(buffer.data(), static_cast<std::streamsize>(buffer.size()));
+    hash.add({buffer.data(), static_cast<size_t>(stream.gcount())});
+  }
+  if (!stream.eof()) throw_runtime(file.string() + ": cannot read");
   return hash.hex();
 }
 

@@ -60,13 +60,13 @@ void validate(const SamplingOptions& options) {
     if (!holds)
       throw_usage(std::string("[sampling] expected ") + what + ", got " + std::to_string(got));
   };
-  expect(options.temperature >= 0 && std::isfinite(options.temperature), "temperature >= 0",
-         options.temperature);
+  expect(options.temperature >= 0 && std::isfinite(options.temperature),
+         "a finite temperature >= 0", options.temperature);
   expect(options.top_k >= 0, "top-k >= 0", static_cast<double>(options.top_k));
   expect(options.top_p > 0 && options.top_p <= 1, "0 < top-p <= 1", options.top_p);
   expect(options.min_p >= 0 && options.min_p <= 1, "0 <= min-p <= 1", options.min_p);
   expect(options.repetition_penalty > 0 && std::isfinite(options.repetition_penalty),
-         "repetition penalty > 0", options.repetition_penalty);
+         "a finite repetition penalty > 0", options.repetition_penalty);
 }
 
 Sampler::Sampler(const SamplingOptions& options, uint64_t stream) : options_(options) {

@@ -63,6 +63,16 @@ size_t output_sequences(const ConvertOptions& options, size_t sequences) {
   return (sequences + 2) / 3;
 }
 
+int64_t calibration_length(const ConvertOptions& options, const ModelConfig& config) {
+  constexpr int64_t kUsual = 1024;
+  const int64_t most = config.max_position_embeddings;
+  if (options.calib_length && *options.calib_length > most) {
+    throw_usage("[--calib-length] expected at most the model's " + std::to_string(most) +
+                " positions, got " + std::to_string(*options.calib_length));
+  }
+  return options.calib_length.value_or(std::min(kUsual, most));
+}
+
 bool copies_weights(const Checkpoint& base, at::Device device) {
   const at::ScalarType stored = stored_dtype(base);
   return !device.is_cpu() || resolve_dtype(std::nullopt, stored, device) != stored;
@@ -93,9 +103,9 @@ Calibration::Calibration(const Checkpoint& base, const ModelConfig& config,
 }
 
 void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tokenizer) {
-  const int64_t length = std::min(options.calib_length, config_.max_position_embeddings);
+  const int64_t length = calibration_length(options, config_);
   const auto read = [&](const std::filesystem::path& path) {
-    const Corpus corpus = open_corpus(path.string());
+    const Corpus corpus = open_corpus(path.string(), {.needs_split = true});
     texts_.push_back({path, corpus.sha256});
     std::vector<int32_t> ids =
         tokenizer.encode(corpus.kind == Corpus::Kind::kText ? corpus.text : corpus.raw());

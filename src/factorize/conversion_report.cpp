@@ -207,6 +207,8 @@ json ConvertReport::to_json(const ConvertOptions& options, bool measured) const 
                   {{"text", calib_text()},
                    {"texts", std::move(texts)},
                    {"tokens", calib_tokens},
+                   {"sequence_tokens",
+                    options.calibrated() ? json(calibration_length(options, base)) : json()},
                    {"perplexity_tokens", perplexity_tokens},
                    {"base_perplexity", or_null(base_perplexity)}}},
                  {"layers", std::move(per_layer)}};

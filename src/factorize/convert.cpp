@@ -114,6 +114,8 @@ class Conversion {
       if (error.code() == ExitCode::kBadInput || error.code() == ExitCode::kNonFinite) {
         work_.discard();
       }
+      // What a broken weight makes of activations and gradients would be found in another place.
+      if (error.code() == ExitCode::kNonFinite) check_finite(base_);
       throw;
     }
     return report_;

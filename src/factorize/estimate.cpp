@@ -56,7 +56,7 @@ Sizes sizes_of(const ModelConfig& config, const ConvertOptions& options, int64_t
                  .kv = number(config.kv_size()),
                  .heads = number(config.num_attention_heads),
                  .tokens = number(tokens),
-                 .length = number(std::min(options.calib_length, config.max_position_embeddings)),
+                 .length = number(calibration_length(options, config)),
                  .parameters = 0};
   sizes.parameters = sizes.hidden * (2 * sizes.query + 2 * sizes.kv + 3 * sizes.mlp);
   return sizes;

@@ -88,7 +88,7 @@ json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& option
     json read = json::array();
     for (const CalibrationText& text : texts) read.push_back({text.path.string(), text.sha256});
     calibration = {{"texts", std::move(read)},       {"own_validation", options.valid.has_value()},
-                   {"tokens", options.calib_tokens}, {"length", options.calib_length},
+                   {"tokens", options.calib_tokens}, {"length", or_null(options.calib_length)},
                    {"device", options.device.str()}, {"perplexity", options.report_perplexity}};
     // GPUs of one name may compute in other types.
     calibration["dtype"] =

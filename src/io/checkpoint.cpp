@@ -244,6 +244,9 @@ Opened open_folder(const fs::path& folder) {
   Opened opened;
   opened.path = folder;
   opened.kind = "HF folder";
+  std::error_code unread;
+  names_in(folder, unread);
+  if (unread) throw_bad_input(folder.string() + ": cannot read: " + unread.message());
   Problems problems(folder.string());
   if (!is_file(folder / kConfigName)) {
     problems.add(std::string("no ") + kConfigName);

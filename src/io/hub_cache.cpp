@@ -65,12 +65,19 @@ std::vector<std::string> list_names(const fs::path& folder) {
   return names_in(folder, error);
 }
 
-// Where the folder above is there: something in it that is to be made yet, rather than an id.
+// Where the folder above is there: something in it that is misspelt or to be made yet, rather than
+// an id. Or something like it in the current folder.
 std::string hint_at_folder(const fs::path& path) {
   std::error_code error;
-  if (!path.has_parent_path() || !fs::is_directory(path.parent_path(), error)) return "";
-  return "\n  hint: " + path.parent_path().string() + " is there; what is to make " +
-         path.filename().string() + " in it?";
+  const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
+  if (!fs::is_directory(folder, error)) return "";
+  const std::string like = nearest_name(path.filename().string(), list_names(folder));
+  if (!like.empty()) {
+    const fs::path meant = path.has_parent_path() ? folder / like : fs::path(like);
+    return "\n  hint: did you mean " + meant.string() + "?";
+  }
+  if (!path.has_parent_path()) return "";
+  return "\n  hint: the folder " + folder.string() + " is there, but nothing of that name in it";
 }
 
 // The cached ids most like the wanted one, else the first few.

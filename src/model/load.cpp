@@ -123,6 +123,16 @@ ModelConfig checked_config(const Checkpoint& checkpoint) {
   return config;
 }
 
+void check_finite(const Checkpoint& checkpoint) {
+  Problems problems(checkpoint.path().string(), ExitCode::kNonFinite);
+  for (const TensorInfo& info : checkpoint.tensors()) {
+    if (!checkpoint_tensor(checkpoint, info.name).isfinite().all().item<bool>()) {
+      problems.add("tensor " + info.name + ": NaN or Inf in the checkpoint");
+    }
+  }
+  problems.throw_if_any();
+}
+
 std::shared_ptr<LlamaForCausalLM> load_model(const Checkpoint& checkpoint,
                                              const LoadOptions& options) {
   const ModelConfig config = checked_config(checkpoint);

@@ -505,6 +505,10 @@ Source source_of_dataset(const std::string& name, const std::string& split,
                 "\n  hint: a file or folder can be read as it is");
   }
   const Dataset& dataset = *found;
+  if (split.empty() && options.needs_split && dataset.splits.size() > 1) {
+    throw_usage("dataset " + name + ": expected a split, as " + name + ":" +
+                dataset.splits.front() + "; there are: " + join_some(dataset.splits));
+  }
   const std::string wanted = split.empty() ? dataset.splits.back() : canonical_split(split);
   if (std::find(dataset.splits.begin(), dataset.splits.end(), wanted) == dataset.splits.end()) {
     throw_usage("dataset " + name + ": no split \"" + split +

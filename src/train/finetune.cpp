@@ -61,8 +61,9 @@ class Run {
     // What is tuned in half precision has fp32 weights behind it, which begin as they were stored.
     if (is_half(dtype_)) load.dtype = is_half(stored) ? stored : at::kFloat;
     output_dtype_ = is_half(stored) ? dtype_ : *load.dtype;
+    // What is broken from the beginning would show when the first tuned model is written, or never.
+    check_finite(checkpoint_);
     model_ = load_model(checkpoint_, load);
-    check_finite();
     balance_factors();
     check_contexts(*model_, "the model's");
     if (teacher_) check_contexts(*teacher_, "the teacher's");
@@ -129,17 +130,6 @@ class Run {
     return config;
   }
 
-  // What is broken from the beginning would show when the first tuned model is written, or never.
-  void check_finite() const {
-    Problems problems(config_.model, ExitCode::kNonFinite);
-    for (const auto& parameter : model_->named_parameters()) {
-      if (!parameter.value().isfinite().all().item<bool>()) {
-        problems.add("tensor " + parameter.key() + ": NaN or Inf");
-      }
-    }
-    problems.throw_if_any();
-  }
-
   // Of what the trainer will hold, that is in memory already: weights that were converted when they
   // were loaded. The others are where their file is mapped, until they are tuned.
   uint64_t loaded_bytes() const {
@@ -168,7 +158,9 @@ class Run {
            copies(config_.checkpoint.keep_best, evaluations) * model;
   }
 
-  CorpusOptions texts() const { return {.text_field = config_.data.text_field}; }
+  CorpusOptions texts() const {
+    return {.text_field = config_.data.text_field, .needs_split = true};
+  }
 
   void balance_factors() {
     if (!model_->config().hla || config_.train.factors == "kept") return;
@@ -179,11 +171,12 @@ class Run {
 
   void check_contexts(const LlamaForCausalLM& model, const std::string& whose) const {
     const int64_t most = model.config().max_position_embeddings;
-    for (const auto& [key, context] : {std::pair("[data.context]", config_.data.context),
-                                       std::pair("[eval.context]", config_.eval.context)}) {
+    for (const auto& [key, context] : {std::pair("data.context", config_.data.context),
+                                       std::pair("eval.context", config_.eval.context)}) {
       if (context <= most) continue;
-      throw_bad_input(std::string(key) + " expected at most " + std::to_string(most) + " tokens, " +
-                      whose + " max_position_embeddings, got " + std::to_string(context));
+      throw_usage("[" + std::string(key) + "] expected at most " + std::to_string(most) +
+                  " tokens, " + whose + " max_position_embeddings, got " + std::to_string(context) +
+                  (resolved_.origin.at(key) == "default" ? ", the default" : ""));
     }
   }
 
@@ -375,6 +368,7 @@ class Run {
     if (!states.empty() && states.back().at("step") == report_.steps) return;
     trainer.save(checkpoint_file(work, report_.steps));
     states.push_back({{"step", report_.steps},
+                      {"sha256", sha256_of_file(checkpoint_file(work, report_.steps))},
                       {"evaluations", report_.evaluations_json()},
                       {"best", best_},
                       {"metrics_bytes", metrics_->bytes()},
@@ -413,8 +407,13 @@ class Run {
   uint64_t take_up(WorkDir& work, nlohmann::json states, Trainer& trainer) {
     for (;; states.erase(states.size() - 1)) {
       const int64_t step = states.back().at("step");
+      const std::filesystem::path file = checkpoint_file(work, step);
       try {
-        trainer.load(checkpoint_file(work, step), step);
+        if (sha256_of_file(file) != states.back().value("sha256", "")) {
+          throw_bad_input(file.string() +
+                          ": is damaged: its bytes are not those that were written");
+        }
+        trainer.load(file, step);
         break;
       } catch (const Error& error) {
         if (states.size() == 1) throw;

@@ -227,8 +227,8 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        0,
        1},
       {"optimizer.learning_rate", "of AdamW, at its highest", &c.optimizer.learning_rate, {}, 0, 1},
-      {"optimizer.beta1", "decay of the mean gradient", &c.optimizer.beta1, {}, 0, 0.9999999},
-      {"optimizer.beta2", "decay of the mean square", &c.optimizer.beta2, {}, 0, 0.9999999},
+      {"optimizer.beta1", "decay of the mean gradient", &c.optimizer.beta1, {}, 0, 0.999999},
+      {"optimizer.beta2", "decay of the mean square", &c.optimizer.beta2, {}, 0, 0.999999},
       {"optimizer.epsilon", "added to the root of the mean square", &c.optimizer.epsilon, {}, 0},
       {"optimizer.weight_decay",
        "of matrices, decoupled; norms and biases have none",
@@ -334,7 +334,7 @@ ResolvedConfig resolve_config(const std::optional<std::filesystem::path>& file,
   Problems problems("--set", ExitCode::kUsage);
   for (const std::string& assignment : assignments) {
     const size_t equals = assignment.find('=');
-    if (equals == std::string::npos) {
+    if (equals == std::string::npos || equals == 0) {
       problems.add("expected KEY=VALUE, got " + assignment);
       continue;
     }

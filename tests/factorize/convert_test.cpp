@@ -13,11 +13,13 @@
 #include "hla/factorize/estimate.h"
 #include "hla/factorize/plan.h"
 #include "hla/factorize/statistics.h"
+#include "hla/factorize/transformers_files.h"
 #include "hla/io/json_file.h"
 #include "hla/io/work_dir.h"
 #include "hla/model/device.h"
 #include "hla/model/llama.h"
 #include "hla/model/load.h"
+#include "hla/model/save.h"
 #include "hla/text/tokenizer.h"
 #include "model_files.h"
 #include "tensor_util.h"
@@ -71,6 +73,42 @@ TEST(ConvertTest, NonFiniteWeightsAreRefused) {
             std::string::npos)
       << error.what();
   EXPECT_FALSE(std::filesystem::exists(folder / "out"));
+}
+
+TEST(ConvertTest, CalibrationIsAskedForInWords) {
+  const TempDir folder;
+  ConvertOptions options = calibrated();
+  options.calib_length = 4096;
+  const Error longer = error_of([&] { convert(stories(), folder / "out", options); });
+  EXPECT_EQ(longer.code(), ExitCode::kUsage);
+  EXPECT_NE(std::string(longer.what()).find("at most the model's 512 positions"), std::string::npos)
+      << longer.what();
+  options = calibrated();
+  options.calib = {"wikitext-2-raw"};  // the test split, if it were taken
+  EXPECT_EQ(error_of([&] { convert(stories(), folder / "out", options); }).code(),
+            ExitCode::kUsage);
+}
+
+// What a broken weight makes of gradients shows in another layer.
+TEST(ConvertTest, NamesTheBrokenWeightBehindCalibration) {
+  const TempDir folder;
+  const Checkpoint sound = stories();
+  std::filesystem::create_directory(folder / "base");
+  std::vector<std::pair<std::string, at::Tensor>> weights;
+  for (const TensorInfo& info : sound.tensors()) {
+    weights.emplace_back(info.name, checkpoint_tensor(sound, info.name));
+  }
+  save_weights(weights, at::kFloat, folder / "base");
+  write_model_files(sound, sound.config(), folder / "base");
+  testing::overwrite_number(folder / "base/model.safetensors",
+                            "model.layers.1.self_attn.k_proj.weight",
+                            std::numeric_limits<float>::quiet_NaN());
+  const Error error = error_of(
+      [&] { convert(Checkpoint::open((folder / "base").string()), folder / "out", calibrated()); });
+  EXPECT_EQ(error.code(), ExitCode::kNonFinite) << error.what();
+  EXPECT_NE(std::string(error.what()).find("model.layers.1.self_attn.k_proj.weight: NaN or Inf"),
+            std::string::npos)
+      << error.what();
 }
 
 TEST(ConvertTest, LeavesAnUnfinishedFineTuneAlone) {
@@ -300,8 +338,10 @@ TEST(ConvertTest, RefusesTextWithIdsThatTheModelLacks) {
   std::filesystem::copy(source_path("tests/data/models/gqa"), folder / "gqa");
   std::filesystem::copy_file(source_path("data/stories260K/tok512.model"),
                              folder / "gqa" / "tokenizer.model");
+  ConvertOptions options = calibrated();
+  options.calib_length = 64;
   const Error error = error_of(
-      [&] { convert(Checkpoint::open((folder / "gqa").string()), folder / "out", calibrated()); });
+      [&] { convert(Checkpoint::open((folder / "gqa").string()), folder / "out", options); });
   EXPECT_EQ(error.code(), ExitCode::kBadInput);
   EXPECT_NE(std::string(error.what()).find("vocabulary of 96"), std::string::npos) << error.what();
 }

@@ -49,7 +49,11 @@ TEST(HubCacheTest, HintsAtWhatIsMissing) {
     return std::string(testing::error_of([&] { resolve_model_path(path); }).what());
   };
   const std::string here = (folder / "latent-50").string();
-  EXPECT_NE(message_of(here).find("what is to make latent-50 in it?"), std::string::npos)
+  EXPECT_NE(message_of(here).find("is there, but nothing of that name in it"), std::string::npos)
+      << message_of(here);
+  std::filesystem::create_directory(folder / "latent-25");
+  EXPECT_NE(message_of(here).find("did you mean " + (folder / "latent-25").string() + "?"),
+            std::string::npos)
       << message_of(here);
   EXPECT_NE(message_of("org/latent-50").find("hint: hf download org/latent-50"), std::string::npos)
       << message_of("org/latent-50");

@@ -75,6 +75,75 @@ TEST(CliTest, StdoutIsNoFileThatExists) {
   EXPECT_NE(generated.out.find("\"continuations\""), std::string::npos) << generated.out;
 }
 
+// A variable of a script that is not set.
+TEST(CliTest, EmptyValuesAreRefused) {
+  const TempDir folder;
+  for (const std::string& command : std::vector<std::string>{
+           "info \"\"", "ppl " + stories() + " --text \"\" --limit 1",
+           "ppl " + stories() + " --limit 1 --ctx 64 --json \"\"",
+           "generate " + stories() + " -n 1 --prompts \"\" </dev/null",
+           "convert " + stories() + " " + (folder / "out").string() + " --no-calib --plan \"\"",
+           "finetune --print-config --config \"\"",
+           "tokenize " + stories() + " --text \"\" </dev/null"}) {
+    const CommandResult result = run_hla(command);
+    EXPECT_EQ(result.code, 2) << command;
+    EXPECT_NE(result.err.find("expected a value, got an empty one"), std::string::npos)
+        << command << result.err;
+  }
+  EXPECT_EQ(run_hla("generate " + stories() + " -n 1 --prompt \"\"").code, 0);
+}
+
+TEST(CliTest, NumbersOutOfRangeAreRefusedInWords) {
+  const auto message = [](const std::string& arguments) {
+    const CommandResult result = run_hla(arguments);
+    EXPECT_EQ(result.code, 2) << arguments;
+    return result.err;
+  };
+  EXPECT_NE(message("bench " + stories() + " -r 0").find("expected at least 1, got 0"),
+            std::string::npos);
+  EXPECT_NE(message("ppl " + stories() + " --threads -1").find("expected at least 0, got -1"),
+            std::string::npos);
+  EXPECT_NE(message("ppl " + stories() + " --threads 100000").find("expected at most"),
+            std::string::npos);
+}
+
+// One report must not replace the other, nor what the command makes.
+TEST(CliTest, TargetsAreTheirOwnThroughLinks) {
+  const TempDir folder;
+  const std::string json = (folder / "report.json").string();
+  std::filesystem::create_symlink("report.json", folder / "report.csv");
+  const CommandResult linked = run_hla("ppl " + stories() + " --limit 1 --ctx 64 --force --json " +
+                                       json + " --csv " + (folder / "report.csv").string());
+  EXPECT_EQ(linked.code, 2);
+  EXPECT_NE(linked.err.find("a second time"), std::string::npos) << linked.err;
+  const std::string out = (folder / "out").string();
+  EXPECT_EQ(run_hla("convert " + stories() + " " + out + " --no-calib --json " + out).code, 2);
+  EXPECT_FALSE(std::filesystem::exists(out));
+}
+
+TEST(CliTest, FoldersThatCannotBeWrittenAreFoundAtOnce) {
+  if (::geteuid() == 0) GTEST_SKIP() << "root may write anywhere";
+  const TempDir folder;
+  std::filesystem::create_directory(folder / "closed");
+  std::filesystem::permissions(
+      folder / "closed", std::filesystem::perms::owner_read | std::filesystem::perms::owner_exec);
+  const CommandResult result =
+      run_hla("convert " + stories() + " " + (folder / "out").string() + " --no-calib --json " +
+              (folder / "closed/report.json").string());
+  EXPECT_EQ(result.code, 1);
+  EXPECT_NE(result.err.find("cannot write in"), std::string::npos) << result.err;
+  EXPECT_FALSE(std::filesystem::exists(folder / "out"));
+}
+
+// It ends with the reader, not with the last of its tokens.
+TEST(CliTest, StreamingEndsWithItsReader) {
+  const CommandResult result =
+      run_hla("generate " + stories() +
+              " --prompt a -n 1000000 --max-length 2000000 --ignore-eos --stream >/dev/full");
+  EXPECT_EQ(result.code, 1);
+  EXPECT_NE(result.err.find("stdout: write failed"), std::string::npos) << result.err;
+}
+
 TEST(CliTest, SaysThatThereIsNoTokenizer) {
   const TempDir folder;
   std::filesystem::copy_file(stories(), folder / "model.bin");

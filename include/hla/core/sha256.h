@@ -1,6 +1,7 @@
 // SHA-256 (FIPS 180-4) of texts, so that a result can say what exactly it was measured on.
 #pragma once
 
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -25,5 +26,7 @@ class Sha256 {
 };
 
 std::string sha256_hex(std::string_view data);  // of all of it, 64 lower-case digits
+// Of a file's bytes. Throws kRuntime where it cannot be read.
+std::string sha256_of_file(const std::filesystem::path& file);
 
 }  // namespace hla

@@ -46,6 +46,10 @@ struct CalibrationText {
   std::string sha256;
 };
 
+// Tokens of a calibration sequence. Throws kUsage where more are asked for than the model has
+// positions.
+int64_t calibration_length(const ConvertOptions& options, const ModelConfig& config);
+
 // Whether a calibration holds copies of the base's weights, in another precision or on another
 // device, instead of reading them where the file is mapped.
 bool copies_weights(const Checkpoint& base, at::Device device);

@@ -54,8 +54,8 @@ struct ConvertOptions {
   // Calibration texts, of equal shares; none: weights only (--no-calib). `paper` never looks at
   // them.
   std::vector<std::filesystem::path> calib;
-  int64_t calib_tokens = 65536;  // of all texts together
-  int64_t calib_length = 1024;   // tokens per sequence
+  int64_t calib_tokens = 65536;         // of all texts together
+  std::optional<int64_t> calib_length;  // tokens per sequence; absent: 1024, or the positions
 
   at::Device device = at::Device(at::kCPU);   // of the calibration forward
   std::optional<at::ScalarType> dtype;        // of all weights written; absent: the base's own

@@ -43,6 +43,9 @@ struct CorpusOptions {
   // Stop after so many documents, in the order of the files; the rest is not read. A text (plain,
   // or WikiText rows) is always read whole.
   std::optional<int64_t> max_documents = {};
+  // Refuse a dataset of several splits without one, instead of taking its test split: nobody tunes
+  // on that by a slip.
+  bool needs_split = false;
 };
 
 // Reads a file by its extension: .jsonl and .ndjson (an object a line, blank lines skipped),
