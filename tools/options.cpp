@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
 #include <cstring>
 #include <filesystem>
 #include <iostream>
@@ -32,9 +31,7 @@ std::vector<std::string> split(const std::string& text) {
 
 std::optional<int64_t> integer_of(const std::string& text) {
   int64_t number = 0;
-  const auto parsed = std::from_chars(text.data(), text.data() + text.size(), number);
-  const bool whole = parsed.ec == std::errc() && parsed.ptr == text.data() + text.size();
-  return whole ? std::optional(number) : std::nullopt;
+  return CLI::detail::lexical_cast(text, number) ? std::optional(number) : std::nullopt;
 }
 
 }  // namespace
@@ -151,13 +148,12 @@ LoadOptions resolve(const DeviceOptions& options) {
 
 namespace {
 
-// Where a file would come to lie, through links that lead to where nothing is yet, too.
+// Where a file would come to lie.
 std::string place_of(std::filesystem::path path) {
   std::error_code error;
-  for (int links = 0; links < 40 && std::filesystem::is_symlink(path, error); ++links) {
-    path = path.parent_path() / std::filesystem::read_symlink(path, error);
-  }
-  return std::filesystem::weakly_canonical(std::filesystem::absolute(path), error).string();
+  path = std::filesystem::absolute(path);
+  while (!path.has_filename() && path.has_relative_path()) path = path.parent_path();  // "out/"
+  return std::filesystem::weakly_canonical(path, error).string();
 }
 
 }  // namespace
@@ -175,6 +171,9 @@ void check_output_target(const std::string& option, const std::string& target, b
   }
   // Before the work, not after it. What is no regular file is written straight to.
   const bool exists = std::filesystem::exists(path, error);
+  if (!exists && std::filesystem::is_symlink(path, error)) {
+    throw_usage("[" + option + "] " + target + " is a link to what is not there");
+  }
   const std::filesystem::path folder = std::filesystem::path(place_of(path)).parent_path();
   if ((!exists || std::filesystem::is_regular_file(path, error)) &&
       ::access(folder.c_str(), W_OK | X_OK) != 0) {
@@ -197,7 +196,8 @@ void check_output_targets(const std::vector<std::pair<std::string, std::string>>
     if (target == "-" && option != "--json" && option != "--csv") {
       throw_usage("[" + option + "] expected a file, got -");
     }
-    const std::string place = target == "-" ? target : place_of(target);
+    const bool is_stream = target == "-" || is_standard_stream(target);
+    const std::string place = is_stream ? target : place_of(target);
     if (std::find(seen.begin(), seen.end(), place) != seen.end()) {
       throw_usage("[" + option + "] expected a target of its own, got " + target +
                   " a second time");

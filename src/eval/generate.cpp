@@ -150,14 +150,11 @@ void check_prompts(const Decoder& decoder, const std::vector<std::vector<int32_t
     if (length == 0) throw_bad_input(name + ": expected at least one token, got none");
     const int64_t most = decoder.max_length() - (options.max_new_tokens > 0 ? 1 : 0);
     if (length > most) {
-      const ModelConfig& config = decoder.model().config();
-      const bool trained = decoder.max_length() == config.max_position_embeddings;
       throw_bad_input(name + ": expected at most " + std::to_string(most) + " tokens, got " +
                       std::to_string(length) + "; a sequence may have " +
-                      std::to_string(decoder.max_length()) + ", what follows included" +
-                      (trained ? " (max_position_embeddings; hla generate --max-length N goes "
-                                 "beyond)"
-                               : " (--max-length)"));
+                      std::to_string(decoder.max_length()) +
+                      ", what follows included: max_position_embeddings, or --max-length of hla "
+                      "generate");
     }
     check_ids(prompts[i], decoder.model().config(), name);
     const int64_t room = decoder.max_length() - length;

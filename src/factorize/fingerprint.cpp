@@ -90,7 +90,7 @@ json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& option
     calibration = {{"texts", std::move(read)},       {"own_validation", options.valid.has_value()},
                    {"tokens", options.calib_tokens}, {"length", or_null(options.calib_length)},
                    {"device", options.device.str()}, {"perplexity", options.report_perplexity}};
-    // GPUs of one name may compute in other types.
+    // cuda:0 of another machine may compute in another type.
     calibration["dtype"] =
         dtype_label(resolve_dtype(std::nullopt, stored_dtype(base), options.device));
   }

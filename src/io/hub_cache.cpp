@@ -72,7 +72,7 @@ std::string hint_at_folder(const fs::path& path) {
   const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
   if (!fs::is_directory(folder, error)) return "";
   const std::string like = nearest_name(path.filename().string(), list_names(folder));
-  if (!like.empty()) {
+  if (!like.empty() && like != path.filename()) {
     const fs::path meant = path.has_parent_path() ? folder / like : fs::path(like);
     return "\n  hint: did you mean " + meant.string() + "?";
   }

@@ -156,18 +156,17 @@ bool WorkDir::take_up(Others others) {
     begun_ = false;  // so that the destructor keeps what is there
     throw_usage(root_.string() + ": " + reason + "; " + way_on + "--restart to throw it away");
   };
-  const bool refuses = others == Others::kRefuse;
   if (!fs::exists(root_ / kStepsName, error)) return start_over("no step of it is complete");
   json state;
   try {
     state = read_json_file(root_ / kStepsName);
   } catch (const Error&) {
-    return give_up(std::string(kStepsName) + " cannot be read", "", refuses);
+    return give_up(std::string(kStepsName) + " cannot be read", "", /*refuses=*/true);
   }
   if (!state.is_object() || state.value("format", json()) != kFormat ||
       !state.value("steps", json()).is_object() ||
       !state.value("fingerprint", json()).is_object()) {
-    return give_up("is of another version of this program", "", refuses);
+    return give_up("is of another version of this program", "", /*refuses=*/true);
   }
   const json& before = state["fingerprint"];
   const json command = before.value("command", json());
@@ -178,7 +177,7 @@ bool WorkDir::take_up(Others others) {
   }
   if (before != fingerprint_) {
     return give_up("was begun with other settings (" + differences(before, fingerprint_) + ")",
-                   "give those to go on, or ", refuses);
+                   "give those to go on, or ", others == Others::kRefuse);
   }
   // A run that was killed just after the output got its name: what lies here now is the old one.
   const json& steps = state["steps"];

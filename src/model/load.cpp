@@ -130,6 +130,7 @@ void check_finite(const Checkpoint& checkpoint) {
       problems.add("tensor " + info.name + ": NaN or Inf in the checkpoint");
     }
   }
+  checkpoint.release_pages();
   problems.throw_if_any();
 }
 

@@ -61,6 +61,7 @@ class Run {
     // What is tuned in half precision has fp32 weights behind it, which begin as they were stored.
     if (is_half(dtype_)) load.dtype = is_half(stored) ? stored : at::kFloat;
     output_dtype_ = is_half(stored) ? dtype_ : *load.dtype;
+    checked_config(checkpoint_);
     // What is broken from the beginning would show when the first tuned model is written, or never.
     check_finite(checkpoint_);
     model_ = load_model(checkpoint_, load);

@@ -91,10 +91,6 @@ TEST(WorkDirTest, StartsOverWhereItCannotGoOn) {
   EXPECT_TRUE(starts_over(kFingerprint, true, nothing));
   EXPECT_TRUE(starts_over(other, false, nothing));
   EXPECT_TRUE(starts_over(kFingerprint, false,
-                          [](const fs::path& root) { write_file(root / "steps.json", "{"); }));
-  EXPECT_TRUE(starts_over(kFingerprint, false,
-                          [](const fs::path& root) { write_file(root / "steps.json", "[]"); }));
-  EXPECT_TRUE(starts_over(kFingerprint, false,
                           [](const fs::path& root) { fs::remove(root / "steps.json"); }));
 }
 
@@ -136,8 +132,8 @@ TEST(WorkDirTest, WhatAnotherCommandLeftIsRefused) {
   EXPECT_TRUE(fs::is_empty(dir.scratch()));
 }
 
-// Nor may what cannot be read go, where steps take long.
-TEST(WorkDirTest, WhatCannotBeReadIsRefusedWhereStepsAreDear) {
+// Nor may what cannot be read go: whose it is cannot be told.
+TEST(WorkDirTest, WhatCannotBeReadIsRefused) {
   for (const char* text : {"{", "[]", R"({"format": 99, "steps": {}, "fingerprint": {}})"}) {
     SCOPED_TRACE(text);
     const TempDir folder;
@@ -145,8 +141,7 @@ TEST(WorkDirTest, WhatCannotBeReadIsRefusedWhereStepsAreDear) {
     write_file(folder.path() / ".out.hla-partial" / "steps.json", text);
     {
       WorkDir dir(folder / "out", false);
-      const Error error =
-          error_of([&] { dir.begin(kFingerprint, false, WorkDir::Others::kRefuse); });
+      const Error error = error_of([&] { dir.begin(kFingerprint, false); });
       EXPECT_EQ(error.code(), ExitCode::kUsage);
     }
     EXPECT_TRUE(fs::exists(folder.path() / ".out.hla-partial" / "output" / "one"));

@@ -61,7 +61,7 @@ TEST(CliTest, UsageErrorsExitWith2) {
 TEST(CliTest, ReadingStdinCanBeInterrupted) {
   for (const char* command : {"tokenize ", "generate "}) {
     SCOPED_TRACE(command);
-    const CommandResult result = run_command("sleep 4 | timeout --preserve-status -s INT 2 " +
+    const CommandResult result = run_command("sleep 4 | timeout --preserve-status -s INT -k 1 2 " +
                                              std::string(HLA_BINARY) + " " + command + stories());
     EXPECT_EQ(result.code, 130) << result.err;
     EXPECT_EQ(result.out, "");
@@ -111,13 +111,18 @@ TEST(CliTest, NumbersOutOfRangeAreRefusedInWords) {
 TEST(CliTest, TargetsAreTheirOwnThroughLinks) {
   const TempDir folder;
   const std::string json = (folder / "report.json").string();
+  const auto refuses = [&](const std::string& options, const std::string& reason) {
+    const CommandResult result =
+        run_hla("ppl " + stories() + " --limit 1 --ctx 64 --force " + options);
+    EXPECT_EQ(result.code, 2) << options;
+    EXPECT_NE(result.err.find(reason), std::string::npos) << result.err;
+  };
   std::filesystem::create_symlink("report.json", folder / "report.csv");
-  const CommandResult linked = run_hla("ppl " + stories() + " --limit 1 --ctx 64 --force --json " +
-                                       json + " --csv " + (folder / "report.csv").string());
-  EXPECT_EQ(linked.code, 2);
-  EXPECT_NE(linked.err.find("a second time"), std::string::npos) << linked.err;
+  refuses("--csv " + (folder / "report.csv").string(), "is a link to what is not there");
+  write_file(json, "");
+  refuses("--json " + json + " --csv " + (folder / "report.csv").string(), "a second time");
   const std::string out = (folder / "out").string();
-  EXPECT_EQ(run_hla("convert " + stories() + " " + out + " --no-calib --json " + out).code, 2);
+  EXPECT_EQ(run_hla("convert " + stories() + " " + out + "/ --no-calib --json " + out).code, 2);
   EXPECT_FALSE(std::filesystem::exists(out));
 }
 

@@ -48,8 +48,8 @@ class WorkDir {
   };
   // To be called once, before anything is written. Takes up the steps that an unfinished run of the
   // same fingerprint left, unless `restart`; else empties the folder. Says on stderr which. What
-  // another command left, by the "command" in its fingerprint, is refused in any case: what it may
-  // have cost is not known here.
+  // another command left, by the "command" in its fingerprint, or what cannot be read, is refused
+  // in any case: what it may have cost is not known here.
   void begin(nlohmann::json fingerprint, bool restart, Others others = Others::kRemove);
 
   // Of output(), scratch() and all else there is.
