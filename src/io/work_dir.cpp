@@ -151,8 +151,7 @@ bool WorkDir::take_up(Others others) {
     log_info(root_.string() + ": " + reason + ": starting over");
     return false;
   };
-  const auto give_up = [&](const std::string& reason, const std::string& way_on, bool refuses) {
-    if (!refuses) return start_over(reason);
+  const auto refuse = [&](const std::string& reason, const std::string& way_on) {
     begun_ = false;  // so that the destructor keeps what is there
     throw_usage(root_.string() + ": " + reason + "; " + way_on + "--restart to throw it away");
   };
@@ -161,23 +160,25 @@ bool WorkDir::take_up(Others others) {
   try {
     state = read_json_file(root_ / kStepsName);
   } catch (const Error&) {
-    return give_up(std::string(kStepsName) + " cannot be read", "", /*refuses=*/true);
+    refuse(std::string(kStepsName) + " cannot be read", "");
   }
   if (!state.is_object() || state.value("format", json()) != kFormat ||
       !state.value("steps", json()).is_object() ||
       !state.value("fingerprint", json()).is_object()) {
-    return give_up("is of another version of this program", "", /*refuses=*/true);
+    refuse("is of another version of this program", "");
   }
   const json& before = state["fingerprint"];
   const json command = before.value("command", json());
   if (command != fingerprint_.value("command", json())) {
-    return give_up("was begun by " + (command.is_string() ? "hla " + command.get<std::string>()
-                                                          : "another version of this program"),
-                   "give another output, or ", /*refuses=*/true);
+    refuse("was begun by " + (command.is_string() ? "hla " + command.get<std::string>()
+                                                  : "another version of this program"),
+           "give another output, or ");
   }
   if (before != fingerprint_) {
-    return give_up("was begun with other settings (" + differences(before, fingerprint_) + ")",
-                   "give those to go on, or ", others == Others::kRefuse);
+    const std::string reason =
+        "was begun with other settings (" + differences(before, fingerprint_) + ")";
+    if (others == Others::kRefuse) refuse(reason, "give those to go on, or ");
+    return start_over(reason);
   }
   // A run that was killed just after the output got its name: what lies here now is the old one.
   const json& steps = state["steps"];

@@ -61,10 +61,10 @@ class Run {
     // What is tuned in half precision has fp32 weights behind it, which begin as they were stored.
     if (is_half(dtype_)) load.dtype = is_half(stored) ? stored : at::kFloat;
     output_dtype_ = is_half(stored) ? dtype_ : *load.dtype;
-    checked_config(checkpoint_);
-    // What is broken from the beginning would show when the first tuned model is written, or never.
-    check_finite(checkpoint_);
     model_ = load_model(checkpoint_, load);
+    // What is broken from the beginning would show when the first tuned model is written, or never.
+    // Before anything is written through the views of its file, as that would be lost.
+    check_finite(checkpoint_);
     balance_factors();
     check_contexts(*model_, "the model's");
     if (teacher_) check_contexts(*teacher_, "the teacher's");

@@ -13,13 +13,11 @@
 #include "hla/factorize/estimate.h"
 #include "hla/factorize/plan.h"
 #include "hla/factorize/statistics.h"
-#include "hla/factorize/transformers_files.h"
 #include "hla/io/json_file.h"
 #include "hla/io/work_dir.h"
 #include "hla/model/device.h"
 #include "hla/model/llama.h"
 #include "hla/model/load.h"
-#include "hla/model/save.h"
 #include "hla/text/tokenizer.h"
 #include "model_files.h"
 #include "tensor_util.h"
@@ -92,14 +90,8 @@ TEST(ConvertTest, CalibrationIsAskedForInWords) {
 // What a broken weight makes of gradients shows in another layer.
 TEST(ConvertTest, NamesTheBrokenWeightBehindCalibration) {
   const TempDir folder;
-  const Checkpoint sound = stories();
-  std::filesystem::create_directory(folder / "base");
-  std::vector<std::pair<std::string, at::Tensor>> weights;
-  for (const TensorInfo& info : sound.tensors()) {
-    weights.emplace_back(info.name, checkpoint_tensor(sound, info.name));
-  }
-  save_weights(weights, at::kFloat, folder / "base");
-  write_model_files(sound, sound.config(), folder / "base");
+  testing::write_variant(stories(), folder / "base",
+                         [](const std::string&, const at::Tensor& weight) { return weight; });
   testing::overwrite_number(folder / "base/model.safetensors",
                             "model.layers.1.self_attn.k_proj.weight",
                             std::numeric_limits<float>::quiet_NaN());

@@ -2,7 +2,6 @@
 #include "hla/factorize/transfer.h"
 
 #include <cmath>
-#include <functional>
 #include <nlohmann/json.hpp>
 #include <tuple>
 
@@ -12,7 +11,6 @@
 #include "hla/io/work_dir.h"
 #include "hla/model/llama.h"
 #include "hla/model/load.h"
-#include "hla/model/save.h"
 #include "model_files.h"
 #include "tensor_util.h"
 
@@ -23,27 +21,10 @@ using testing::error_of;
 using testing::max_abs_difference;
 using testing::source_path;
 using testing::TempDir;
-
-using Edit = std::function<at::Tensor(const std::string&, const at::Tensor&)>;
+using testing::write_variant;
 
 std::string model_path(const std::string& name) {
   return source_path("tests/data/models/" + name).string();
-}
-
-// A folder with other weights.
-Checkpoint write_variant(const Checkpoint& of, const std::filesystem::path& folder,
-                         const Edit& edit, nlohmann::json config = nullptr,
-                         at::ScalarType dtype = at::kFloat) {
-  std::filesystem::create_directory(folder);
-  std::vector<std::pair<std::string, at::Tensor>> weights;
-  for (const TensorInfo& info : of.tensors()) {
-    weights.emplace_back(info.name, edit(info.name, checkpoint_tensor(of, info.name)));
-  }
-  save_weights(weights, dtype, folder);
-  copy_side_files(of, folder);
-  if (config.is_null()) config = of.config();
-  write_json_file(folder / "config.json", config, /*force=*/false);
-  return Checkpoint::open(folder.string());
 }
 
 at::Tensor moved(const std::string&, const at::Tensor& weight) {

@@ -143,8 +143,8 @@ TEST(CliTest, FoldersThatCannotBeWrittenAreFoundAtOnce) {
 // It ends with the reader, not with the last of its tokens.
 TEST(CliTest, StreamingEndsWithItsReader) {
   const CommandResult result =
-      run_hla("generate " + stories() +
-              " --prompt a -n 1000000 --max-length 2000000 --ignore-eos --stream >/dev/full");
+      run_command("timeout 30 " + std::string(HLA_BINARY) + " generate " + stories() +
+                  " --prompt a -n 1000000 --max-length 2000000 --ignore-eos --stream >/dev/full");
   EXPECT_EQ(result.code, 1);
   EXPECT_NE(result.err.find("stdout: write failed"), std::string::npos) << result.err;
 }

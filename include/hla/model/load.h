@@ -27,7 +27,8 @@ void check_tensors(const ModelConfig& config, const Checkpoint& checkpoint, Prob
 // all problems of config.json, or else all that check_tensors() finds.
 ModelConfig checked_config(const Checkpoint& checkpoint);
 
-// Reads all weights. Throws kNonFinite naming every tensor with NaN or Inf.
+// Reads all weights, and lets go of their pages (Checkpoint::release_pages). Throws kNonFinite
+// naming every tensor with NaN or Inf.
 void check_finite(const Checkpoint& checkpoint);
 
 // The floating-point type that holds most of the checkpoint's elements.
