@@ -88,6 +88,16 @@ YARN_EXPLICIT = dict(
 )
 LINEAR = dict(TIED, max_position_embeddings=32, **rope("linear", factor=2.5))
 DYNAMIC = dict(TIED, max_position_embeddings=32, **rope("dynamic", factor=3.0))
+# Factors that differ much, so that a mistake is visible. The first has more than its original positions, the other
+# does not.
+FACTORS = dict(short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.0, 2.0, 5.5, 8.0])
+LONGROPE = dict(
+    TIED, max_position_embeddings=128, **rope("longrope", original_max_position_embeddings=16, **FACTORS)
+)
+LONGROPE_SHORT = dict(
+    LONGROPE,
+    **rope("longrope", original_max_position_embeddings=64, factor=4.0, attention_factor=1.2, **FACTORS),
+)
 
 # Case -> (config, how it is written). "v4": config.json with the keys of transformers 4.
 CASES = {
@@ -105,11 +115,14 @@ CASES = {
     "rope_llama3": (LLAMA3, {}),
     "rope_yarn": (YARN, {}),
     "rope_yarn_explicit": (YARN_EXPLICIT, {}),
+    "rope_longrope": (LONGROPE, {}),
+    "rope_longrope_short": (LONGROPE_SHORT, {}),
     "v4_default": (dict(TIED, **rope("default", theta=50000.0)), dict(v4=True)),
     "v4_rope_linear": (LINEAR, dict(v4=True)),
     "v4_rope_dynamic": (DYNAMIC, dict(v4=True)),
     "v4_rope_llama3": (LLAMA3, dict(v4=True)),
     "v4_rope_yarn": (YARN, dict(v4=True)),
+    "v4_rope_longrope": (LONGROPE, dict(v4=True)),
     "sharded": (TIED, dict(shard="30KB")),
     "bf16": ({}, dict(dtype=torch.bfloat16)),
     "fp16": ({}, dict(dtype=torch.float16)),

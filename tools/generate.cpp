@@ -241,7 +241,7 @@ void add_generate(CLI::App& app) {
           "--max-length", arguments->max_length,
           "Longest sequence, prompt included; default: the model's "
           "max_position_embeddings, beyond which it was not trained. (Where RoPE is scaled "
-          "by length, \"dynamic\", it is by the longest that a batch can reach)")
+          "by length, \"dynamic\" and \"longrope\", it is by the longest that a batch can reach)")
       ->check(at_least(1))
       ->group(group);
   group = "Sampling";

@@ -195,7 +195,7 @@ class Worker {
 
   void open_decoder() {
     // What the model makes of positions that it was not trained on does not matter here, nor what
-    // dynamic RoPE makes of so long a sequence.
+    // dynamic RoPE and longrope make of so long a sequence.
     decoder_.emplace(*model_, DecoderOptions{.max_length = longest_sequence(),
                                              .cache_dtype = options_.cache_dtype,
                                              .absorb_error = options_.absorb_error,

@@ -67,7 +67,9 @@ nlohmann::json to_json(const RopeConfig& rope) {
                          {"beta_slow", rope.beta_slow},
                          {"mscale", or_null(rope.mscale)},
                          {"mscale_all_dim", or_null(rope.mscale_all_dim)},
-                         {"truncate", rope.truncate}};
+                         {"truncate", rope.truncate},
+                         {"short_factor", rope.short_factor},
+                         {"long_factor", rope.long_factor}};
   // Of `linear` it is set, too, and counts for nothing.
   if (rope.type != RopeType::kLinear) {
     json["original_max_position_embeddings"] = rope.original_max_position_embeddings;

@@ -1,5 +1,6 @@
 #include "hla/model/config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -62,8 +63,11 @@ void parse_rope_type(const json& object, RopeConfig& rope, Problems& problems) {
     rope.type = RopeType::kLlama3;
   } else if (name == "yarn") {
     rope.type = RopeType::kYarn;
+  } else if (name == "longrope") {
+    rope.type = RopeType::kLongrope;
   } else {
-    problems.add("RoPE type: expected default, linear, dynamic, llama3 or yarn, got " + name);
+    problems.add("RoPE type: expected default, linear, dynamic, llama3, yarn or longrope, got " +
+                 name);
   }
 }
 
@@ -76,6 +80,25 @@ json but_for_theta(json keys) {
   keys.erase("rope_theta");
   for (auto it = keys.begin(); it != keys.end();) it = it->is_null() ? keys.erase(it) : ++it;
   return keys;
+}
+
+// The factors of a longrope, one for each frequency.
+std::vector<double> frequency_factors(const json& keys, const char* key, int64_t head_dim,
+                                      Problems& problems) {
+  const json& list = find(keys, key);
+  std::vector<double> factors;
+  if (list.is_array()) {
+    for (const json& factor : list) {
+      const double value = factor.is_number() ? factor.get<double>() : 0.0;
+      if (value > 0 && std::isfinite(value)) factors.push_back(value);
+    }
+  }
+  if (!list.is_array() || factors.size() != list.size() ||
+      static_cast<int64_t>(factors.size()) != head_dim / 2) {
+    problems.add("longrope: expected " + std::string(key) + " of " + std::to_string(head_dim / 2) +
+                 " positive numbers, half of head_dim, got " + got(list));
+  }
+  return factors;
 }
 
 RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t head_dim,
@@ -118,7 +141,8 @@ RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t
   if (rope.type == RopeType::kDefault) return rope;
 
   // As in transformers, one beside the others counts as well, for these types.
-  const bool has_original = rope.type == RopeType::kLlama3 || rope.type == RopeType::kYarn;
+  const bool has_original = rope.type == RopeType::kLlama3 || rope.type == RopeType::kYarn ||
+                            rope.type == RopeType::kLongrope;
   constexpr const char* kOriginal = "original_max_position_embeddings";
   const json& original = find(root, kOriginal);
   const json& inner_original = find(keys, kOriginal);
@@ -131,9 +155,12 @@ RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t
       inner_original.is_null() ? root : keys, kOriginal, max_position_embeddings, problems);
   if (!find(keys, "factor").is_null()) {
     rope.factor = get_double(keys, "factor", 1.0, problems);
-  } else if (rope.type == RopeType::kYarn && keys.contains("factor")) {
+  } else if (rope.type == RopeType::kLongrope ||
+             (rope.type == RopeType::kYarn && keys.contains("factor"))) {
     rope.factor = static_cast<double>(max_position_embeddings) /
                   static_cast<double>(std::max<int64_t>(1, rope.original_max_position_embeddings));
+    // Where a longrope has fewer positions than it began with, transformers takes it as it is.
+    if (rope.type == RopeType::kLongrope) rope.factor = std::max(rope.factor, 1.0);
   } else {
     problems.add("rope factor: missing");
     return rope;
@@ -162,6 +189,15 @@ RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t
     rope.mscale = optional_double(keys, "mscale", problems);
     rope.mscale_all_dim = optional_double(keys, "mscale_all_dim", problems);
     rope.truncate = get_bool(keys, "truncate", true, problems);
+  }
+  if (rope.type == RopeType::kLongrope) {
+    rope.attention_factor = optional_double(keys, "attention_factor", problems);
+    rope.short_factor = frequency_factors(keys, "short_factor", head_dim, problems);
+    rope.long_factor = frequency_factors(keys, "long_factor", head_dim, problems);
+    if (!rope.attention_factor && rope.factor > 1 && rope.original_max_position_embeddings < 2) {
+      problems.add(std::string("longrope: expected ") + kOriginal +
+                   " above 1 or an attention_factor");
+    }
   }
   return rope;
 }

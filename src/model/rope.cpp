@@ -73,6 +73,21 @@ RopeFrequencies yarn(const RopeConfig& rope, int64_t head_dim) {
   return result;
 }
 
+// "LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens", 2024.
+RopeFrequencies longrope(const RopeConfig& rope, int64_t head_dim, int64_t seq_len) {
+  const bool is_long = seq_len > rope.original_max_position_embeddings;
+  const at::Tensor factors = at::tensor(is_long ? rope.long_factor : rope.short_factor, at::kFloat);
+  RopeFrequencies result;
+  result.inv_freq = 1.0 / (factors * position_periods(rope.theta, head_dim));
+  if (rope.attention_factor) {
+    result.attention_factor = *rope.attention_factor;
+  } else if (rope.factor > 1) {
+    const double original = static_cast<double>(rope.original_max_position_embeddings);
+    result.attention_factor = std::sqrt(1 + std::log(rope.factor) / std::log(original));
+  }
+  return result;
+}
+
 }  // namespace
 
 RopeFrequencies rope_frequencies(const RopeConfig& rope, int64_t head_dim,
@@ -99,6 +114,9 @@ RopeFrequencies rope_frequencies(const RopeConfig& rope, int64_t head_dim,
       break;
     case RopeType::kYarn:
       result = yarn(rope, head_dim);
+      break;
+    case RopeType::kLongrope:
+      result = longrope(rope, head_dim, seq_len);
       break;
   }
   return result;

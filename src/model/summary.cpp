@@ -38,6 +38,8 @@ std::string rope_type_name(RopeType type) {
       return "llama3";
     case RopeType::kYarn:
       return "yarn";
+    case RopeType::kLongrope:
+      return "longrope";
   }
   return "?";
 }

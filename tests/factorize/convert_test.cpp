@@ -146,14 +146,16 @@ TEST_P(FullRankTest, GivesTheBaseLogitsBack) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    All, FullRankTest,
-    ::testing::Combine(::testing::Values("gqa", "mha", "mqa", "attention_bias", "head_dim",
-                                         "rope_yarn", "rope_llama3", "rope_dynamic", "tied"),
-                       ::testing::Values("original", "latent")),
-    [](const auto& param_info) {
-      return std::get<0>(param_info.param) + "_" + std::get<1>(param_info.param);
-    });
+INSTANTIATE_TEST_SUITE_P(All, FullRankTest,
+                         ::testing::Combine(::testing::Values("gqa", "mha", "mqa", "attention_bias",
+                                                              "head_dim", "rope_yarn",
+                                                              "rope_llama3", "rope_dynamic",
+                                                              "rope_longrope", "tied"),
+                                            ::testing::Values("original", "latent")),
+                         [](const auto& param_info) {
+                           return std::get<0>(param_info.param) + "_" +
+                                  std::get<1>(param_info.param);
+                         });
 
 TEST(ConvertTest, CalibratedFullRankGivesTheBaseLogitsBack) {
   const TempDir folder;

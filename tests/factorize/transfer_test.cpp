@@ -97,7 +97,7 @@ TEST_P(FullRankTransferTest, GivesTheTunedLogits) {
 INSTANTIATE_TEST_SUITE_P(
     All, FullRankTransferTest,
     ::testing::Combine(::testing::Values("gqa", "mha", "mqa", "attention_bias", "head_dim",
-                                         "mlp_bias", "rope_llama3", "tied"),
+                                         "mlp_bias", "rope_llama3", "rope_longrope", "tied"),
                        ::testing::Values("original", "latent")),
     [](const auto& test) { return std::get<0>(test.param) + "_" + std::get<1>(test.param); });
 
@@ -357,6 +357,14 @@ TEST(TransferTest, RefusesWhatDoesNotBelongTogether) {
   config["rope_parameters"]["rope_theta"] = 5e5;
   expect(refused(conversion, base, write_variant(base, folder / "theta", moved, config)),
          "rope_theta: expected 10000.0 as the base has, got 500000.0");
+  config = base.config();
+  config["rope_parameters"].update(
+      {{"rope_type", "longrope"}, {"short_factor", {1, 1, 1, 1}}, {"long_factor", {1, 2, 3, 4}}});
+  const std::string longrope =
+      refused(conversion, base, write_variant(base, folder / "longrope", moved, config));
+  expect(longrope, R"(rope_type: expected "default" as the base has, got "longrope")");
+  expect(longrope, "short_factor: expected [] as the base has, got [1.0,1.0,1.0,1.0]");
+  expect(longrope, "long_factor: expected [] as the base has, got [1.0,2.0,3.0,4.0]");
   std::filesystem::create_directory(folder / "out2");
   EXPECT_EQ(error_of([&] { transfer(conversion, base, tuned, folder / "out2", quiet()); }).code(),
             ExitCode::kUsage);

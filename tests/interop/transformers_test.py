@@ -55,11 +55,14 @@ PAIRS = [
     ("rope_llama3", "fast latent"),
     ("rope_yarn", "fast latent paper"),
     ("rope_yarn_explicit", "fast latent"),
+    ("rope_longrope", "fast latent paper"),
+    ("rope_longrope_short", "fast latent"),
     ("v4_default", "joint"),
     ("v4_rope_linear", "joint"),
     ("v4_rope_dynamic", "joint"),
     ("v4_rope_llama3", "joint"),
     ("v4_rope_yarn", "joint"),
+    ("v4_rope_longrope", "joint"),
 ]
 
 

@@ -67,6 +67,47 @@ TEST(ModelConfigTest, ReadsRopeKeysWhereverTheyStand) {
   EXPECT_NE(message_of(config).find("factor: missing"), std::string::npos);
 }
 
+TEST(ModelConfigTest, ReadsLongrope) {
+  json config = good();
+  config["max_position_embeddings"] = 256;
+  json& rope = config["rope_parameters"];
+  rope = {{"rope_type", "longrope"},
+          {"rope_theta", 1e4},
+          {"short_factor", {1, 1.5, 2, 3}},
+          {"long_factor", {1.0, 4.0, 9.0, 16.0}},
+          {"original_max_position_embeddings", 64}};
+  const auto read = [&] { return parse_model_config(config, "config.json").rope; };
+  EXPECT_EQ(read().short_factor, (std::vector<double>{1, 1.5, 2, 3}));
+  EXPECT_EQ(read().long_factor, (std::vector<double>{1, 4, 9, 16}));
+  EXPECT_DOUBLE_EQ(read().factor, 4.0);  // of the positions
+  EXPECT_FALSE(read().attention_factor);
+  rope["original_max_position_embeddings"] = 512;
+  EXPECT_DOUBLE_EQ(read().factor, 1.0);
+  rope.erase("original_max_position_embeddings");
+  EXPECT_EQ(read().original_max_position_embeddings, 256);
+  rope["factor"] = 2.0;
+  rope["attention_factor"] = 1.5;
+  EXPECT_DOUBLE_EQ(read().factor, 2.0);
+  EXPECT_DOUBLE_EQ(read().attention_factor.value(), 1.5);
+
+  rope["original_max_position_embeddings"] = 1;
+  EXPECT_NO_THROW(read());
+  rope.erase("attention_factor");  // its default divides by the positions' logarithm
+  EXPECT_NE(message_of(config).find("above 1"), std::string::npos);
+  rope["original_max_position_embeddings"] = 64;
+  for (const json& factors :
+       {json(), json(2.0), json::array(), json::array({1, 2, 3}), json::array({1, 2, 3, 4, 5}),
+        json::array({1, 2, 3, 0}), json::array({1, 2, 3, "4"})}) {
+    for (const char* key : {"short_factor", "long_factor"}) {
+      json changed = config;
+      changed["rope_parameters"][key] = factors;
+      EXPECT_NE(message_of(changed).find("expected " + std::string(key) + " of 4"),
+                std::string::npos)
+          << factors;
+    }
+  }
+}
+
 TEST(ModelConfigTest, CollectsEveryProblem) {
   json config = good();
   config.erase("vocab_size");
@@ -116,8 +157,8 @@ TEST(ModelConfigTest, RefusesContradictions) {
   config["original_max_position_embeddings"] = 128;
   EXPECT_NE(message_of(config).find("128 contradicts 64"), std::string::npos);
   config = good();
-  config["rope_scaling"] = {{"rope_type", "longrope"}, {"factor", 2}};
-  EXPECT_NE(message_of(config).find("longrope"), std::string::npos);
+  config["rope_scaling"] = {{"rope_type", "su"}, {"factor", 2}};
+  EXPECT_NE(message_of(config).find("got su"), std::string::npos);
 }
 
 TEST(ModelConfigTest, RefusesOtherArchitecturesByName) {

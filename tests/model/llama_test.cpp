@@ -64,9 +64,10 @@ INSTANTIATE_TEST_SUITE_P(All, LlamaGoldenTest, ::testing::ValuesIn(golden_cases(
 
 TEST(LlamaGoldenTest, EveryFeatureHasACase) {
   const auto names = golden_cases();
-  for (const char* name : {"gqa", "mha", "mqa", "untied", "tied", "attention_bias", "mlp_bias",
-                           "head_dim", "rope_linear", "rope_dynamic", "rope_llama3", "rope_yarn",
-                           "v4_rope_llama3", "sharded", "bf16", "fp16"}) {
+  for (const char* name :
+       {"gqa", "mha", "mqa", "untied", "tied", "attention_bias", "mlp_bias", "head_dim",
+        "rope_linear", "rope_dynamic", "rope_llama3", "rope_yarn", "rope_longrope",
+        "rope_longrope_short", "v4_rope_llama3", "sharded", "bf16", "fp16"}) {
     EXPECT_TRUE(std::find(names.begin(), names.end(), name) != names.end()) << name;
   }
 }

@@ -50,15 +50,16 @@ struct GenerateReport {
 using OnText = std::function<void(size_t prompt, std::string_view text)>;
 
 // Continues prompts of one or more ids each. A sequence does not depend on the others, but for the
-// rounding of sums that go over all of them, and, with dynamic RoPE, for the length that the
-// longest of them can reach (longest_sequence). Throws kBadInput for an empty prompt, or one that
-// is too long for the decoder, kOutOfMemory where the caches would not fit.
+// rounding of sums that go over all of them, and, with dynamic RoPE or longrope, for the length
+// that the longest of them can reach (longest_sequence). Throws kBadInput for an empty prompt, or
+// one that is too long for the decoder, kOutOfMemory where the caches would not fit.
 GenerateReport generate(const Decoder& decoder, const Tokenizer& tokenizer,
                         const std::vector<std::vector<int32_t>>& prompts,
                         const GenerateOptions& options, const OnText& on_text = {});
 
 // Tokens of the longest sequence that the prompts can become, at most `limit`: a decoder for more
-// would take memory for nothing, and turn dynamic RoPE for a length that is not reached.
+// would take memory for nothing, and turn dynamic RoPE and longrope for a length that is not
+// reached.
 int64_t longest_sequence(const std::vector<std::vector<int32_t>>& prompts,
                          const GenerateOptions& options, int64_t limit);
 

@@ -11,7 +11,7 @@ namespace hla {
 
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
 
-enum class RopeType { kDefault, kLinear, kDynamic, kLlama3, kYarn };
+enum class RopeType { kDefault, kLinear, kDynamic, kLlama3, kYarn, kLongrope };
 
 // Rotary position embedding: theta and its scaling. Field names are those of transformers'
 // `rope_parameters` (5.x), which also reads the older `rope_theta` + `rope_scaling`.
@@ -19,15 +19,17 @@ struct RopeConfig {
   RopeType type = RopeType::kDefault;
   double theta = 10000.0;
   double factor = 1.0;
-  int64_t original_max_position_embeddings = 0;  // llama3, yarn; 0: max_position_embeddings
+  int64_t original_max_position_embeddings = 0;  // llama3, yarn, longrope
   double low_freq_factor = 1.0;                  // llama3
   double high_freq_factor = 4.0;                 // llama3
-  std::optional<double> attention_factor;        // yarn; multiplies cos and sin
+  std::optional<double> attention_factor;        // yarn, longrope; multiplies cos and sin
   double beta_fast = 32.0;                       // yarn
   double beta_slow = 1.0;                        // yarn
   std::optional<double> mscale;                  // yarn, as DeepSeek's files have it
   std::optional<double> mscale_all_dim;          // yarn
   bool truncate = true;                          // yarn
+  std::vector<double> short_factor;              // longrope; (d/2), divide the frequencies
+  std::vector<double> long_factor;               // longrope; beyond the original positions
 };
 
 // How the cached latents of an HLA model carry the position (docs/design.md).

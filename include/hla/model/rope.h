@@ -11,12 +11,12 @@ namespace hla {
 
 struct RopeFrequencies {
   at::Tensor inv_freq;            // (d/2) fp32, radians per position
-  double attention_factor = 1.0;  // multiplies cos and sin (yarn)
+  double attention_factor = 1.0;  // multiplies cos and sin (yarn, longrope)
 };
 
-// Frequencies for a sequence of `seq_len` positions (which only `dynamic` looks at). Computed in
-// fp32 operation by operation as transformers' modeling_rope_utils.py does, because at position
-// 8192 a last-bit difference in a frequency is visible in the logits.
+// Frequencies for a sequence of `seq_len` positions (which only `dynamic` and `longrope` look at).
+// Computed in fp32 operation by operation as transformers' modeling_rope_utils.py does, because at
+// position 8192 a last-bit difference in a frequency is visible in the logits.
 RopeFrequencies rope_frequencies(const RopeConfig& rope, int64_t head_dim,
                                  int64_t max_position_embeddings, int64_t seq_len);
 
