@@ -86,16 +86,16 @@ json but_for_theta(json keys) {
 std::vector<double> frequency_factors(const json& keys, const char* key, int64_t head_dim,
                                       Problems& problems) {
   const json& list = find(keys, key);
+  const auto frequencies = static_cast<size_t>(head_dim / 2);
   std::vector<double> factors;
-  if (list.is_array()) {
+  if (list.is_array() && list.size() == frequencies) {
     for (const json& factor : list) {
       const double value = factor.is_number() ? factor.get<double>() : 0.0;
       if (value > 0 && std::isfinite(value)) factors.push_back(value);
     }
   }
-  if (!list.is_array() || factors.size() != list.size() ||
-      static_cast<int64_t>(factors.size()) != head_dim / 2) {
-    problems.add("longrope: expected " + std::string(key) + " of " + std::to_string(head_dim / 2) +
+  if (factors.size() != frequencies) {
+    problems.add("longrope: expected " + std::string(key) + " of " + std::to_string(frequencies) +
                  " positive numbers, half of head_dim, got " + got(list));
   }
   return factors;
@@ -159,7 +159,7 @@ RopeConfig parse_rope(const json& root, int64_t max_position_embeddings, int64_t
              (rope.type == RopeType::kYarn && keys.contains("factor"))) {
     rope.factor = static_cast<double>(max_position_embeddings) /
                   static_cast<double>(std::max<int64_t>(1, rope.original_max_position_embeddings));
-    // Where a longrope has fewer positions than it began with, transformers takes it as it is.
+    // In transformers a longrope with fewer positions than it began with counts as one of as many.
     if (rope.type == RopeType::kLongrope) rope.factor = std::max(rope.factor, 1.0);
   } else {
     problems.add("rope factor: missing");
