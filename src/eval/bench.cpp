@@ -266,11 +266,17 @@ class Worker {
     synchronize(model_->device());
   }
 
+  // For a GPU, too. What a broken model takes is nobody's measure.
+  void wait_for(const at::Tensor& logits) const {
+    if (std::isfinite(logits.sum(at::kFloat).item<float>())) return;
+    throw Error(ExitCode::kNonFinite, checkpoint_.path().string() + ": logits: NaN or Inf");
+  }
+
   double read_prompt(int64_t tokens) {
     const std::vector<int32_t> prompt = ids(tokens);
     reserve(tokens, 1);
     const auto start = Clock::now();
-    decoder_->next_logits({{&caches_[0], prompt}}).sum().item<float>();
+    wait_for(decoder_->next_logits({{&caches_[0], prompt}}));
     return seconds_since(start);
   }
 
@@ -281,7 +287,7 @@ class Worker {
       for (int64_t i = 0; i < batch; ++i) {
         chunks.push_back({&caches_[static_cast<size_t>(i)], ids(1)});
       }
-      decoder_->next_logits(chunks).sum().item<float>();  // waits for a GPU, too
+      wait_for(decoder_->next_logits(chunks));
       throw_if_interrupted();
     }
     return seconds_since(start);

@@ -252,11 +252,16 @@ class LayerFactorChange {
 
   double total_change() const { return change_; }  // squared norms
   double total_left() const { return left_; }
+  bool loses_biases() const { return loses_biases_; }  // of latents without floats
 
  private:
   void add(const std::string& name, const at::Tensor& change) {
     const auto found = factors_.find(name);
-    if (found != factors_.end()) found->second = found->second + change;
+    if (found != factors_.end()) {
+      found->second = found->second + change;
+    } else if (change.count_nonzero().item<int64_t>() > 0) {
+      loses_biases_ = true;
+    }
   }
 
   // Counts it as left where it is not `taken`.
@@ -312,6 +317,7 @@ class LayerFactorChange {
   std::map<std::string, at::Tensor>& factors_;
   double change_ = 0;
   double left_ = 0;
+  bool loses_biases_ = false;
 };
 
 class Transfer {
@@ -423,6 +429,11 @@ class Transfer {
     const LayerChanges changes = layer_changes(prefix, layer);
     LayerFactorChange taken(hla_, layer, changes, factors);
     taken.run();
+    if (taken.loses_biases()) {
+      log_warning("layer " + std::to_string(layer) +
+                  ": no floats for keys or values whose biases the tuned model has changed: these "
+                  "changes are left out");
+    }
     factor_change_ += taken.total_change();
     factor_left_ += taken.total_left();
     for (auto& [name, tensor] : factors) {

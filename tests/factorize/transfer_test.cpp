@@ -7,6 +7,7 @@
 
 #include "hla/factorize/convert.h"
 #include "hla/factorize/fingerprint.h"
+#include "hla/factorize/plan.h"
 #include "hla/io/json_file.h"
 #include "hla/io/work_dir.h"
 #include "hla/model/llama.h"
@@ -195,6 +196,30 @@ TEST(TransferTest, OfAnyConversion) {
                       .all()
                       .item<bool>());
     }
+  }
+}
+
+// Biases need no floats, but have no place without.
+TEST(TransferTest, SaysWhereBiasesAreLeftOut) {
+  const TempDir folder;
+  at::manual_seed(12);
+  const Checkpoint base = Checkpoint::open(model_path("attention_bias"));
+  const Checkpoint tuned = write_variant(base, folder / "tuned", moved);
+  ConvertOptions sizes = in_fp32("original");
+  sizes.kv_ratio = 0.5;
+  sizes.fast_frequencies = 2;
+  ConversionPlan plan = plan_conversion(convertible_config(base), sizes, 4);
+  ConvertOptions options = in_fp32("original");
+  options.plan = folder / "plan.json";
+  for (const int64_t floats : {plan.layers[1].k_rank, int64_t{0}}) {
+    plan.layers[1].k_rank = floats;
+    write_json_file(*options.plan, to_json(plan), /*force=*/true);
+    const std::string name = std::to_string(floats);
+    const Checkpoint conversion = converted(base, folder / name, options);
+    ::testing::internal::CaptureStderr();
+    transfer(conversion, base, tuned, folder / (name + "-out"), quiet());
+    const std::string said = ::testing::internal::GetCapturedStderr();
+    EXPECT_EQ(said.find("layer 1: no floats for keys") != std::string::npos, floats == 0) << said;
   }
 }
 

@@ -347,17 +347,21 @@ TEST(CliTest, PplRefusesWhatCannotBeCompared) {
   EXPECT_NE(vocabulary.err.find("vocabulary"), std::string::npos) << vocabulary.err;
 }
 
-// A model that fails after others were scored does not take their results with it.
-TEST(CliTest, PplKeepsResultsWhenALaterModelFails) {
-  const TempDir folder;
+// All bits of the last weights set: NaN, in the tensors that lie last.
+std::string broken_model(const TempDir& folder) {
   const std::string bad = (folder / "bad").string();
-  ASSERT_EQ(run_hla("convert --no-calib " + stories() + " " + bad).code, 0);
-  // All bits of the last weights set: NaN, in the tensors that lie last.
+  EXPECT_EQ(run_hla("convert --no-calib " + stories() + " " + bad).code, 0);
   const auto weights = folder.path() / "bad" / "model.safetensors";
   std::fstream file(weights, std::ios::in | std::ios::out | std::ios::binary);
   file.seekp(-400, std::ios::end);
   file.write(std::string(400, '\xFF').data(), 400);
-  file.close();
+  return bad;
+}
+
+// A model that fails after others were scored does not take their results with it.
+TEST(CliTest, PplKeepsResultsWhenALaterModelFails) {
+  const TempDir folder;
+  const std::string bad = broken_model(folder);
   const CommandResult result =
       run_hla("ppl " + stories() + " " + bad + " --ctx 64 --limit 2 --json -");
   EXPECT_EQ(result.code, 5) << result.err;
@@ -925,6 +929,16 @@ TEST(CliTest, BenchRefuses) {
       run_hla("bench " + stories() + " " + stories() + " -p 0 -n 1 -d " + std::to_string(depth));
   EXPECT_EQ(two.code, 4) << two.err;
   EXPECT_NE(two.err.find("the caches of all models"), std::string::npos) << two.err;
+}
+
+TEST(CliTest, BenchNamesAModelOfNaN) {
+  const TempDir folder;
+  const std::string bad = broken_model(folder);
+  for (const char* tests : {" -p 0 -n 2 -r 1", " -p 8 -n 0 -r 1"}) {
+    const CommandResult result = run_hla("bench " + stories() + " " + bad + tests);
+    EXPECT_EQ(result.code, 5) << result.err;
+    EXPECT_NE(result.err.find(bad + ": logits: NaN or Inf"), std::string::npos) << result.err;
+  }
 }
 
 // As the kernel does where memory is out.
