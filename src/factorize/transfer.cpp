@@ -445,7 +445,12 @@ class Transfer {
 
   LayerChanges layer_changes(const std::string& prefix, int64_t layer) const {
     const auto change = [&](const char* name) {
-      return finite_tensor(tuned_, prefix + name) - finite_tensor(base_, prefix + name);
+      const at::Tensor base = finite_tensor(base_, prefix + name);
+      const at::Tensor tuned = finite_tensor(tuned_, prefix + name);
+      // What a narrower type rounds off is no change.
+      const at::ScalarType dtype = checkpoint_tensor(tuned_, prefix + name).scalar_type();
+      const bool same = at::equal(base.to(dtype).to(at::kDouble), tuned);
+      return same ? at::zeros_like(base) : tuned - base;
     };
     LayerChanges changes;
     changes.k = change("k_proj.weight");

@@ -67,7 +67,12 @@ class Run {
     check_finite(checkpoint_);
     balance_factors();
     check_contexts(*model_, "the model's");
-    if (teacher_) check_contexts(*teacher_, "the teacher's");
+    if (teacher_) {
+      check_contexts(*teacher_, "the teacher's");
+      check_teacher(*model_, *teacher_,
+                    config_.distill.attention_steps > 0 || config_.distill.hidden > 0);
+    }
+    check_tuned(*model_, config_);
     plan_evaluation();
     make_rows();
   }
@@ -124,6 +129,16 @@ class Run {
     if (config.distill.attention_steps > 0 && config.distill.teacher.empty()) {
       throw_usage("[distill.attention_steps] expected a model to learn from in distill.teacher");
     }
+    if (config.train.epochs == 0 && config.distill.attention_steps == 0) {
+      throw_usage("[train.epochs] expected a step at least");
+    }
+    const FinetuneConfig::Distill& distill = config.distill;
+    if (!distill.teacher.empty() && config.train.epochs > 0 &&
+        distill.text + distill.kl + distill.hidden == 0) {
+      throw_usage(
+          "[distill] expected a weight above 0 of text, kl or hidden, or train.epochs=0 for steps "
+          "on attention alone");
+    }
     WorkDir::check_target(config.output, options.force);
     std::vector<std::filesystem::path> inputs(config.data.train.begin(), config.data.train.end());
     inputs.insert(inputs.end(), {config.model, config.distill.teacher, config.data.valid});
@@ -149,7 +164,7 @@ class Run {
     for (const auto& parameter : model_->parameters()) {
       model += static_cast<uint64_t>(parameter.numel()) * c10::elementSize(output_dtype_);
     }
-    const int64_t evaluations = report_.planned_steps / evaluation_interval() + 1;
+    const int64_t evaluations = report_.planned_steps / evaluation_interval() + 2;
     const int64_t every = config_.checkpoint.every_steps;
     const int64_t checkpoints = evaluations + (every > 0 ? report_.planned_steps / every : 0);
     const auto copies = [](int64_t kept, int64_t made) {
@@ -215,6 +230,13 @@ class Run {
     return load_tokenizer(*checkpoint_.tokenizer_path());
   }
 
+  // Where a tokenizer names none, the model's config may.
+  std::optional<int32_t> end_of_text() const {
+    if (tokenizer_->eos_id()) return tokenizer_->eos_id();
+    const std::vector<int32_t> ids = end_of_text_ids(checkpoint_, *tokenizer_);
+    return ids.empty() ? std::nullopt : std::optional(ids.front());
+  }
+
   void make_rows() {
     Sha256 hash;
     const auto read = [&](const CorpusPart& part) {
@@ -232,6 +254,7 @@ class Run {
                   RowsOptions{.kind = rows_kind_from_string(config_.data.rows),
                               .context = config_.data.context,
                               .max_tokens = config_.data.max_tokens,
+                              .end_of_text = end_of_text(),
                               .progress = options_.progress},
                   detail::folder_target(config_.output).parent_path());
     train_sha256_ = hash.hex();
@@ -247,7 +270,6 @@ class Run {
     steps_.loss = report_.planned_steps;
     steps_.attention = config_.distill.attention_steps;
     report_.planned_steps = steps_.total();
-    if (report_.planned_steps == 0) throw_usage("[train.epochs] expected a step at least");
   }
 
   // Where numbers that are not finite come up, adds what a user can go on with.
@@ -265,13 +287,14 @@ class Run {
         const int64_t step = good.back().at("step");
         message += "of step " + std::to_string(step) + ", in " + work.scratch().string();
       }
-      if (best() > 0) {
-        const int64_t step = evaluation(best()).step;
-        message += "\n  the best model so far, of step " + std::to_string(step) + ", is " +
-                   model_folder(work, step).string() + "; --restart removes it";
-      }
+      if (best() > 0) message += best_so_far(work, evaluation(best()).step);
       throw Error(ExitCode::kNonFinite, message);
     }
+  }
+
+  static std::string best_so_far(const WorkDir& work, int64_t step) {
+    return "\n  the best model so far, of step " + std::to_string(step) + ", is " +
+           model_folder(work, step).string() + "; --restart removes it";
   }
 
   // Takes back a checkpoint whose weights have not done anything yet: they may be what is broken,
@@ -322,10 +345,16 @@ class Run {
                                                   : peak_memory_bytes(model_->device()));
   }
 
+  // Steps before those of the kind that the next one is of: steps on attention have epochs of their
+  // own.
+  int64_t steps_before() const { return report_.steps < steps_.attention ? 0 : steps_.attention; }
+
   // The rows of the next step. An epoch's last step may have fewer.
   std::vector<TrainingRows::Batch> next_batches() {
-    const int64_t epoch = report_.steps / steps_an_epoch_;
-    const int64_t in_epoch = report_.steps % steps_an_epoch_;
+    const int64_t step = report_.steps - steps_before();
+    const int64_t epochs_before = (steps_before() + steps_an_epoch_ - 1) / steps_an_epoch_;
+    const int64_t epoch = epochs_before + step / steps_an_epoch_;
+    const int64_t in_epoch = step % steps_an_epoch_;
     if (order_.empty() || in_epoch == 0) {
       order_ = shuffled(rows_->size(), static_cast<uint64_t>(config_.data.seed), epoch);
     }
@@ -417,7 +446,16 @@ class Run {
         trainer.load(file, step);
         break;
       } catch (const Error& error) {
-        if (states.size() == 1) throw;
+        if (states.size() == 1) {
+          std::string message = error.what();
+          message += "\n  hint: no other checkpoint is left; --restart begins anew";
+          const nlohmann::json& last = states.back();
+          if (!last.at("best").empty()) {
+            const auto best = last.at("best").front().get<size_t>();
+            message += best_so_far(work, last.at("evaluations").at(best).at("step"));
+          }
+          throw Error(error.code(), message);
+        }
         log_warning("the checkpoint of step " + std::to_string(step) +
                     " is passed over: " + error.what());
       }
@@ -448,7 +486,9 @@ class Run {
   // Before the first step, every so many, and after the last.
   bool evaluation_is_due() const {
     if (is_evaluated()) return false;
-    return report_.steps % evaluation_interval() == 0 || report_.steps == report_.planned_steps;
+    const int64_t steps = config_.eval.every_steps > 0 ? report_.steps  // else of an epoch
+                                                       : report_.steps - steps_before();
+    return steps % evaluation_interval() == 0 || report_.steps == report_.planned_steps;
   }
 
   // The best of the evaluations after a step, 0 before there is one.

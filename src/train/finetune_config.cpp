@@ -155,7 +155,12 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        &c.data.seed,
        {},
        0},
-      {"train.epochs", "how often every row is read", &c.train.epochs, {}, 0, 1e6},
+      {"train.epochs",
+       "how often every row is read, steps on attention not counted",
+       &c.train.epochs,
+       {},
+       0,
+       1e6},
       {"train.max_steps",
        "no more steps than these, of those of train.epochs; steps on attention do not count. 0: no "
        "such limit",

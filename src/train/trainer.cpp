@@ -39,12 +39,35 @@ bool is_lora_target(const std::string& name, int64_t dimensions) {
   return dimensions == 2 && name.find(".layers.") != std::string::npos;
 }
 
+void check_tuned(const LlamaForCausalLM& model, const FinetuneConfig& config) {
+  bool any_tuned = false;
+  bool any_low_rank = false;
+  const bool wants_low_rank = config.train.lora_rank > 0;
+  for (const auto& parameter : model.named_parameters()) {
+    const bool tuned = is_tuned(config.train.parameters, parameter.key());
+    any_tuned = any_tuned || tuned;
+    any_low_rank = any_low_rank || (wants_low_rank && !tuned &&
+                                    is_lora_target(parameter.key(), parameter.value().dim()));
+  }
+  if (wants_low_rank && !any_low_rank) {
+    throw_usage(
+        "[train.lora_rank] expected matrices that train.parameters (attention or factors) leaves "
+        "out, got " +
+        config.train.parameters);
+  }
+  if (!any_tuned && !any_low_rank) {
+    throw_bad_input("[train.parameters] the model has no " + config.train.parameters +
+                    ": a Llama has keys and values, no factors");
+  }
+}
+
 Trainer::Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, TrainerSteps steps,
                  const LlamaForCausalLM* teacher, std::optional<at::ScalarType> dtype)
     : model_(model), config_(config), steps_(steps), teacher_(teacher) {
   if (teacher_ != nullptr) {
     check_teacher(model_, *teacher_, steps_.attention > 0 || config_.distill.hidden > 0);
   }
+  check_tuned(model_, config_);
   add_parameters(dtype.value_or(model.dtype()));
   if (model_.dtype() != at::kHalf) scale_.value = 1;
 }
@@ -67,16 +90,6 @@ void Trainer::add_parameters(at::ScalarType dtype) {
       low_rank_.push_back({name, weight, LowRankUpdate(weight, rank, scale, seed)});
     }
     if (weight.scalar_type() != dtype) weight.set_data(weight.detach().to(dtype));
-  }
-  if (rank > 0 && low_rank_.empty()) {
-    throw_usage(
-        "[train.lora_rank] expected matrices that train.parameters (attention or factors) leaves "
-        "out, got " +
-        config_.train.parameters);
-  }
-  if (tuned_.empty() && low_rank_.empty()) {
-    throw_bad_input("[train.parameters] the model has no " + config_.train.parameters +
-                    ": a Llama has keys and values, no factors");
   }
   for (const Tuned& tuned : tuned_) masters_.emplace_back(tuned.name, tuned.master);
   for (const LowRank& low_rank : low_rank_) {
@@ -385,7 +398,10 @@ Trainer::Step Trainer::step(const std::vector<TrainingRows::Batch>& batches) {
     update(result.learning_rate);
     write_weights();
   }
-  if (done_ == steps_.attention) moments_.clear();  // of another loss
+  if (done_ == steps_.attention) {  // of another loss
+    moments_.clear();
+    curvature_ = {};
+  }
   return result;
 }
 

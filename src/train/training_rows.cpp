@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "hla/core/error.h"
+#include "hla/core/log.h"
 #include "hla/core/progress.h"
 #include "hla/io/spill_file.h"
 #include "hla/text/wikitext.h"
@@ -14,13 +15,17 @@
 namespace hla {
 namespace {
 
-// Lines with anything but white space, with their line ends, as the HF wikitext dataset has rows.
+bool is_blank(std::string_view text) {
+  return text.find_first_not_of(" \t\r\n") == std::string_view::npos;
+}
+
+// Lines that are not blank, with their line ends, as the HF wikitext dataset has rows.
 std::vector<std::string_view> lines_of(std::string_view text) {
   std::vector<std::string_view> lines;
   while (!text.empty()) {
     const size_t end = std::min(text.find('\n'), text.size() - 1) + 1;
     const std::string_view line = text.substr(0, end);
-    if (line.find_first_not_of(" \t\r\n") != std::string_view::npos) lines.push_back(line);
+    if (!is_blank(line)) lines.push_back(line);
     text.remove_prefix(end);
   }
   return lines;
@@ -76,7 +81,15 @@ RowsOptions::Kind rows_kind_from_string(const std::string& text) {
 
 TrainingRows::TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64_t vocab_size,
                            const RowsOptions& options, const std::filesystem::path& folder)
-    : options_(options), pad_(tokenizer.eos_id().value_or(0)) {
+    : options_(options) {
+  const std::optional<int32_t> eos = options.end_of_text ? options.end_of_text : tokenizer.eos_id();
+  if (!eos && options.kind == RowsOptions::Kind::kPaddedUnmasked) {
+    throw_bad_input(
+        "[data.rows] padded-unmasked: expected an EOS token to learn, got none from the tokenizer, "
+        "generation_config.json or config.json (eos_token_id)");
+  }
+  pad_ = eos.value_or(0);
+  bool is_run_together = false;
   const int64_t most = options.max_tokens;
   const bool packed = options.kind == RowsOptions::Kind::kPacked;
   SpillFile stream(folder);
@@ -95,7 +108,8 @@ TrainingRows::TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64
   };
   const auto add = [&](const std::vector<int32_t>& ids) {
     if (packed) {
-      if (tokens_ > 0 && tokenizer.eos_id()) append({*tokenizer.eos_id()}, 0);
+      if (tokens_ > 0 && eos) append({*eos}, 0);
+      is_run_together = is_run_together || (tokens_ > 0 && !eos);
       append(ids, 0);
     } else {
       const int64_t begin = tokens_;
@@ -105,6 +119,7 @@ TrainingRows::TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64
     return most == 0 || tokens_ < most;
   };
   texts([&](Corpus::Kind kind, std::string_view part) {
+    if (is_blank(part)) return true;
     if (kind == Corpus::Kind::kDocuments) return add(tokenizer.encode(part));
     if (packed) return add(first_ids(part, tokenizer, most == 0 ? 0 : most - tokens_));
     for (const std::string_view line : lines_of(part)) {
@@ -112,6 +127,12 @@ TrainingRows::TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64
     }
     return true;
   });
+  if (is_run_together) {
+    log_warning(
+        "[data.train] there is no EOS token, neither the tokenizer's nor an eos_token_id: "
+        "documents "
+        "are run together with nothing between them");
+  }
   stream_ = stream.finish();
   for (int64_t begin = 0; packed && begin + 1 < tokens_; begin += options.context) {
     const int64_t labels = std::min(options.context, tokens_ - 1 - begin);

@@ -166,6 +166,26 @@ TEST(TransferTest, RoundedConversionsAreNotHealed) {
   EXPECT_TRUE(at::equal(checkpoint_tensor(out, name), checkpoint_tensor(tuned, name)));
 }
 
+TEST(TransferTest, RoundedModelsAreNotTuned) {
+  const TempDir folder;
+  at::manual_seed(13);
+  const Checkpoint base = Checkpoint::open(model_path("attention_bias"));
+  const Checkpoint rounded = write_variant(
+      base, folder / "rounded", [](const std::string&, const at::Tensor& weight) { return weight; },
+      nullptr, at::kBFloat16);
+  const Checkpoint conversion = halved(base, folder / "hla");
+  const TransferReport report = transfer(conversion, base, rounded, folder / "out", quiet());
+  EXPECT_EQ(report.tuned_distance, 0);
+  EXPECT_EQ(report.change_left, 0);
+  const Checkpoint out = Checkpoint::open((folder / "out").string());
+  for (const TensorInfo& info : out.tensors()) {
+    if (base.has(info.name)) continue;
+    EXPECT_TRUE(
+        at::equal(checkpoint_tensor(out, info.name), checkpoint_tensor(conversion, info.name)))
+        << info.name;
+  }
+}
+
 // Latents of every kind, fast frequencies without a rank too; shards; a llama2.c file.
 TEST(TransferTest, OfAnyConversion) {
   const TempDir folder;

@@ -246,7 +246,10 @@ TEST(FinetuneTest, HealsFromATeacher) {
       "eval.prompts=[\"Once, a cat\"]", "eval.prompt_tokens=5", "checkpoint.keep_best=2"};
   const FinetuneReport report = tune(quick(base, folder / "out"), settings);
   EXPECT_EQ(report.planned_steps, 6 + 3 * 8);
-  ASSERT_EQ(report.evaluations.size(), 5u);  // at 0, 8, 16, 24, 30
+  // Before steps on attention, and behind them after every epoch.
+  std::vector<int64_t> evaluated;
+  for (const FinetuneEvaluation& one : report.evaluations) evaluated.push_back(one.step);
+  EXPECT_EQ(evaluated, (std::vector<int64_t>{0, 6, 14, 22, 30}));
   EXPECT_LT(*report.evaluations.back().kl, 0.5 * *report.evaluations.front().kl);
   ASSERT_EQ(report.evaluations.front().samples.size(), 1u);
   EXPECT_FALSE(report.evaluations.front().samples[0].empty());
@@ -353,9 +356,22 @@ TEST(FinetuneTest, GoesOnFromAnOlderCheckpoint) {
   const int64_t newest = std::max(steps[0], steps[1]);
   // As a power cut leaves pages that were never written: numbers like others.
   const auto damaged = scratch / ("checkpoint-" + std::to_string(newest) + ".safetensors");
-  std::string bytes = read_file(damaged);
-  bytes.replace(bytes.size() * 7 / 10, 1000, std::string(1000, '\0'));
-  testing::write_file(damaged, bytes);
+  const auto damage = [](const std::filesystem::path& file) {
+    std::string bytes = read_file(file);
+    bytes.replace(bytes.size() * 7 / 10, 1000, std::string(1000, '\0'));
+    testing::write_file(file, bytes);
+  };
+  damage(damaged);
+  // Where none is left, it says so.
+  const auto older =
+      scratch / ("checkpoint-" + std::to_string(steps[0] + steps[1] - newest) + ".safetensors");
+  const std::string older_bytes = read_file(older);
+  damage(older);
+  const testing::CommandResult lost = run_hla("finetune" + settings);
+  EXPECT_EQ(lost.code, 3) << lost.err;
+  EXPECT_NE(lost.err.find("no other checkpoint is left; --restart"), std::string::npos) << lost.err;
+  EXPECT_EQ(lost.err.find("the best model so far"), std::string::npos) << lost.err;
+  testing::write_file(older, older_bytes);
   const testing::CommandResult again = run_hla("finetune" + settings);
   EXPECT_EQ(again.code, 0) << again.err;
   EXPECT_NE(again.err.find("passed over"), std::string::npos) << again.err;
@@ -474,8 +490,22 @@ TEST(FinetuneTest, Refuses) {
   EXPECT_EQ(message_of("distill.attention_steps=3").find("[distill.attention_steps] expected"), 0u);
   EXPECT_EQ(code_of("distill.teacher=" + source_path("tests/data/models/gqa").string()),
             ExitCode::kBadInput);
-  EXPECT_EQ(code_of("train.parameters=factors"), ExitCode::kBadInput);
-  EXPECT_EQ(code_of("train.lora_rank=4"), ExitCode::kUsage);
+  // Before texts are read, which may take long.
+  const auto unread = [&](const std::string& setting) {
+    return error_of([&] {
+      tune(quick(stories(), folder / "out"),
+           {setting, "distill.teacher=" + stories(), "data.train=/nowhere.txt"});
+    });
+  };
+  EXPECT_EQ(std::string(unread("train.parameters=factors").what()).find("[train.parameters]"), 0u);
+  EXPECT_EQ(std::string(unread("train.lora_rank=4").what()).find("[train.lora_rank]"), 0u);
+  EXPECT_EQ(std::string(unread("train.epochs=0").what()).find("[train.epochs]"), 0u);
+  const Error nothing = error_of([&] {
+    tune(quick(stories(), folder / "out"),
+         {"distill.teacher=" + stories(), "distill.text=0", "distill.kl=0"});
+  });
+  EXPECT_EQ(nothing.code(), ExitCode::kUsage);
+  EXPECT_EQ(std::string(nothing.what()).find("[distill] expected a weight"), 0u) << nothing.what();
   EXPECT_FALSE(std::filesystem::exists(folder / "out"));
 }
 

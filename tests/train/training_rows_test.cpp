@@ -32,6 +32,11 @@ class Letters : public Tokenizer {
   std::string kind() const override { return "letters"; }
 };
 
+class LettersWithoutEnd : public Letters {
+ public:
+  std::optional<int32_t> eos_id() const override { return {}; }
+};
+
 // A line is one id, its length, so that ids have any number of bytes.
 class Lines : public Letters {
  public:
@@ -55,7 +60,7 @@ Part document(std::string text) { return {Corpus::Kind::kDocuments, std::move(te
 
 // `read`: how many parts were asked for.
 TrainingRows rows_of(const std::vector<Part>& parts, int64_t vocab_size, const RowsOptions& options,
-                     size_t* read = nullptr) {
+                     size_t* read = nullptr, const Tokenizer& tokenizer = Letters()) {
   const testing::TempDir folder;
   const auto texts = [&](const CorpusPart& part) {
     for (const auto& [kind, text] : parts) {
@@ -63,7 +68,7 @@ TrainingRows rows_of(const std::vector<Part>& parts, int64_t vocab_size, const R
       if (!part(kind, text)) return;
     }
   };
-  return TrainingRows(texts, Letters(), vocab_size, options, folder.path());
+  return TrainingRows(texts, tokenizer, vocab_size, options, folder.path());
 }
 
 std::vector<int64_t> row_of(const at::Tensor& tensor, int64_t row) {
@@ -87,6 +92,35 @@ TEST(TrainingRowsTest, PacksDocumentsIntoOneStream) {
   // The last one is not full: EOS f, and f has no successor.
   EXPECT_EQ(row_of(batch.ids, 1), (Numbers{kEos, 15, kEos}));
   EXPECT_EQ(row_of(batch.labels, 1), (Numbers{15, kNone, kNone}));
+}
+
+TEST(TrainingRowsTest, BlankDocumentsAreNone) {
+  const TrainingRows rows = rows_of(
+      {document(""), document("ab"), document(" \n"), document("\r"), document("c"), document("")},
+      40, {.context = 8});
+  EXPECT_EQ(rows.tokens(), 4);
+  EXPECT_EQ(row_of(rows.batch({0}).ids, 0), (Numbers{10, 11, kEos, 12, kEos, kEos, kEos, kEos}));
+}
+
+TEST(TrainingRowsTest, EndOfTextIsTheTokenizersOrTheOneGiven) {
+  const std::vector<Part> parts = {document("ab"), document("c")};
+  const auto packed = [&](const RowsOptions& options, const Tokenizer& tokenizer) {
+    return row_of(rows_of(parts, 40, options, nullptr, tokenizer).batch({0}).ids, 0);
+  };
+  EXPECT_EQ(packed({.context = 4, .end_of_text = 7}, LettersWithoutEnd()),
+            (Numbers{10, 11, 7, 12}));
+  ::testing::internal::CaptureStderr();
+  EXPECT_EQ(packed({.context = 3}, LettersWithoutEnd()), (Numbers{10, 11, 12}));
+  std::string said = ::testing::internal::GetCapturedStderr();
+  EXPECT_NE(said.find("there is no EOS token"), std::string::npos) << said;
+  ::testing::internal::CaptureStderr();
+  rows_of({document("ab")}, 40, {}, nullptr, LettersWithoutEnd());
+  said = ::testing::internal::GetCapturedStderr();
+  EXPECT_EQ(said, "");
+  const RowsOptions unmasked = {.kind = RowsOptions::Kind::kPaddedUnmasked, .context = 4};
+  const Error error = error_of([&] { packed(unmasked, LettersWithoutEnd()); });
+  EXPECT_EQ(error.code(), ExitCode::kBadInput);
+  EXPECT_NE(std::string(error.what()).find("EOS"), std::string::npos) << error.what();
 }
 
 TEST(TrainingRowsTest, PadsRows) {

@@ -30,6 +30,10 @@ bool is_tuned(const std::string& which, const std::string& name);
 // low rank, where it is not tuned itself: the matrices of the layers.
 bool is_lora_target(const std::string& name, int64_t dimensions);
 
+// Throws kBadInput where train.parameters names nothing that the model has, kUsage where
+// train.lora_rank has nothing to work on.
+void check_tuned(const LlamaForCausalLM& model, const FinetuneConfig& config);
+
 // Steps of distillation to the teacher's attention come first, then those on the loss; each kind
 // has its own schedule and moments.
 struct TrainerSteps {
@@ -46,8 +50,7 @@ class Trainer {
   // precision, AdamW works on fp32 weights of the trainer's own, of which the model gets the
   // rounded ones, and in fp16 the loss is scaled (LossScale). So a model is best loaded as it is
   // stored, or in fp32: from rounded weights no small step leads to others, as each is in the
-  // middle of those that round to it. Throws kBadInput where there is nothing to tune, or the
-  // teacher does not fit; kUsage where train.lora_rank has nothing to work on.
+  // middle of those that round to it. Throws as check_tuned() and check_teacher() do.
   Trainer(LlamaForCausalLM& model, const FinetuneConfig& config, TrainerSteps steps,
           const LlamaForCausalLM* teacher = nullptr,
           std::optional<at::ScalarType> dtype = std::nullopt);

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,15 +19,16 @@ namespace hla {
 
 struct RowsOptions {
   enum class Kind {
-    kPacked,          // one stream of all texts, EOS between documents, cut into rows
-    kPadded,          // a row for every line of a text that is not blank, or every document, cut at
-                      // `context`; what follows its end is not learnt
+    kPacked,  // one stream of all texts, EOS between documents that are not blank, cut into rows
+    kPadded,  // a row for every line of a text that is not blank, or every document, cut at
+              // `context`; what follows its end is not learnt
     kPaddedUnmasked,  // the same, but EOS is learnt as often as it pads (sodabreak/MHA2HLA)
   };
   Kind kind = Kind::kPacked;
-  int64_t context = 1024;  // ids of a row
-  int64_t max_tokens = 0;  // of the texts; 0: all
-  bool progress = false;   // a line on a terminal while so many are read
+  int64_t context = 1024;                   // ids of a row
+  int64_t max_tokens = 0;                   // of the texts; 0: all
+  std::optional<int32_t> end_of_text = {};  // the EOS; absent: the tokenizer's
+  bool progress = false;                    // a line on a terminal while so many are read
 };
 // "packed", "padded", "padded-unmasked"; throws kUsage for another.
 RowsOptions::Kind rows_kind_from_string(const std::string& text);
@@ -38,7 +40,8 @@ class TrainingRows {
   using Texts = std::function<void(const CorpusPart&)>;
 
   // `folder`: where there is room for the ids, 4 bytes each, in a file without a name. Throws
-  // kBadInput where there is nothing to predict, or an id is not below `vocab_size`.
+  // kBadInput where there is nothing to predict, an EOS is to be learnt and there is none, or an id
+  // is not below `vocab_size`.
   TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64_t vocab_size,
                const RowsOptions& options, const std::filesystem::path& folder);
 
