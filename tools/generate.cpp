@@ -131,6 +131,18 @@ std::string statistics(const GenerateReport& report, uint64_t peak_bytes) {
   return line;
 }
 
+// A chat template's text that was written out often begins with one.
+void warn_of_two_bos(const std::vector<std::vector<int32_t>>& prompts, const Tokenizer& tokenizer) {
+  const std::optional<int32_t> bos = tokenizer.bos_id();
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    const std::vector<int32_t>& ids = prompts[i];
+    if (ids.size() < 2 || ids[0] != bos || ids[1] != bos) continue;
+    log_warning("prompt " + std::to_string(i + 1) + " begins with " + tokenizer.id_to_token(*bos) +
+                ", which the tokenizer puts in front, too: the model gets two");
+    return;
+  }
+}
+
 void run_generate(const GenerateArguments& arguments) {
   check_output_target("--json", arguments.json, arguments.force);
   validate(arguments.generate.sampling);
@@ -155,6 +167,7 @@ void run_generate(const GenerateArguments& arguments) {
     }
   } else {
     for (const std::string& prompt : prompts) ids.push_back(tokenizer->encode(prompt));
+    warn_of_two_bos(ids, *tokenizer);
   }
   const ModelConfig config = parse_model_config(checkpoint.config(), checkpoint.path().string());
   const auto model = load_model(checkpoint, resolve(arguments.device));

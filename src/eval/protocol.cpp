@@ -257,8 +257,10 @@ TokenStream TokenizedCorpus::raw() {
 
 std::optional<int32_t> TokenizedCorpus::added_bos() const {
   const std::vector<int32_t> ids = tokenizer_.encode("");
-  const auto bos = tokenizer_.bos_id();
-  return !ids.empty() && bos && ids.front() == *bos ? bos : std::nullopt;
+  if (ids.empty()) return std::nullopt;
+  if (const auto bos = tokenizer_.bos_id()) return ids.front() == *bos ? bos : std::nullopt;
+  // Where none is named, what is put in front of a text is one all the same.
+  return tokenizer_.encode("a").front() == ids.front() ? std::optional(ids.front()) : std::nullopt;
 }
 
 WindowPlan plan_windows(TokenizedCorpus& corpus, const ModelConfig& config,

@@ -1,6 +1,8 @@
 #include "hla/text/chat.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
+#include <string_view>
 
 #include "hla/core/error.h"
 #include "hla/io/json_file.h"
@@ -16,37 +18,92 @@ std::string message(const std::string& role, const std::string& content) {
   return kStart + role + "\n" + content + kEnd + "\n";
 }
 
-std::string without_space(const std::string& text) {
-  std::string result;
-  for (const char c : text) {
-    if (c != ' ' && c != '\n') result += c;
+// Calls action(character, whether it is within a string of Jinja), escapes in strings resolved.
+template <class Action>
+void for_characters(const std::string& jinja, const Action& action) {
+  char quote = 0;
+  for (size_t i = 0; i < jinja.size(); ++i) {
+    const char c = jinja[i];
+    if (quote != 0 && c == '\\' && i + 1 < jinja.size()) {
+      const char escaped = jinja[++i];
+      action(escaped == 'n' ? '\n' : escaped, true);
+    } else if (quote != 0 ? c == quote : c == '\'' || c == '"') {
+      quote = quote != 0 ? 0 : c;
+      action('\'', false);
+    } else {
+      action(c, quote != 0);
+    }
   }
+}
+
+// White space that says nothing is that outside of strings.
+std::string without_space(const std::string& jinja) {
+  std::string result;
+  for_characters(jinja, [&](char c, bool in_string) {
+    if (in_string || (c != ' ' && c != '\n')) result += c;
+  });
   return result;
 }
 
-// "\n" written in a Jinja string as an escape.
-std::string unescape(std::string text) {
-  for (size_t at = 0; (at = text.find("\\n", at)) != std::string::npos; ++at) {
-    text.replace(at, 2, "\n");
+std::string unescaped(const std::string& jinja) {
+  std::string result;
+  for_characters(jinja, [&](char c, bool) { result += c; });
+  return result;
+}
+
+// Whether something between its tags is written out, as transformers has Jinja read them
+// (trim_blocks, lstrip_blocks): of white space what follows a value, but for "-" at a tag.
+bool has_text_between_tags(const std::string& jinja) {
+  size_t at = 0;
+  bool behind_block = false;    // %} or #}
+  bool trimmed_before = false;  // -}} or -%}
+  for (;;) {
+    size_t next = jinja.find('{', at);
+    while (next != std::string::npos &&
+           std::string("{%#").find(jinja[next + 1]) == std::string::npos) {
+      next = jinja.find('{', next + 1);
+    }
+    const bool ends = next == std::string::npos;
+    std::string_view text =
+        std::string_view(jinja).substr(at, ends ? std::string::npos : next - at);
+    const bool is_value = !ends && jinja[next + 1] == '{';
+    const bool trims = !ends && jinja.compare(next + 2, 1, "-") == 0;
+    const auto strip_end = [&](const char* characters) {
+      text = text.substr(0, text.find_last_not_of(characters) + 1);
+    };
+    if (trimmed_before) text.remove_prefix(std::min(text.find_first_not_of(" \t\n"), text.size()));
+    const bool at_line = at == 0 || (behind_block && text.starts_with('\n'));
+    if (at > 0 && at_line) text.remove_prefix(1);
+    if (trims) strip_end(" \t\n");
+    if (ends && text.ends_with('\n')) text.remove_suffix(1);
+    if (!ends && !is_value && at_line) strip_end(" \t");
+    if (!text.empty()) return true;
+    if (ends) return false;
+    const char* closer = is_value ? "}}" : jinja[next + 1] == '%' ? "%}" : "#}";
+    const size_t end = jinja.find(closer, next + 2);
+    if (end == std::string::npos) return true;  // no template
+    trimmed_before = jinja[end - 1] == '-';
+    behind_block = !is_value;
+    at = end + 2;
   }
-  return text;
 }
 
 }  // namespace
 
 ChatTemplate ChatTemplate::parse(const std::string& jinja, const std::string& name) {
-  const std::string text = unescape(jinja);
+  const std::string text = unescaped(jinja);
   const auto refuse = [&] [[noreturn]] () {
     throw_bad_input("[chat] " + name +
                     ": expected a ChatML template (<|im_start|>role … <|im_end|>), got another; "
-                    "write the prompt out and use --prompt");
+                    "write the prompt out, without the token that the tokenizer puts in front, and "
+                    "use --prompt");
   };
-  // The message of every turn, and the start of the answer; white space between has no meaning.
-  const std::string compact = without_space(text);
+  // The message of every turn, and the start of the answer.
+  const std::string compact = without_space(jinja);
   const std::string turn =
-      "{{'<|im_start|>'+message['role']+''+message['content']+'<|im_end|>'+''}}";
-  if (compact.find(turn) == std::string::npos ||
-      compact.find("{%ifadd_generation_prompt%}{{'<|im_start|>assistant'}}{%endif%}") ==
+      "{{'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>'+'\n'}}";
+  if (has_text_between_tags(jinja) || compact.find(turn) == std::string::npos ||
+      compact.find("{%ifadd_generation_prompt%}{{'<|im_start|>assistant\n'}}{%endif%}") ==
           std::string::npos ||
       compact.find("bos_token") != std::string::npos) {  // none is put in front
     refuse();
@@ -89,6 +146,20 @@ ChatTemplate ChatTemplate::load(const std::filesystem::path& folder) {
     const auto found = config.find("chat_template");
     if (found != config.end() && found->is_string()) {
       return parse(found->get<std::string>(), file.string() + ", chat_template");
+    }
+    // Several with names, of which transformers takes the default.
+    for (size_t i = 0; found != config.end() && found->is_array() && i < found->size(); ++i) {
+      const nlohmann::json& one = (*found)[i];
+      if (!one.is_object() || one.value("name", nlohmann::json()) != "default") continue;
+      const nlohmann::json text = one.value("template", nlohmann::json());
+      if (text.is_string()) {
+        return parse(text.get<std::string>(), file.string() + ", chat_template \"default\"");
+      }
+    }
+    if (found != config.end() && !found->is_null()) {
+      throw_bad_input("[chat] " + file.string() +
+                      ", chat_template: expected a template or one named \"default\", got " +
+                      json_excerpt(*found));
     }
   }
   throw_bad_input("[chat] " + folder.string() +

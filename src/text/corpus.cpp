@@ -38,6 +38,12 @@ Format format_of(const fs::path& file) {
                  [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   if (extension == ".parquet") return Format::kParquet;
   if (extension == ".jsonl" || extension == ".ndjson") return Format::kJsonl;
+  if (extension == ".json") {
+    throw_bad_input(
+        file.string() +
+        ": expected a text, .jsonl or .parquet, got .json\n  hint: name it .jsonl if it "
+        "has an object a line, or .txt to read it as it is");
+  }
   return Format::kText;
 }
 
@@ -53,7 +59,8 @@ const char* format_name(Format format) {
 }
 
 // Rows as they are read: documents, which are passed on, unless all of them are lines of a text,
-// which is when it is known to end.
+// which is when it is known to end. The lines of WikiText are told from documents of one line each
+// by empty ones and headings, of which it has some among the first.
 class Rows {
  public:
   Rows(std::optional<int64_t> max_documents, const CorpusPart& part)
@@ -62,22 +69,19 @@ class Rows {
   // Returns false when no more are wanted.
   bool add(std::string_view row) {
     if (are_lines_ && (row.empty() || row.find('\n') == row.size() - 1)) {
+      is_wikitext_ = is_wikitext_ || row.empty() || row.starts_with(" = ");
       lines_.emplace_back(row);
-      return true;  // lines of a text are not documents to count
+      // Lines of a text are not documents to count.
+      return is_wikitext_ || lines_.size() < kLinesToTell || pass_lines();
     }
     return add_document(row);
   }
 
-  bool add_document(std::string_view document) {
-    are_lines_ = false;
-    for (const std::string& line : std::exchange(lines_, {})) {
-      if (!pass(line)) return false;
-    }
-    return pass(document);
-  }
+  bool add_document(std::string_view document) { return pass_lines() && pass(document); }
 
   // After the last one.
   bool finish() {
+    if (!is_wikitext_) return pass_lines();
     const auto is_filled = [](const std::string& line) { return !line.empty(); };
     if (!std::any_of(lines_.begin(), lines_.end(), is_filled)) return more_;
     std::string text;
@@ -86,6 +90,17 @@ class Rows {
   }
 
  private:
+  static constexpr size_t kLinesToTell = 1000;
+
+  // They are documents.
+  bool pass_lines() {
+    are_lines_ = false;
+    for (const std::string& line : std::exchange(lines_, {})) {
+      if (!pass(line)) return false;
+    }
+    return more_;
+  }
+
   bool pass(std::string_view document) {
     more_ = more_ && part_(Corpus::Kind::kDocuments, document) && (!max_ || ++count_ < *max_);
     return more_;
@@ -95,6 +110,7 @@ class Rows {
   const CorpusPart& part_;
   std::vector<std::string> lines_;
   bool are_lines_ = true;  // so far
+  bool is_wikitext_ = false;
   bool more_ = true;
   int64_t count_ = 0;
 };

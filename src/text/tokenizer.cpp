@@ -45,6 +45,20 @@ nlohmann::json read_tokenizer_config(const fs::path& file) {
   return config;
 }
 
+// As transformers does where tokenizer_config.json lists no added tokens: it is how older versions
+// wrote a folder.
+void add_special_tokens_map(nlohmann::json& config, const fs::path& file) {
+  std::error_code error;
+  if (config.contains("added_tokens_decoder") || !fs::is_regular_file(file, error)) return;
+  const nlohmann::json map = read_json_file(file);
+  if (!map.is_object()) {
+    throw_bad_input(file.string() + ": expected an object, got " + json_excerpt(map));
+  }
+  for (const char* key : {"bos_token", "eos_token"}) {
+    if (map.contains(key)) config[key] = map[key];
+  }
+}
+
 TokenizerSettings read_settings(const nlohmann::json& config, const fs::path& file) {
   TokenizerSettings settings;
   Problems problems(file.string());
@@ -123,7 +137,8 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
     throw_bad_input(path.string() + ": no tokenizer.json and no tokenizer.model");
   }
   const fs::path config_file = parent / "tokenizer_config.json";
-  const nlohmann::json config = read_tokenizer_config(config_file);
+  nlohmann::json config = read_tokenizer_config(config_file);
+  add_special_tokens_map(config, parent / "special_tokens_map.json");
   const TokenizerSettings settings = read_settings(config, config_file);
   nlohmann::json root;
   if (has_json) root = read_json_file(json_file);

@@ -35,6 +35,13 @@ class ByteTokenizer : public Tokenizer {
   bool add_bos_;
 };
 
+// Adds a BOS that it does not name.
+class NamelessTokenizer : public ByteTokenizer {
+ public:
+  NamelessTokenizer() : ByteTokenizer(true) {}
+  std::optional<int32_t> bos_id() const override { return std::nullopt; }
+};
+
 Corpus documents(std::vector<std::string> texts) {
   Corpus corpus;
   corpus.kind = Corpus::Kind::kDocuments;
@@ -227,6 +234,17 @@ TEST(ProtocolTest, TextsAndOptionsThatCannotBeScored) {
   EXPECT_EQ(
       error_of([&] { plan(documents({letters(99)}), tokenizer, {.context = 10}, small); }).code(),
       ExitCode::kBadInput);
+}
+
+TEST(ProtocolTest, AddedBosIsWhatIsPutInFront) {
+  const Corpus corpus = documents({"ab"});
+  const auto added = [&](const Tokenizer& tokenizer) {
+    return TokenizedCorpus(corpus, tokenizer).added_bos();
+  };
+  EXPECT_EQ(added(ByteTokenizer(true)), 256);
+  EXPECT_EQ(added(ByteTokenizer(true, /*add_bos=*/false)), std::nullopt);
+  EXPECT_EQ(added(ByteTokenizer(false)), std::nullopt);
+  EXPECT_EQ(added(NamelessTokenizer()), 256);
 }
 
 TEST(ProtocolTest, WarnsAboutBosThatDoesNotFit) {

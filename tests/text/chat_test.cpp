@@ -49,6 +49,39 @@ TEST(ChatTemplateTest, RefusesWhatItDoesNotUnderstand) {
   }
 }
 
+// White space between tags, as transformers has Jinja read it (jinja2 3.1 with trim_blocks and
+// lstrip_blocks); of what is written out nothing may get lost.
+TEST(ChatTemplateTest, TemplatesOfSeveralLines) {
+  const std::string turn =
+      "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}";
+  const std::string start = "{{ '<|im_start|>assistant\\n' }}";
+  const auto of = [&](const std::string& before_turn, const std::string& behind_turn,
+                      const std::string& behind_start) {
+    return "{% for message in messages %}" + before_turn + turn + behind_turn +
+           "{% endfor %}\n{% if add_generation_prompt %}\n" + start + behind_start +
+           "{% endif %}\n";
+  };
+  for (const std::string& good :
+       {of("\n", "", ""), of("", "", ""), of("\n    {%- if true -%}\n  ", "", ""),
+        of("{# a turn #}\n", "", ""), of("\n  {% if true %}\n", "", "")}) {
+    EXPECT_EQ(ChatTemplate::parse(good, "x").prompt("Hi"),
+              "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+        << good;
+  }
+  for (const std::string& bad :
+       {of("\n", "\n", ""), of("\n", "", "\n"), of("\n  ", "", ""), of(" ", "", ""),
+        of("\n\n", "", ""), of(" {% if true %}\n", "", ""), of("\n", "x", "")}) {
+    EXPECT_EQ(error_of([&] { ChatTemplate::parse(bad, "x"); }).code(), ExitCode::kBadInput) << bad;
+  }
+  // White space in a string is text, and quotes are escaped there.
+  std::string wide = kPlainChatMl;
+  wide.replace(wide.find("'<|im_start|>'"), 14, "'<|im_start|> '");
+  EXPECT_EQ(error_of([&] { ChatTemplate::parse(wide, "x"); }).code(), ExitCode::kBadInput);
+  std::string quoted = kSmolLm2;
+  quoted.replace(quoted.find("You are"), 7, "You\\'re");
+  EXPECT_EQ(ChatTemplate::parse(quoted, "x").prompt("Hi").find("<|im_start|>system\nYou're a"), 0u);
+}
+
 // A tokenizer without them would take where messages begin and end for text.
 TEST(ChatTemplateTest, TokenizerHasItsTokens) {
   const ChatTemplate chat = ChatTemplate::parse(kPlainChatMl, "x");
@@ -67,6 +100,16 @@ TEST(ChatTemplateTest, IsFoundInTheFolder) {
              nlohmann::json({{"chat_template", kPlainChatMl}}).dump());
   EXPECT_EQ(ChatTemplate::load(folder.path()).prompt("a"),
             "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n");
+  nlohmann::json several = {{{"name", "tool_use"}, {"template", "x"}}};
+  const auto load_several = [&] {
+    write_file(folder / "tokenizer_config.json",
+               nlohmann::json({{"chat_template", several}}).dump());
+    return ChatTemplate::load(folder.path()).prompt("a");
+  };
+  const Error none = error_of(load_several);
+  EXPECT_NE(std::string(none.what()).find("tool_use"), std::string::npos) << none.what();
+  several.push_back({{"name", "default"}, {"template", kPlainChatMl}});
+  EXPECT_EQ(load_several(), "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n");
   write_file(folder / "chat_template.jinja", kSmolLm2);
   EXPECT_NE(ChatTemplate::load(folder.path()).prompt("a").find("SmolLM"), std::string::npos);
 }

@@ -130,6 +130,35 @@ TEST(CorpusTest, WikitextRowsBecomeTheRawText) {
   EXPECT_THAT(read_corpus(file, {"text", 2}).documents, ElementsAre("", " = T = \n"));
 }
 
+// As documents often end.
+TEST(CorpusTest, RowsOfOneLineAreDocumentsWithoutASignOfWikitext) {
+  const TempDir folder;
+  const fs::path file = folder / "a.jsonl";
+  const auto rows = [](int count) {
+    std::string text;
+    for (int i = 0; i < count; ++i) {
+      text += "{\"text\": \"row " + std::to_string(i) + "\\n\"}\n";
+    }
+    return text;
+  };
+  write_file(file, rows(3));
+  EXPECT_THAT(read_corpus(file).documents, ElementsAre("row 0\n", "row 1\n", "row 2\n"));
+  EXPECT_THAT(read_corpus(file, {"text", 2}).documents, ElementsAre("row 0\n", "row 1\n"));
+  // They are not kept for ever: what comes behind them is not waited for.
+  write_file(file, rows(1200) + "not JSON");
+  EXPECT_EQ(read_corpus(file, {"text", 1100}).documents.size(), 1100u);
+  write_file(file, rows(1200) + "{\"text\": \"\"}\n");
+  EXPECT_EQ(read_corpus(file).documents.size(), 1201u);
+  write_file(file, rows(900) + "{\"text\": \"\"}\n");
+  EXPECT_EQ(read_corpus(file).kind, Corpus::Kind::kText);
+}
+
+TEST(CorpusTest, JsonIsNoText) {
+  const TempDir folder;
+  write_file(folder / "a.json", "[{\"text\": \"one\"}]");
+  EXPECT_THAT(message_of(folder / "a.json"), HasSubstr(".jsonl"));
+}
+
 TEST(CorpusTest, Parquet) {
   if (!has_parquet_support()) {
     EXPECT_THAT(message_of(fixture("wikitext_rows.parquet"), {}, ExitCode::kRuntime),

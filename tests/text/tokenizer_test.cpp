@@ -174,6 +174,26 @@ TEST(SentencePieceTokenizerTest, SettingsOfTheFolder) {
   EXPECT_EQ(ids.back(), 2);
 }
 
+// As transformers reads folders of its older versions.
+TEST(BpeTokenizerTest, SpecialTokensOfTheirOwnFile) {
+  const TempDir folder;
+  std::filesystem::copy_file(source_path("tests/data/text/llama3_style.json"),
+                             folder / "tokenizer.json");
+  EXPECT_FALSE(load_tokenizer(folder.path())->eos_id());
+  write_file(folder / "special_tokens_map.json",
+             R"({"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}})");
+  const auto tokenizer = load_tokenizer(folder.path());
+  EXPECT_EQ(tokenizer->bos_id(), 0);
+  EXPECT_EQ(tokenizer->eos_id(), 1);
+  // It comes before what is said elsewhere, but not where that lists all tokens.
+  write_file(folder / "tokenizer_config.json", R"({"eos_token": "<|begin|>"})");
+  EXPECT_EQ(load_tokenizer(folder.path())->eos_id(), 1);
+  write_file(folder / "tokenizer_config.json",
+             R"({"eos_token": "<|begin|>", "added_tokens_decoder": {}})");
+  EXPECT_EQ(load_tokenizer(folder.path())->eos_id(), 0);
+  EXPECT_FALSE(load_tokenizer(folder.path())->bos_id());
+}
+
 // Chat models often add tokens beside the file; they are not supported, which is said.
 TEST(SentencePieceTokenizerTest, SaysThatAddedTokensAreText) {
   const TempDir folder;
