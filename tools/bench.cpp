@@ -37,6 +37,7 @@ void run_bench(const BenchArguments& arguments) {
   }
   if (!arguments.csv.empty()) write_text_result(arguments.csv, report.to_csv(), arguments.force);
   if (!arguments.plot.empty()) write_svg_file(arguments.plot, report.to_plot(), arguments.force);
+  if (report.failure) std::rethrow_exception(report.failure);
 }
 
 }  // namespace

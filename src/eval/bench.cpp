@@ -523,6 +523,7 @@ std::string BenchReport::to_markdown() const {
       *std::max_element(bandwidths.begin(), bandwidths.end()) * 1e-9, bandwidths.size(), version(),
       version_commit());
   text += line;
+  if (failure) text += "\nPARTIAL: ended before it was through; larger depths are missing\n";
   const auto from = [](int64_t tokens) {
     return tokens > 0 ? "from " + std::to_string(tokens) + " tokens on" : std::string("never");
   };
@@ -583,6 +584,7 @@ nlohmann::json BenchReport::to_json() const {
   }
   return {{"hla_version", version()},
           {"hla_commit", version_commit()},
+          {"partial", failure != nullptr},
           {"device", device},
           {"threads", threads},
           {"models", paths},
@@ -653,7 +655,7 @@ BenchReport bench(const BenchOptions& options) {
     needed += processes[m].run({Command::kOpen, 0, 0, 0}).needed_bytes;
   }
   preflight_memory(needed + kBandwidthBytes, "the caches of all models and the memory test");
-  for (const int64_t depth : depths) {
+  const auto measure = [&](int64_t depth) {
     std::vector<Test> tests;
     const auto add = [&](Command::Kind kind, int64_t tokens, int64_t batch) {
       tests.push_back({{kind, tokens, depth, batch}, report.rows.size()});
@@ -704,6 +706,17 @@ BenchReport bench(const BenchOptions& options) {
         const BenchRow& row = report.rows[test.first_row];
         progress.advance(report.models, test_name(row) + ", batch " + std::to_string(row.batch));
       }
+    }
+  };
+  for (const int64_t depth : depths) {
+    const size_t whole = report.rows.size();
+    try {
+      measure(depth);
+    } catch (...) {
+      if (whole == 0) throw;
+      report.rows.resize(whole);
+      report.failure = std::current_exception();
+      break;
     }
   }
   return report;

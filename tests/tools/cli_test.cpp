@@ -941,6 +941,24 @@ TEST(CliTest, BenchNamesAModelOfNaN) {
   }
 }
 
+// Depths that were through are not lost with the one that was not.
+TEST(CliTest, InterruptedBenchPrintsWhatItHas) {
+  const TempDir folder;
+  const std::string json = (folder / "bench.json").string();
+  CommandResult result;
+  for (int seconds = 3; result.out.empty() && seconds <= 24; seconds *= 2) {
+    result = run_command("timeout --preserve-status -s INT " + std::to_string(seconds) + " " +
+                         std::string(HLA_BINARY) + " bench " + stories() +
+                         " -p 0 -n 2 -r 1 -d 0,4,200000 --json " + json);
+    EXPECT_EQ(result.code, 130) << result.err;
+  }
+  EXPECT_NE(result.out.find("PARTIAL"), std::string::npos) << result.out;
+  const nlohmann::json report = read_json_file(json);
+  EXPECT_EQ(report["partial"], true);
+  ASSERT_EQ(report["results"].size(), 2U);
+  EXPECT_EQ(report["results"][1]["depth"], 4);
+}
+
 // As the kernel does where memory is out.
 TEST(CliTest, BenchWhoseModelIsKilledExitsWith4) {
   const CommandResult result = run_command(

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
@@ -72,6 +73,7 @@ struct BenchReport {
   std::vector<std::string> paths;  // of the models, as they were given
   std::string cache_dtype;
   double absorb_error = 0;
+  std::exception_ptr failure;  // what ended it before the depths that are missing
 
   double bandwidth() const;  // the median
   // Median over the turns of the first model's time over a row's.
@@ -88,8 +90,10 @@ struct BenchReport {
   const BenchRow& base_of(const BenchRow& row) const;
 };
 
-// Throws what a model's process threw: kBadInput, kOutOfMemory before a cache would not fit. Must
-// be called before LibTorch has started threads or found a GPU.
+// Throws what a model's process threw: kBadInput, kOutOfMemory before a cache would not fit,
+// kNonFinite for a model of NaN. Once a depth is through, that and an interrupt end it with what
+// was measured so far (`failure`). Must be called before LibTorch has started threads or found a
+// GPU.
 BenchReport bench(const BenchOptions& options);
 
 }  // namespace hla
