@@ -182,9 +182,10 @@ void run_generate(const GenerateArguments& arguments) {
   OnText on_text;
   if (arguments.stream && !to_stdout) {
     if (arguments.echo) std::cout << prompts[0];
-    on_text = [](size_t, std::string_view text) {
+    on_text = [&arguments](size_t, std::string_view text) {
       std::cout << text << std::flush;
-      if (!std::cout) throw_runtime("stdout: write failed");  // nobody reads on
+      // Nobody reads on, but --json may be waited for.
+      if (!std::cout && arguments.json.empty()) throw_runtime("stdout: write failed");
     };
   }
   const GenerateReport report = generate(decoder, *tokenizer, ids, options, on_text);

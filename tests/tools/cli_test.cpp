@@ -149,6 +149,14 @@ TEST(CliTest, StreamingEndsWithItsReader) {
   EXPECT_NE(result.err.find("stdout: write failed"), std::string::npos) << result.err;
 }
 
+TEST(CliTest, JsonIsWrittenWhereNobodyReadsTheStream) {
+  const TempDir folder;
+  const std::string json = (folder / "out.json").string();
+  run_command(std::string(HLA_BINARY) + " generate " + stories() +
+              " --prompt a -n 200 --stream --json " + json + " | head -c 5");
+  EXPECT_EQ(read_json_file(json)["continuations"][0]["ids"].size(), 200u);
+}
+
 TEST(CliTest, SaysThatThereIsNoTokenizer) {
   const TempDir folder;
   std::filesystem::copy_file(stories(), folder / "model.bin");
