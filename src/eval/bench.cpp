@@ -709,12 +709,12 @@ BenchReport bench(const BenchOptions& options) {
     }
   };
   for (const int64_t depth : depths) {
-    const size_t whole = report.rows.size();
+    BenchReport before = report;
     try {
       measure(depth);
     } catch (...) {
-      if (whole == 0) throw;
-      report.rows.resize(whole);
+      if (before.rows.empty()) throw;
+      report = std::move(before);
       report.failure = std::current_exception();
       break;
     }

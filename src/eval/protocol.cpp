@@ -255,12 +255,12 @@ TokenStream TokenizedCorpus::raw() {
   return raw_;
 }
 
-std::optional<int32_t> TokenizedCorpus::added_bos() const {
-  const std::vector<int32_t> ids = tokenizer_.encode("");
+std::optional<int32_t> added_bos(const Tokenizer& tokenizer) {
+  const std::vector<int32_t> ids = tokenizer.encode("");
   if (ids.empty()) return std::nullopt;
-  if (const auto bos = tokenizer_.bos_id()) return ids.front() == *bos ? bos : std::nullopt;
+  if (const auto bos = tokenizer.bos_id()) return ids.front() == *bos ? bos : std::nullopt;
   // Where none is named, what is put in front of a text is one all the same.
-  return tokenizer_.encode("a").front() == ids.front() ? std::optional(ids.front()) : std::nullopt;
+  return tokenizer.encode("a").front() == ids.front() ? std::optional(ids.front()) : std::nullopt;
 }
 
 WindowPlan plan_windows(TokenizedCorpus& corpus, const ModelConfig& config,
@@ -293,7 +293,7 @@ std::vector<std::string> bos_warnings(const Tokenizer& tokenizer, const ModelCon
   const auto found = config.raw.find("bos_token_id");
   if (found == config.raw.end() || !found->is_number_integer()) return warnings;
   const auto expected = found->get<int64_t>();
-  const auto bos = tokenizer.bos_id();
+  const auto bos = tokenizer.bos_id() ? tokenizer.bos_id() : added_bos(tokenizer);
   if (!bos) {
     warnings.push_back("the model expects BOS " + std::to_string(expected) +
                        " (config.json) but the tokenizer has none: perplexity may be too high");

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string_view>
 
 #include "hla/core/error.h"
@@ -18,15 +19,21 @@ std::string message(const std::string& role, const std::string& content) {
   return kStart + role + "\n" + content + kEnd + "\n";
 }
 
-// Calls action(character, whether it is within a string of Jinja), escapes in strings resolved.
+// Calls action(character, whether it is within a string of Jinja), escapes in strings resolved and
+// comments left out. Returns false where an escape is not one of these.
 template <class Action>
-void for_characters(const std::string& jinja, const Action& action) {
+bool for_characters(const std::string& jinja, const Action& action) {
+  constexpr std::string_view kEscapes = "ntr\\'\"";
+  constexpr std::string_view kMeanings = "\n\t\r\\'\"";
   char quote = 0;
   for (size_t i = 0; i < jinja.size(); ++i) {
     const char c = jinja[i];
-    if (quote != 0 && c == '\\' && i + 1 < jinja.size()) {
-      const char escaped = jinja[++i];
-      action(escaped == 'n' ? '\n' : escaped, true);
+    if (quote == 0 && jinja.compare(i, 2, "{#") == 0) {
+      i = std::min(jinja.find("#}", i), jinja.size() - 2) + 1;
+    } else if (quote != 0 && c == '\\' && i + 1 < jinja.size()) {
+      const size_t kind = kEscapes.find(jinja[++i]);
+      if (kind == std::string_view::npos) return false;
+      action(kMeanings[kind], true);
     } else if (quote != 0 ? c == quote : c == '\'' || c == '"') {
       quote = quote != 0 ? 0 : c;
       action('\'', false);
@@ -34,6 +41,7 @@ void for_characters(const std::string& jinja, const Action& action) {
       action(c, quote != 0);
     }
   }
+  return true;
 }
 
 // White space that says nothing is that outside of strings.
@@ -45,9 +53,10 @@ std::string without_space(const std::string& jinja) {
   return result;
 }
 
-std::string unescaped(const std::string& jinja) {
+// Nothing where an escape is not understood.
+std::optional<std::string> unescaped(const std::string& jinja) {
   std::string result;
-  for_characters(jinja, [&](char c, bool) { result += c; });
+  if (!for_characters(jinja, [&](char c, bool) { result += c; })) return std::nullopt;
   return result;
 }
 
@@ -67,6 +76,7 @@ bool has_text_between_tags(const std::string& jinja) {
     std::string_view text =
         std::string_view(jinja).substr(at, ends ? std::string::npos : next - at);
     const bool is_value = !ends && jinja[next + 1] == '{';
+    if (!ends && jinja.compare(next + 2, 1, "+") == 0) return true;  // keeps white space
     const bool trims = !ends && jinja.compare(next + 2, 1, "-") == 0;
     const auto strip_end = [&](const char* characters) {
       text = text.substr(0, text.find_last_not_of(characters) + 1);
@@ -82,6 +92,7 @@ bool has_text_between_tags(const std::string& jinja) {
     const char* closer = is_value ? "}}" : jinja[next + 1] == '%' ? "%}" : "#}";
     const size_t end = jinja.find(closer, next + 2);
     if (end == std::string::npos) return true;  // no template
+    if (jinja[end - 1] == '+') return true;
     trimmed_before = jinja[end - 1] == '-';
     behind_block = !is_value;
     at = end + 2;
@@ -91,13 +102,14 @@ bool has_text_between_tags(const std::string& jinja) {
 }  // namespace
 
 ChatTemplate ChatTemplate::parse(const std::string& jinja, const std::string& name) {
-  const std::string text = unescaped(jinja);
   const auto refuse = [&] [[noreturn]] () {
     throw_bad_input("[chat] " + name +
                     ": expected a ChatML template (<|im_start|>role … <|im_end|>), got another; "
                     "write the prompt out, without the token that the tokenizer puts in front, and "
                     "use --prompt");
   };
+  if (!unescaped(jinja)) refuse();
+  const std::string text = *unescaped(jinja);
   // The message of every turn, and the start of the answer.
   const std::string compact = without_space(jinja);
   const std::string turn =

@@ -38,12 +38,6 @@ Format format_of(const fs::path& file) {
                  [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   if (extension == ".parquet") return Format::kParquet;
   if (extension == ".jsonl" || extension == ".ndjson") return Format::kJsonl;
-  if (extension == ".json") {
-    throw_bad_input(
-        file.string() +
-        ": expected a text, .jsonl or .parquet, got .json\n  hint: name it .jsonl if it "
-        "has an object a line, or .txt to read it as it is");
-  }
   return Format::kText;
 }
 
@@ -505,6 +499,12 @@ Source source_of_path(const fs::path& path, const CorpusOptions& options) {
   Source source;
   std::error_code error;
   source.text_documents = fs::is_directory(path, error);
+  if (!source.text_documents && path.extension() == ".json") {
+    throw_bad_input(
+        path.string() +
+        ": expected a text, .jsonl or .parquet, got .json\n  hint: name it .jsonl if it "
+        "has an object a line, or .txt to read it as it is");
+  }
   source.files = source.text_documents ? files_of_folder(path) : std::vector<fs::path>{path};
   source.name = path.string();
   source.field = options.text_field;

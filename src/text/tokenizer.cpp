@@ -54,9 +54,11 @@ void add_special_tokens_map(nlohmann::json& config, const fs::path& file) {
   if (!map.is_object()) {
     throw_bad_input(file.string() + ": expected an object, got " + json_excerpt(map));
   }
+  Problems problems(file.string());
   for (const char* key : {"bos_token", "eos_token"}) {
-    if (map.contains(key)) config[key] = map[key];
+    if (map.contains(key) && token_text(map, key, problems)) config[key] = map[key];
   }
+  problems.throw_if_any();
 }
 
 TokenizerSettings read_settings(const nlohmann::json& config, const fs::path& file) {

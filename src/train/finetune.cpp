@@ -297,6 +297,16 @@ class Run {
            model_folder(work, step).string() + "; --restart removes it";
   }
 
+  // The best, which a damaged checkpoint may not know of.
+  static std::string written_models(const WorkDir& work) {
+    std::string list;
+    for (const auto& entry : std::filesystem::directory_iterator(work.scratch())) {
+      if (!entry.path().filename().string().starts_with("model-")) continue;
+      list += (list.empty() ? "" : ", ") + entry.path().string();
+    }
+    return list.empty() ? "" : "\n  the best model so far is " + list + "; --restart removes it";
+  }
+
   // Takes back a checkpoint whose weights have not done anything yet: they may be what is broken,
   // and the run would go on from them. Returns those that are left.
   nlohmann::json take_back_unproven(WorkDir& work) const {
@@ -449,11 +459,7 @@ class Run {
         if (states.size() == 1) {
           std::string message = error.what();
           message += "\n  hint: no other checkpoint is left; --restart begins anew";
-          const nlohmann::json& last = states.back();
-          if (!last.at("best").empty()) {
-            const auto best = last.at("best").front().get<size_t>();
-            message += best_so_far(work, last.at("evaluations").at(best).at("step"));
-          }
+          message += written_models(work);
           throw Error(error.code(), message);
         }
         log_warning("the checkpoint of step " + std::to_string(step) +

@@ -237,14 +237,10 @@ TEST(ProtocolTest, TextsAndOptionsThatCannotBeScored) {
 }
 
 TEST(ProtocolTest, AddedBosIsWhatIsPutInFront) {
-  const Corpus corpus = documents({"ab"});
-  const auto added = [&](const Tokenizer& tokenizer) {
-    return TokenizedCorpus(corpus, tokenizer).added_bos();
-  };
-  EXPECT_EQ(added(ByteTokenizer(true)), 256);
-  EXPECT_EQ(added(ByteTokenizer(true, /*add_bos=*/false)), std::nullopt);
-  EXPECT_EQ(added(ByteTokenizer(false)), std::nullopt);
-  EXPECT_EQ(added(NamelessTokenizer()), 256);
+  EXPECT_EQ(added_bos(ByteTokenizer(true)), 256);
+  EXPECT_EQ(added_bos(ByteTokenizer(true, /*add_bos=*/false)), std::nullopt);
+  EXPECT_EQ(added_bos(ByteTokenizer(false)), std::nullopt);
+  EXPECT_EQ(added_bos(NamelessTokenizer()), 256);
 }
 
 TEST(ProtocolTest, WarnsAboutBosThatDoesNotFit) {
@@ -253,6 +249,7 @@ TEST(ProtocolTest, WarnsAboutBosThatDoesNotFit) {
   config.raw = {{"bos_token_id", 256}};
   EXPECT_TRUE(bos_warnings(ByteTokenizer(true), config).empty());
   EXPECT_EQ(bos_warnings(ByteTokenizer(false), config).size(), 1U);
+  EXPECT_TRUE(bos_warnings(NamelessTokenizer(), config).empty());
   config.raw = {{"bos_token_id", 1}};
   EXPECT_EQ(bos_warnings(ByteTokenizer(true), config).size(), 1U);
 }

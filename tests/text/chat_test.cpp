@@ -63,14 +63,15 @@ TEST(ChatTemplateTest, TemplatesOfSeveralLines) {
   };
   for (const std::string& good :
        {of("\n", "", ""), of("", "", ""), of("\n    {%- if true -%}\n  ", "", ""),
-        of("{# a turn #}\n", "", ""), of("\n  {% if true %}\n", "", "")}) {
+        of("{# it's a turn #}\n", "", ""), of("\n  {% if true %}\n", "", "")}) {
     EXPECT_EQ(ChatTemplate::parse(good, "x").prompt("Hi"),
               "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
         << good;
   }
   for (const std::string& bad :
        {of("\n", "\n", ""), of("\n", "", "\n"), of("\n  ", "", ""), of(" ", "", ""),
-        of("\n\n", "", ""), of(" {% if true %}\n", "", ""), of("\n", "x", "")}) {
+        of("\n\n", "", ""), of(" {% if true %}\n", "", ""), of("\n", "x", ""),
+        of("\n  {%+ if true %}", "", ""), of("{% if true +%}\n", "", "")}) {
     EXPECT_EQ(error_of([&] { ChatTemplate::parse(bad, "x"); }).code(), ExitCode::kBadInput) << bad;
   }
   // White space in a string is text, and quotes are escaped there.
@@ -80,6 +81,8 @@ TEST(ChatTemplateTest, TemplatesOfSeveralLines) {
   std::string quoted = kSmolLm2;
   quoted.replace(quoted.find("You are"), 7, "You\\'re");
   EXPECT_EQ(ChatTemplate::parse(quoted, "x").prompt("Hi").find("<|im_start|>system\nYou're a"), 0u);
+  quoted.replace(quoted.find("\\'re"), 4, "\\u2019re");
+  EXPECT_EQ(error_of([&] { ChatTemplate::parse(quoted, "x"); }).code(), ExitCode::kBadInput);
 }
 
 // A tokenizer without them would take where messages begin and end for text.

@@ -157,6 +157,9 @@ TEST(CorpusTest, JsonIsNoText) {
   const TempDir folder;
   write_file(folder / "a.json", "[{\"text\": \"one\"}]");
   EXPECT_THAT(message_of(folder / "a.json"), HasSubstr(".jsonl"));
+  // Beside others it is a description of them.
+  write_file(folder / "b.jsonl", "{\"text\": \"two\"}\n");
+  EXPECT_THAT(read_corpus(folder.path()).documents, ElementsAre("two"));
 }
 
 TEST(CorpusTest, Parquet) {

@@ -192,6 +192,11 @@ TEST(BpeTokenizerTest, SpecialTokensOfTheirOwnFile) {
              R"({"eos_token": "<|begin|>", "added_tokens_decoder": {}})");
   EXPECT_EQ(load_tokenizer(folder.path())->eos_id(), 0);
   EXPECT_FALSE(load_tokenizer(folder.path())->bos_id());
+  std::filesystem::remove(folder / "tokenizer_config.json");
+  write_file(folder / "special_tokens_map.json", R"({"eos_token": 5})");
+  const Error error = error_of([&] { load_tokenizer(folder.path()); });
+  EXPECT_NE(std::string(error.what()).find("special_tokens_map.json"), std::string::npos)
+      << error.what();
 }
 
 // Chat models often add tokens beside the file; they are not supported, which is said.

@@ -371,6 +371,11 @@ TEST(FinetuneTest, GoesOnFromAnOlderCheckpoint) {
   EXPECT_EQ(lost.code, 3) << lost.err;
   EXPECT_NE(lost.err.find("no other checkpoint is left; --restart"), std::string::npos) << lost.err;
   EXPECT_EQ(lost.err.find("the best model so far"), std::string::npos) << lost.err;
+  std::filesystem::create_directory(scratch / "model-3");
+  EXPECT_NE(run_hla("finetune" + settings)
+                .err.find("the best model so far is " + (scratch / "model-3").string()),
+            std::string::npos);
+  std::filesystem::remove(scratch / "model-3");
   testing::write_file(older, older_bytes);
   const testing::CommandResult again = run_hla("finetune" + settings);
   EXPECT_EQ(again.code, 0) << again.err;

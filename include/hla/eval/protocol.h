@@ -73,6 +73,9 @@ struct WindowPlan {
   int64_t tokens_scored() const;
 };
 
+// The BOS that encode() puts first, if it does.
+std::optional<int32_t> added_bos(const Tokenizer& tokenizer);
+
 // A text and its token ids, encoded once for all protocols.
 class TokenizedCorpus {
  public:
@@ -83,8 +86,7 @@ class TokenizedCorpus {
   const Tokenizer& tokenizer() const { return tokenizer_; }
   TokenStream joined();  // ids of corpus().joined()
   TokenStream raw();     // ids of corpus().raw(), without one last newline
-  // The BOS that encode() puts first, if it does.
-  std::optional<int32_t> added_bos() const;
+  std::optional<int32_t> added_bos() const { return hla::added_bos(tokenizer_); }
 
  private:
   const Corpus& corpus_;

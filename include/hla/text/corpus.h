@@ -49,17 +49,17 @@ struct CorpusOptions {
 };
 
 // Reads a file by its extension: .jsonl and .ndjson (an object a line, blank lines skipped),
-// .parquet (see io/parquet.h), anything else but .json as plain text. Of a folder, its .parquet files are
-// read in the order of their names, else its JSONL files, else its .txt files, each of which is a
-// document.
+// .parquet (see io/parquet.h), anything else but .json as plain text. Of a folder, its .parquet
+// files are read in the order of their names, else its JSONL files, else its .txt files, each of
+// which is a document.
 //
 // Rows that are the lines of one text, as the HF wikitext dataset has them (every row that is not
-// empty ends with its only "\n", and among the first 1000 is an empty one or a heading, " = …"), are
-// put together to that text again: an empty row is the line " \n". So the Parquet files of WikiText give the bytes of its raw files. All other rows are
-// documents.
+// empty ends with its only "\n", and among the first 1000 is an empty one or a heading, " = …"),
+// are put together to that text again: an empty row is the line " \n". So the Parquet files of
+// WikiText give the bytes of its raw files. All other rows are documents.
 //
 // Throws kBadInput naming file and line or row: missing, damaged, not UTF-8 (with the byte offset),
-// empty, without the field; kUsage for a max_documents below 1; kRuntime for Parquet without
+// empty, without the field, .json; kUsage for a max_documents below 1; kRuntime for Parquet without
 // support for it.
 Corpus read_corpus(const std::filesystem::path& file, const CorpusOptions& options = {});
 
