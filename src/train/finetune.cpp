@@ -164,6 +164,7 @@ class Run {
     for (const auto& parameter : model_->parameters()) {
       model += static_cast<uint64_t>(parameter.numel()) * c10::elementSize(output_dtype_);
     }
+    // Before the first step, and behind those on attention.
     const int64_t evaluations = report_.planned_steps / evaluation_interval() + 2;
     const int64_t every = config_.checkpoint.every_steps;
     const int64_t checkpoints = evaluations + (every > 0 ? report_.planned_steps / every : 0);

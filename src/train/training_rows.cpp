@@ -129,9 +129,8 @@ TrainingRows::TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64
   });
   if (is_run_together) {
     log_warning(
-        "[data.train] there is no EOS token, neither the tokenizer's nor an eos_token_id: "
-        "documents "
-        "are run together with nothing between them");
+        "[data.train] there is no EOS token, neither the tokenizer's nor an eos_token_id: nothing "
+        "is put between documents");
   }
   stream_ = stream.finish();
   for (int64_t begin = 0; packed && begin + 1 < tokens_; begin += options.context) {
