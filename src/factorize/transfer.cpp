@@ -122,6 +122,11 @@ at::Tensor finite_tensor(const Checkpoint& checkpoint, const std::string& name) 
   return tensor;
 }
 
+// What a narrower type rounds off is no change.
+bool is_rounded(const at::Tensor& tensor, const at::Tensor& base) {
+  return at::equal(tensor, base.to(tensor.scalar_type()));
+}
+
 // Squared norms.
 struct Distances {
   double base = 0;
@@ -186,7 +191,7 @@ class SharedWeight {
       const at::Tensor tuned = tuned_.slice(0, begin, end);
       const int64_t rows = tuned.size(0);
       const at::Tensor base = base_.slice(0, begin, begin + rows);
-      const bool same = at::equal(tuned, base.to(tuned.scalar_type()));
+      const bool same = is_rounded(tuned, base);
       is_tuned_ = is_tuned_ || !same;
       const at::Tensor start = base.to(wide_);
       distances_.base += squared_norm(start);
@@ -447,9 +452,8 @@ class Transfer {
     const auto change = [&](const char* name) {
       const at::Tensor base = finite_tensor(base_, prefix + name);
       const at::Tensor tuned = finite_tensor(tuned_, prefix + name);
-      // What a narrower type rounds off is no change.
-      const at::ScalarType dtype = checkpoint_tensor(tuned_, prefix + name).scalar_type();
-      const bool same = at::equal(base.to(dtype).to(at::kDouble), tuned);
+      const bool same = is_rounded(checkpoint_tensor(tuned_, prefix + name),
+                                   checkpoint_tensor(base_, prefix + name));
       return same ? at::zeros_like(base) : tuned - base;
     };
     LayerChanges changes;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <string_view>
 
 #include "hla/core/error.h"
@@ -42,22 +41,6 @@ bool for_characters(const std::string& jinja, const Action& action) {
     }
   }
   return true;
-}
-
-// White space that says nothing is that outside of strings.
-std::string without_space(const std::string& jinja) {
-  std::string result;
-  for_characters(jinja, [&](char c, bool in_string) {
-    if (in_string || (c != ' ' && c != '\n')) result += c;
-  });
-  return result;
-}
-
-// Nothing where an escape is not understood.
-std::optional<std::string> unescaped(const std::string& jinja) {
-  std::string result;
-  if (!for_characters(jinja, [&](char c, bool) { result += c; })) return std::nullopt;
-  return result;
 }
 
 // Whether something between its tags is written out, as transformers has Jinja read them
@@ -108,13 +91,16 @@ ChatTemplate ChatTemplate::parse(const std::string& jinja, const std::string& na
                     "write the prompt out, without the token that the tokenizer puts in front, and "
                     "use --prompt");
   };
-  if (!unescaped(jinja)) refuse();
-  const std::string text = *unescaped(jinja);
+  std::string text;
+  std::string compact;  // without white space, which outside of strings says nothing
+  const bool is_read = for_characters(jinja, [&](char c, bool in_string) {
+    text += c;
+    if (in_string || (c != ' ' && c != '\n')) compact += c;
+  });
   // The message of every turn, and the start of the answer.
-  const std::string compact = without_space(jinja);
   const std::string turn =
       "{{'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>'+'\n'}}";
-  if (has_text_between_tags(jinja) || compact.find(turn) == std::string::npos ||
+  if (!is_read || has_text_between_tags(jinja) || compact.find(turn) == std::string::npos ||
       compact.find("{%ifadd_generation_prompt%}{{'<|im_start|>assistant\n'}}{%endif%}") ==
           std::string::npos ||
       compact.find("bos_token") != std::string::npos) {  // none is put in front

@@ -231,9 +231,7 @@ class Run {
     return load_tokenizer(*checkpoint_.tokenizer_path());
   }
 
-  // Where a tokenizer names none, the model's config may.
   std::optional<int32_t> end_of_text() const {
-    if (tokenizer_->eos_id()) return tokenizer_->eos_id();
     const std::vector<int32_t> ids = end_of_text_ids(checkpoint_, *tokenizer_);
     return ids.empty() ? std::nullopt : std::optional(ids.front());
   }
@@ -288,14 +286,13 @@ class Run {
         const int64_t step = good.back().at("step");
         message += "of step " + std::to_string(step) + ", in " + work.scratch().string();
       }
-      if (best() > 0) message += best_so_far(work, evaluation(best()).step);
+      if (best() > 0) {
+        const int64_t step = evaluation(best()).step;
+        message += "\n  the best model so far, of step " + std::to_string(step) + ", is " +
+                   model_folder(work, step).string() + "; --restart removes it";
+      }
       throw Error(ExitCode::kNonFinite, message);
     }
-  }
-
-  static std::string best_so_far(const WorkDir& work, int64_t step) {
-    return "\n  the best model so far, of step " + std::to_string(step) + ", is " +
-           model_folder(work, step).string() + "; --restart removes it";
   }
 
   // The best, which a damaged checkpoint may not know of.

@@ -82,7 +82,7 @@ RowsOptions::Kind rows_kind_from_string(const std::string& text) {
 TrainingRows::TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64_t vocab_size,
                            const RowsOptions& options, const std::filesystem::path& folder)
     : options_(options) {
-  const std::optional<int32_t> eos = options.end_of_text ? options.end_of_text : tokenizer.eos_id();
+  const std::optional<int32_t> eos = tokenizer.eos_id() ? tokenizer.eos_id() : options.end_of_text;
   if (!eos && options.kind == RowsOptions::Kind::kPaddedUnmasked) {
     throw_bad_input(
         "[data.rows] padded-unmasked: expected an EOS token to learn, got none from the tokenizer, "

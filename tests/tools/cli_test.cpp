@@ -380,18 +380,21 @@ TEST(CliTest, PplKeepsResultsWhenALaterModelFails) {
   EXPECT_EQ(json["results"][0]["partial"], false);
 }
 
+// What a command prints that Ctrl-C ends; a busy machine takes longer to get to its first results.
+std::string interrupted_hla(const std::string& arguments) {
+  CommandResult result;
+  for (int seconds = 3; result.out.empty() && seconds <= 24; seconds *= 2) {
+    result = run_command("timeout --preserve-status -s INT " + std::to_string(seconds) + " " +
+                         std::string(HLA_BINARY) + " " + arguments);
+    EXPECT_EQ(result.code, 130) << result.err;
+  }
+  return result.out;
+}
+
 // Ctrl-C prints what there is, says that it is partial, and exits with 130.
 TEST(CliTest, InterruptedPplPrintsAPartialResult) {
-  // A busy machine takes longer to get to the first windows.
   const auto interrupted = [](const std::string& options) {
-    CommandResult result;
-    for (int seconds = 3; result.out.empty() && seconds <= 24; seconds *= 2) {
-      result = run_command("timeout --preserve-status -s INT " + std::to_string(seconds) + " " +
-                           std::string(HLA_BINARY) + " ppl " + stories() +
-                           " --ctx 512 --stride 4 " + options);
-    }
-    EXPECT_EQ(result.code, 130) << result.err;
-    return result.out;
+    return interrupted_hla("ppl " + stories() + " --ctx 512 --stride 4 " + options);
   };
   const std::string text = interrupted("--protocol hf-stride");
   EXPECT_NE(text.find("PARTIAL"), std::string::npos) << text;
@@ -953,14 +956,9 @@ TEST(CliTest, BenchNamesAModelOfNaN) {
 TEST(CliTest, InterruptedBenchPrintsWhatItHas) {
   const TempDir folder;
   const std::string json = (folder / "bench.json").string();
-  CommandResult result;
-  for (int seconds = 3; result.out.empty() && seconds <= 24; seconds *= 2) {
-    result = run_command("timeout --preserve-status -s INT " + std::to_string(seconds) + " " +
-                         std::string(HLA_BINARY) + " bench " + stories() +
-                         " -p 0 -n 2 -r 1 -d 0,4,200000 --json " + json);
-    EXPECT_EQ(result.code, 130) << result.err;
-  }
-  EXPECT_NE(result.out.find("PARTIAL"), std::string::npos) << result.out;
+  const std::string text =
+      interrupted_hla("bench " + stories() + " -p 0 -n 2 -r 1 -d 0,4,200000 --json " + json);
+  EXPECT_NE(text.find("PARTIAL"), std::string::npos) << text;
   const nlohmann::json report = read_json_file(json);
   EXPECT_EQ(report["partial"], true);
   ASSERT_EQ(report["results"].size(), 2U);

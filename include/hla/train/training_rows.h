@@ -27,7 +27,7 @@ struct RowsOptions {
   Kind kind = Kind::kPacked;
   int64_t context = 1024;                   // ids of a row
   int64_t max_tokens = 0;                   // of the texts; 0: all
-  std::optional<int32_t> end_of_text = {};  // the EOS; absent: the tokenizer's
+  std::optional<int32_t> end_of_text = {};  // the EOS where the tokenizer names none
   bool progress = false;                    // a line on a terminal while so many are read
 };
 // "packed", "padded", "padded-unmasked"; throws kUsage for another.
