@@ -44,7 +44,20 @@ bool is_within(const fs::path& path, const fs::path& folder) {
   return false;
 }
 
-// Where two fingerprints differ, as a message shows it: "options/kv_ratio, base/files".
+// Of an unfinished run, where it can be read.
+bool is_state(const json& state) {
+  return state.is_object() && state.value("format", json()) == kFormat &&
+         state.value("steps", json()).is_object() && state.value("fingerprint", json()).is_object();
+}
+
+[[noreturn]] void throw_left_behind(const fs::path& root, const std::string& reason,
+                                    const std::string& way_on) {
+  throw_usage(root.string() + ": " + reason + "; " + way_on + "--restart to throw it away");
+}
+
+constexpr const char* kGiveThose = "give those to go on, or ";
+
+// Where two fingerprints differ: "was begun with other settings (options/kv_ratio, base/files)".
 std::string differences(const json& before, const json& now) {
   std::set<std::string> places;
   for (const json& change : json::diff(before, now)) {
@@ -56,7 +69,7 @@ std::string differences(const json& before, const json& now) {
   }
   std::string text;
   for (const std::string& place : places) text += (text.empty() ? "" : ", ") + place;
-  return text;
+  return "was begun with other settings (" + text + ")";
 }
 
 }  // namespace
@@ -153,7 +166,7 @@ bool WorkDir::take_up(Others others) {
   };
   const auto refuse = [&](const std::string& reason, const std::string& way_on) {
     begun_ = false;  // so that the destructor keeps what is there
-    throw_usage(root_.string() + ": " + reason + "; " + way_on + "--restart to throw it away");
+    throw_left_behind(root_, reason, way_on);
   };
   if (!fs::exists(root_ / kStepsName, error)) return start_over("no step of it is complete");
   json state;
@@ -162,11 +175,7 @@ bool WorkDir::take_up(Others others) {
   } catch (const Error&) {
     refuse(std::string(kStepsName) + " cannot be read", "");
   }
-  if (!state.is_object() || state.value("format", json()) != kFormat ||
-      !state.value("steps", json()).is_object() ||
-      !state.value("fingerprint", json()).is_object()) {
-    refuse("is of another version of this program", "");
-  }
+  if (!is_state(state)) refuse("is of another version of this program", "");
   const json& before = state["fingerprint"];
   const json command = before.value("command", json());
   if (command != fingerprint_.value("command", json())) {
@@ -175,9 +184,8 @@ bool WorkDir::take_up(Others others) {
            "give another output, or ");
   }
   if (before != fingerprint_) {
-    const std::string reason =
-        "was begun with other settings (" + differences(before, fingerprint_) + ")";
-    if (others == Others::kRefuse) refuse(reason, "give those to go on, or ");
+    const std::string reason = differences(before, fingerprint_);
+    if (others == Others::kRefuse) refuse(reason, kGiveThose);
     return start_over(reason);
   }
   // A run that was killed just after the output got its name: what lies here now is the old one.
@@ -199,6 +207,23 @@ void WorkDir::begin(json fingerprint, bool restart, Others others) {
     for (const fs::path& old : {root_ / kStepsName, output_, scratch_}) fs::remove_all(old, error);
   }
   make_folders();
+}
+
+void WorkDir::check_settings(const json& settings) const {
+  std::error_code error;
+  if (!fs::exists(root_ / kStepsName, error)) return;
+  json state;
+  try {
+    state = read_json_file(root_ / kStepsName);
+  } catch (const Error&) {
+    return;  // begin() says so
+  }
+  if (!is_state(state)) return;
+  const json& before = state["fingerprint"];
+  if (before.value("command", json()) != settings.value("command", json())) return;
+  json now = before;
+  now.update(settings);
+  if (before != now) throw_left_behind(root_, differences(before, now), kGiveThose);
 }
 
 const json* WorkDir::result(const std::string& step) const {

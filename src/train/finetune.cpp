@@ -74,12 +74,16 @@ class Run {
     }
     check_tuned(*model_, config_);
     plan_evaluation();
+    settings_ = settings();
+    work_.emplace(config_.output, options_.force);
+    if (!options_.restart) work_->check_settings(settings_);
     make_rows();
   }
 
   FinetuneReport run() {
-    WorkDir work(config_.output, options_.force);
-    work.begin(fingerprint(), options_.restart, WorkDir::Others::kRefuse);
+    WorkDir& work = *work_;
+    settings_["texts"] = {{"data.valid", valid_.sha256}, {"data.train", train_sha256_}};
+    work.begin(settings_, options_.restart, WorkDir::Others::kRefuse);
     Trainer trainer(*model_, config_, steps_, teacher_.get(), dtype_);
     report_.tuned_parameters = trainer.tuned_parameters();
     if (model_->device().is_cpu()) {
@@ -377,9 +381,8 @@ class Run {
     return batches;
   }
 
-  // What decides the bytes of the weights.
-  nlohmann::json fingerprint() const {
-    nlohmann::json texts = {{"data.valid", valid_.sha256}, {"data.train", train_sha256_}};
+  // What decides the bytes of the weights, but for the texts.
+  nlohmann::json settings() const {
     nlohmann::json settings;  // by dotted key, so that differences are named by it
     FinetuneConfig config = config_;
     for (const ConfigField& field : config_fields(config)) settings[field.key] = field.value();
@@ -389,7 +392,6 @@ class Run {
             {"config", std::move(settings)},
             {"model", checkpoint_fingerprint(checkpoint_)},
             {"teacher", std::move(teacher)},
-            {"texts", std::move(texts)},
             {"program", program_fingerprint()},
             {"machine", machine_fingerprint()},
             {"device", model_->device().str() + ", " + dtype_label(dtype_)}};
@@ -658,7 +660,9 @@ class Run {
   std::shared_ptr<LlamaForCausalLM> teacher_;
   WindowPlan plan_;
   std::optional<TrainingRows> rows_;
+  std::optional<WorkDir> work_;
   std::string train_sha256_;    // of what was read of the texts
+  nlohmann::json settings_;     // which an unfinished run must have to be gone on with
   std::vector<int64_t> order_;  // of the rows, in this epoch
   int64_t steps_an_epoch_ = 0;
   TrainerSteps steps_;

@@ -106,6 +106,29 @@ TEST(WorkDirTest, SaysWhatIsOther) {
   EXPECT_NE(said.find("(options/rank)"), std::string::npos) << said;
 }
 
+// Of what is known early, before the rest has cost any time.
+TEST(WorkDirTest, OtherSettingsAreRefusedByThePartThatIsKnown) {
+  const TempDir folder;
+  leave_two_steps(folder / "out");
+  const auto refusal = [&](const json& settings) -> std::string {
+    const WorkDir dir(folder / "out", false);
+    try {
+      dir.check_settings(settings);
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::kUsage);
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(refusal({{"options", {{"rank", 3}}}}), "");
+  EXPECT_NE(refusal({{"options", {{"rank", 4}}}}).find("other settings (options/rank); give"),
+            std::string::npos);
+  EXPECT_EQ(refusal({{"options", {{"rank", 4}}}, {"command", "convert"}}), "") << "begin() does";
+  write_file(folder / ".out.hla-partial" / "steps.json", "{");
+  EXPECT_EQ(refusal({{"options", {{"rank", 4}}}}), "") << "begin() does";
+  EXPECT_TRUE(fs::exists(folder / ".out.hla-partial" / "output" / "one"));
+}
+
 // What another command has made there may have taken hours.
 TEST(WorkDirTest, WhatAnotherCommandLeftIsRefused) {
   const TempDir folder;

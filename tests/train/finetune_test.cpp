@@ -460,6 +460,13 @@ TEST(FinetuneTest, SaysWhatIsLeftWhereNumbersAreNotFinite) {
   const std::filesystem::path scratch = folder / ".out.hla-partial" / "scratch";
   EXPECT_TRUE(std::filesystem::exists(scratch / "model-1" / "model.safetensors") ||
               std::filesystem::exists(scratch / "model-2" / "model.safetensors"));
+  // Nor with other settings, which is known before texts are read.
+  const Error other =
+      error_of([&] { tune(quick(base, folder / "out"), {"data.train=/nowhere.txt"}); });
+  EXPECT_EQ(other.code(), ExitCode::kUsage);
+  EXPECT_NE(std::string(other.what()).find("with other settings (config/data.train"),
+            std::string::npos)
+      << other.what();
 }
 
 TEST(FinetuneTest, Refuses) {

@@ -46,6 +46,10 @@ class WorkDir {
     kRemove,
     kRefuse,  // kUsage, saying what differs: they took too long to be lost by a slip
   };
+  // What begin() would refuse by `settings`, a part of the fingerprint that is known before the
+  // rest has cost any time: kUsage where an unfinished run of the same command has others.
+  void check_settings(const nlohmann::json& settings) const;
+
   // To be called once, before anything is written. Takes up the steps that an unfinished run of the
   // same fingerprint left, unless `restart`; else empties the folder. Says on stderr which. What
   // another command left, by the "command" in its fingerprint, or what cannot be read, is refused
