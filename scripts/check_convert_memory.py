@@ -6,8 +6,8 @@ with 36 layers), converts it, and compares the peak resident memory with the lar
 plus 512 MB. Exits with 1 when it is above. Needs numpy and safetensors (`scripts/setup.sh` installs
 both), twice the checkpoint's size of disk, and no network.
 
-    scripts/check_convert_memory.py
-    scripts/check_convert_memory.py --layers 8 --shard-size 600MB -- --rope latent
+    .venv/bin/python scripts/check_convert_memory.py
+    .venv/bin/python scripts/check_convert_memory.py --layers 8 --shard-size 600MB -- --rope latent
 """
 
 import argparse

@@ -34,7 +34,7 @@ packages=(
   nlohmann-json3-dev libcli11-dev libspdlog-dev libpcre2-dev libsentencepiece-dev
   libgtest-dev libgmock-dev libssl-dev python3 python3-venv
 )
-# numpy 2.4, pyarrow 26 and transformers 5.24 need Python 3.11; torch 2.10 still works with 3.10.
+# numpy 2.4 and transformers 5.24 need Python 3.11; torch 2.10 still works with 3.10.
 requirements=(
   "torch==$torch_version"
   "numpy==2.4.6; python_version >= '3.11'"
@@ -178,6 +178,7 @@ build() {
 
 import_model() {
   local model=models/SmolLM2-135M-Instruct
+  mkdir -p models # outputs of the examples lie there, too
   if [[ -n ${HLA_SKIP_MODEL:-} ]]; then
     say "model: skipped (HLA_SKIP_MODEL)"
     return

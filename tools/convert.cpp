@@ -227,12 +227,13 @@ void add_convert(CLI::App& app) {
       ->add_option(
           "--rope", arguments->rope,
           "original: one unrotated latent, the best perplexity; latent: fast frequencies as "
-          "rotated latents of their own; paper: the method of sodabreak/MHA2HLA")
+          "rotated latents of their own; paper: the method of sodabreak/MHA2HLA, from the weights "
+          "alone")
       ->capture_default_str();
   command->add_option(
       "--kv-ratio", options.kv_ratio,
-      "Cached floats relative to the base, K and V on one basis, the same for every "
-      "layer (default with --no-calib or --objective attention: 0.5)");
+      "Cached floats relative to the base, K and V on one basis (paper: on one each), the same for "
+      "every layer (default with --no-calib, --objective attention or paper: 0.5)");
   command->add_option("--target-ratio", options.target_ratio,
                       "The same, but shared out over the layers by the loss that their ranks cost, "
                       "where the objective is loss (then the default: 0.5)");
@@ -247,14 +248,18 @@ void add_convert(CLI::App& app) {
                       "That held-out text; default: the last tenth of every calibration text, then "
                       "not used for calibration");
   command->add_option("--k-rank", options.k_rank,
-                      "Cached floats of the keys on a basis of their own");
+                      "Cached floats of the keys on a basis of their own; values stay whole "
+                      "without --v-rank");
   command->add_option("--v-rank", options.v_rank,
-                      "Cached floats of the values on a basis of their own");
-  command->add_option("--q-rank", options.q_rank, "Factorise the queries, too, to this rank");
+                      "Cached floats of the values on a basis of their own; keys stay whole "
+                      "without --k-rank");
+  command->add_option("--q-rank", options.q_rank,
+                      "Factorise the queries, too, to this rank (paper: by default to half)");
   command->add_option("--fast-frequencies", options.fast_frequencies,
                       "With a ratio or a target: this many fast frequencies get a latent of their "
                       "own (default: none; of latent, those that turn by at least 0.3 per token)");
-  command->add_option("--fast-floats", options.fast_floats, "The size of that latent");
+  command->add_option("--fast-floats", options.fast_floats,
+                      "The size of that latent, with --kv-ratio or its default");
   command
       ->add_option("--rotary-fraction", options.rotary_fraction,
                    "paper: share of the latent pairs that turn")
@@ -262,9 +267,10 @@ void add_convert(CLI::App& app) {
   command
       ->add_option("--calib", arguments->calib,
                    "Calibration text (plain, .jsonl or .parquet with a field \"text\", a folder "
-                   "of them, or a dataset like wikitext-2:train), several for equal shares; "
-                   "default: the WikiText-2 validation split, Wikipedia, and text sampled from "
-                   "SmolLM2")
+                   "of them, or a dataset like wikitext-2:train); may be given several times, for "
+                   "equal shares; default: the WikiText-2 validation split, Wikipedia, and text "
+                   "sampled from SmolLM2")
+      ->allow_extra_args(false)  // MODEL and OUT may come after it
       ->take_all();
   command->add_option("--calib-tokens", options.calib_tokens, "Tokens of all texts together")
       ->check(at_least(1))
@@ -307,7 +313,8 @@ void add_convert(CLI::App& app) {
                     "are measured, where they are");
   command->add_option("--json", arguments->json, "Write the report to FILE as JSON; - for stdout");
   command->add_option("--plot", arguments->plot,
-                      "Write error by layer and rank by frequency to FILE as SVG");
+                      "Write errors and ranks by layer, of latent also by frequency, to FILE as "
+                      "SVG");
   command->add_flag("--report-perplexity", options.report_perplexity,
                     "Also report the perplexity of 4 calibration sequences after each layer; every "
                     "layer costs a forward of all that follow it");
@@ -324,7 +331,8 @@ void add_convert(CLI::App& app) {
       "itself is always done in fp64.\n\n"
       "A conversion that was killed or interrupted goes on with the first unfinished layer when "
       "the\n"
-      "same command is given again; until it is complete it lies in .OUT.hla-partial.\n\n"
+      "same command is given again; until it is complete it lies in .OUT.hla-partial. Another\n"
+      "conversion to the same OUT begins anew.\n\n"
       "Examples:\n"
       "  hla convert models/SmolLM2-135M-Instruct models/original-50 --target-ratio 0.5\n"
       "  hla convert models/SmolLM2-135M-Instruct models/latent-50 --rope latent --target-ratio "

@@ -227,8 +227,10 @@ void add_generate(CLI::App& app) {
                    "File with a prompt a line, continued in one batch; *.jsonl: a JSON string a "
                    "line, or an object with \"prompt\"")
       ->excludes(prompt);
-  CLI::Option* chat = command->add_flag(
-      "--chat", arguments->chat, "The prompt is a message: put it into the model's chat template");
+  CLI::Option* chat = command->add_flag("--chat", arguments->chat,
+                                        "The prompt is a message: put it into the model's chat "
+                                        "template, of ChatML's kind (others are "
+                                        "refused)");
   command->add_option("--system", arguments->system, "System message instead of the template's own")
       ->needs(chat);
   command->add_flag("--echo", arguments->echo, "Print the prompt before its continuation");

@@ -84,7 +84,7 @@ int run(int argc, char** argv) {
       "Examples:\n"
       "  hla info models/SmolLM2-135M-Instruct\n"
       "  hla convert models/SmolLM2-135M-Instruct models/original-50 --target-ratio 0.5\n"
-      "  hla ppl models/SmolLM2-HLA --windows 0,73,147");
+      "  hla ppl models/original-50 --windows 0,73,147");
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

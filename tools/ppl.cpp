@@ -165,7 +165,8 @@ void add_ppl(CLI::App& app) {
       ->group("Report");
   command
       ->add_flag("--by-layer", arguments->evaluation.by_layer,
-                 "With --reference: what each layer alone costs, put into the teacher")
+                 "With --reference: what each layer alone costs, put into the teacher, on the "
+                 "windows of the first protocol")
       ->group("Report");
   command
       ->add_flag("--profile", arguments->evaluation.profile,

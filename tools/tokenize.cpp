@@ -252,8 +252,8 @@ void add_tokenize(CLI::App& app) {
   CLI::Option* bench = command->add_flag("--bench", arguments->bench, "Measure the speed");
   check->excludes(text)->excludes(ids)->excludes(pieces)->excludes(bench);
   command->footer(
-      "With --check: exit code 3 when any ids differ. scripts/make_tokenizer_goldens.py --folder\n"
-      "makes the file.\n\n"
+      "With --check: exit code 3 when any ids differ.\n"
+      ".venv/bin/python scripts/make_tokenizer_goldens.py --folder MODEL makes the file.\n\n"
       "Examples:\n"
       "  echo -n 'Hello world' | hla tokenize models/SmolLM2-135M-Instruct --ids\n"
       "  hla tokenize data/tokenizers/cosmo2 --text data/wikitext-2/wiki.test.raw --bench\n"

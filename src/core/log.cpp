@@ -46,6 +46,8 @@ void log_debug(const std::string& message) { logger().debug("{}", message); }
 void log_warning(const std::string& message) { logger().warn("{}", message); }
 void log_error(const std::string& message) { logger().error("{}", message); }
 
-bool stderr_is_terminal() { return isatty(STDERR_FILENO) == 1; }
+bool stderr_takes_progress() {
+  return isatty(STDERR_FILENO) == 1 && logger().should_log(spdlog::level::info);
+}
 
 }  // namespace hla

@@ -29,7 +29,7 @@ Progress::Progress(std::string label, int64_t total, bool enabled, int64_t done)
       before_(done),
       done_(done),
       enabled_(enabled),
-      on_terminal_(stderr_is_terminal()),
+      on_terminal_(stderr_takes_progress()),
       start_(std::chrono::steady_clock::now()),
       logged_(start_) {}
 

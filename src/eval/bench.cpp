@@ -95,12 +95,18 @@ constexpr int64_t kBandwidthRows = 12288;
 constexpr int64_t kBandwidthColumns = 8192;
 constexpr uint64_t kBandwidthBytes = kBandwidthRows * kBandwidthColumns * sizeof(float);
 
-double read_bandwidth() {
+double read_bandwidth(const at::Device& device) {
   const c10::InferenceMode no_gradients;
-  static const at::Tensor data = at::ones({kBandwidthRows, kBandwidthColumns});
-  static const at::Tensor ones = at::ones({1, kBandwidthColumns});
+  static const at::Tensor data = at::ones({kBandwidthRows, kBandwidthColumns}, device);
+  static const at::Tensor ones = at::ones({1, kBandwidthColumns}, device);
+  const auto read = [&] {
+    at::Tensor sums = device.is_cpu() ? few_rows_linear(ones, data, {}) : data.sum(1);
+    synchronize(device);
+    return sums;
+  };
+  if (!device.is_cpu()) read();  // a GPU's first run also loads what it runs
   const auto start = Clock::now();
-  const at::Tensor sums = few_rows_linear(ones, data, {});
+  const at::Tensor sums = read();
   const double seconds = seconds_since(start);
   // They are looked at, so that they are made.
   if (sums.sum().item<double>() != static_cast<double>(data.numel())) {
@@ -144,7 +150,10 @@ class Worker {
         fill(command.depth);
         release_free_memory();  // as `hla generate` does after a prompt
         // Whatever a first run has to do is done before anything is timed.
-        if (command.tokens > 0) read_prompt(std::min(command.tokens, kFillTokens));
+        // A GPU loads what it runs, and takes memory, for each number of rows.
+        if (command.tokens > 0) {
+          read_prompt(is_on_gpu() ? command.tokens : std::min(command.tokens, kFillTokens));
+        }
         truncate(command.depth);
         reserve(1, 1);
         decode(1, 1);
@@ -158,6 +167,10 @@ class Worker {
       case Command::kDecode:
         if (command.done == 0) {
           hold(command.batch);
+          if (is_on_gpu()) {
+            decode(1, command.batch);
+            truncate(command.depth);
+          }
           reserve(command.tokens, command.batch);  // for all turns
         }
         reply.seconds = decode(end_of_turn(command) - command.done, command.batch);
@@ -179,6 +192,8 @@ class Worker {
   }
 
  private:
+  bool is_on_gpu() const { return !model_->device().is_cpu(); }
+
   int64_t longest_sequence() const {
     return *std::max_element(options_.depths.begin(), options_.depths.end()) +
            std::max({options_.prompt_tokens, options_.generated_tokens, int64_t{1}});
@@ -186,7 +201,7 @@ class Worker {
 
   // Of the CPU's memory, at the most.
   uint64_t cache_bytes() const {
-    if (!model_->device().is_cpu()) return 0;
+    if (is_on_gpu()) return 0;
     const int64_t batch = *std::max_element(options_.batches.begin(), options_.batches.end());
     const at::ScalarType dtype = options_.cache_dtype.value_or(model_->dtype());
     return static_cast<uint64_t>(batch) *
@@ -322,8 +337,7 @@ void serve(int file, const std::string& path, const BenchOptions& options) {
     while (read_all(file, &command, sizeof command)) {
       Reply reply;
       if (command.kind == Command::kBandwidth) {
-        options.load();  // sets the number of threads
-        reply.seconds = read_bandwidth();
+        reply.seconds = read_bandwidth(options.load().device);  // and sets the number of threads
       } else {
         if (!worker) worker.emplace(path, options);
         reply = worker->run(command);
@@ -654,7 +668,9 @@ BenchReport bench(const BenchOptions& options) {
     throw_if_interrupted();
     needed += processes[m].run({Command::kOpen, 0, 0, 0}).needed_bytes;
   }
-  preflight_memory(needed + kBandwidthBytes, "the caches of all models and the memory test");
+  if (needed > 0) {
+    preflight_memory(needed + kBandwidthBytes, "the caches of all models and the memory test");
+  }
   const auto measure = [&](int64_t depth) {
     std::vector<Test> tests;
     const auto add = [&](Command::Kind kind, int64_t tokens, int64_t batch) {

@@ -50,15 +50,24 @@ struct Unit {
   }
 };
 
-std::vector<Unit> make_units(const std::vector<WindowPlan>& plans) {
+// Whether what a token sees also depends on how many come after it.
+bool looks_ahead(const LlamaForCausalLM* model) {
+  if (model == nullptr) return false;
+  const RopeType type = model->config().rope.type;
+  return type == RopeType::kDynamic || type == RopeType::kLongrope;
+}
+
+// `by_length`: windows that begin alike are one only if they are as long.
+std::vector<Unit> make_units(const std::vector<WindowPlan>& plans, bool by_length) {
   std::vector<Unit> units;
-  std::map<std::tuple<const void*, int64_t, int64_t>, size_t> known;
+  std::map<std::tuple<const void*, int64_t, int64_t, int64_t>, size_t> known;
   for (size_t p = 0; p < plans.size(); ++p) {
     for (size_t w = 0; w < plans[p].windows.size(); ++w) {
       const Window& window = plans[p].windows[w];
       const auto* stream = plans[p].streams[static_cast<size_t>(window.stream)].get();
-      const auto [found, is_new] =
-          known.try_emplace({stream, window.begin, window.first_token.value_or(-1)}, units.size());
+      const auto [found, is_new] = known.try_emplace(
+          {stream, window.begin, window.first_token.value_or(-1), by_length ? window.length : 0},
+          units.size());
       if (is_new) {
         units.push_back(
             {stream, window.begin, window.length, window.first_scored, window.first_token, {}});
@@ -333,7 +342,7 @@ int64_t longest_input(const std::vector<Unit>& units) {
   return longest;
 }
 
-// `extra`: bytes beside what scoring needs.
+// `extra`: bytes of the CPU's memory beside what scoring needs.
 void preflight(const LlamaForCausalLM& model, const LlamaForCausalLM* teacher, int64_t longest,
                uint64_t extra = 0) {
   uint64_t needed = 0;
@@ -409,7 +418,7 @@ std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
   const c10::InferenceMode no_gradients;
   const auto start = std::chrono::steady_clock::now();
   if (teacher != nullptr) check_same_vocabulary(model.config(), teacher->config());
-  const std::vector<Unit> units = make_units(plans);
+  const std::vector<Unit> units = make_units(plans, looks_ahead(&model) || looks_ahead(teacher));
   preflight(model, teacher, longest_input(units));
   std::vector<PlanSum> sums;
   for (const WindowPlan& plan : plans) sums.emplace_back(plan, options, teacher != nullptr);
@@ -466,12 +475,13 @@ std::vector<LayerAblation> ablate_layers(const LlamaForCausalLM& student,
   check_same_vocabulary(student.config(), teacher.config());
   check_same_layers(student.config(), teacher.config());
   const size_t layers = teacher.layers().size();
-  const std::vector<Unit> units = make_units({plan});
+  const std::vector<Unit> units =
+      make_units({plan}, looks_ahead(&student) || looks_ahead(&teacher));
   const int64_t longest = longest_input(units);
   // The teacher's hidden states before every layer are kept.
-  preflight(student, &teacher, longest,
-            static_cast<uint64_t>(longest * teacher.config().hidden_size) * (layers + 1) *
-                c10::elementSize(teacher.dtype()));
+  const uint64_t states = static_cast<uint64_t>(longest * teacher.config().hidden_size) *
+                          (layers + 1) * c10::elementSize(teacher.dtype());
+  preflight(student, &teacher, longest, teacher.device().is_cpu() ? states : 0);
   std::vector<DivergenceSum> sums(layers);
   Progress progress("layers in turn", static_cast<int64_t>(units.size() * layers), show_progress);
   for (size_t u = 0; u < units.size(); ++u) {

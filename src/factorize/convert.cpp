@@ -258,20 +258,29 @@ class Conversion {
     return total;
   }
 
+  // What the calibration says of a layer; `inputs`: of kLoss.
+  LayerStatistics statistics_of(int64_t layer, const DecoderLayer& decoder,
+                                const std::vector<at::Tensor>& inputs) const {
+    LayerStatistics statistics;
+    if (needs_attention_statistics()) {
+      statistics = collect_statistics(config_, layer, decoder, calibration_->rope(),
+                                      by_loss() ? inputs : calibration_->state().base_hidden);
+    }
+    if (by_loss()) loss_pass_->read_curvature(layer, statistics);
+    return statistics;
+  }
+
   // A layer's attention after this plan, of which `hla` is the planned_config().
   std::shared_ptr<Attention> converted_attention(const ConversionPlan& plan, ModelConfig hla,
                                                  int64_t layer) const {
-    LayerStatistics statistics;
-    loss_pass_->read_curvature(layer, statistics);
-    LayerFactors made =
-        factorize_layer(config_, attention_weights(base_, config_, layer), statistics, plan.rope,
-                        plan.layers[static_cast<size_t>(layer)], options_.factors);
+    const auto decoder = calibration_->load_layer(layer);
+    const std::vector<at::Tensor> inputs = loss_pass_->inputs(layer);
+    LayerFactors made = factorize_layer(config_, attention_weights(base_, config_, layer),
+                                        statistics_of(layer, *decoder, inputs), plan.rope,
+                                        plan.layers[static_cast<size_t>(layer)], options_.factors);
     hla.hla->layers[static_cast<size_t>(layer)] = made.config;
     if (options_.refits_output()) {
-      const auto decoder = calibration_->load_layer(layer);
-      fit_output(calibration_->compare(*decoder, *load_converted(hla, layer, made),
-                                       loss_pass_->inputs(layer)),
-                 made);
+      fit_output(calibration_->compare(*decoder, *load_converted(hla, layer, made), inputs), made);
     }
     return load_converted(hla, layer, made);
   }
@@ -333,11 +342,7 @@ class Conversion {
       prepare_calibration(layer);
       decoder = calibration_->load_layer(layer);
       if (by_loss()) inputs = loss_pass_->inputs(layer);
-      if (needs_attention_statistics()) {
-        statistics = collect_statistics(config_, layer, *decoder, calibration_->rope(),
-                                        by_loss() ? inputs : calibration_->state().base_hidden);
-      }
-      if (by_loss()) loss_pass_->read_curvature(layer, statistics);
+      statistics = statistics_of(layer, *decoder, inputs);
     } else {
       statistics = weight_only_statistics(config_, weights.q, weights.k);
     }
@@ -346,6 +351,11 @@ class Conversion {
     if (made.config.k_floats() == 0 &&
         has_fast_key_bias(config_, weights, made.config.fast_frequencies)) {
       log_warning(layer_step(layer) + ": no floats for the fast keys, whose biases are left out");
+    }
+    if (made.config.kv_rank == 0 &&
+        has_shared_bias(config_, weights, made.config.fast_frequencies)) {
+      log_warning(layer_step(layer) +
+                  ": no floats for values and slow keys, whose biases are left out");
     }
     report.config = made.config;
     report.key_error = made.key_error;

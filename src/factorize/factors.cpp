@@ -370,6 +370,15 @@ bool has_fast_key_bias(const ModelConfig& config, const AttentionWeights& weight
   return weights.k_bias.index_select(0, rows).count_nonzero().item<int64_t>() > 0;
 }
 
+bool has_shared_bias(const ModelConfig& config, const AttentionWeights& weights,
+                     int64_t fast_frequencies) {
+  if (weights.v_bias.defined() && weights.v_bias.count_nonzero().item<int64_t>() > 0) return true;
+  if (!weights.k_bias.defined()) return false;
+  const at::Tensor rows =
+      key_rows(config.num_key_value_heads, config.head_dim, fast_frequencies, config.frequencies());
+  return weights.k_bias.index_select(0, rows).count_nonzero().item<int64_t>() > 0;
+}
+
 LayerFactors factorize_layer(const ModelConfig& config, const AttentionWeights& weights,
                              const LayerStatistics& statistics, HlaRope rope, const LayerPlan& plan,
                              const FactorOptions& options) {

@@ -59,10 +59,12 @@ json program_fingerprint() {
           {"libtorch_bytes", error ? json() : json(bytes)}};
 }
 
-json machine_fingerprint() {
-  return {{"threads", at::get_num_threads()},
-          {"cpu", cpu_model()},
-          {"instructions", at::get_cpu_capability()}};
+json machine_fingerprint(const at::Device& device) {
+  json machine = {{"threads", at::get_num_threads()},
+                  {"cpu", cpu_model()},
+                  {"instructions", at::get_cpu_capability()}};
+  if (device.is_cuda()) machine["gpu"] = gpu_model(device);
+  return machine;
 }
 
 json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& options,
@@ -100,7 +102,7 @@ json conversion_fingerprint(const Checkpoint& base, const ConvertOptions& option
           {"options", std::move(chosen)},
           {"calibration", std::move(calibration)},
           {"program", program_fingerprint()},
-          {"machine", machine_fingerprint()}};
+          {"machine", machine_fingerprint(options.device)}};
 }
 
 }  // namespace hla

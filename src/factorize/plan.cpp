@@ -50,10 +50,8 @@ std::optional<double> target_ratio(const ModelConfig& base, const ConvertOptions
   const bool by_ratio = options.target_ratio.has_value();
   const bool by_bytes = options.target_bytes.has_value();
   const bool by_loss = options.target_ppl_increase.has_value();
-  if (!by_ratio && !by_bytes && !by_loss) {
-    if (options.valid) problems.add("--valid: only with --target-ppl-increase");
-    return std::nullopt;
-  }
+  if (options.valid && !by_loss) problems.add("--valid: only with --target-ppl-increase");
+  if (!by_ratio && !by_bytes && !by_loss) return std::nullopt;
   const std::string name = by_ratio   ? "--target-ratio"
                            : by_bytes ? "--target-bytes-per-token"
                                       : "--target-ppl-increase";
@@ -110,9 +108,7 @@ LayerPlan plan_layer(const ModelConfig& base, const ConvertOptions& options, int
     problems.add("--kv-ratio: cannot be combined with --k-rank or --v-rank");
   }
   if ((options.fast_frequencies || options.fast_floats) && (by_rank || paper)) {
-    problems.add(
-        "--fast-frequencies, --fast-floats: only with --kv-ratio and --rope original or "
-        "latent");
+    problems.add("--fast-frequencies, --fast-floats: not with --k-rank, --v-rank or --rope paper");
   }
   if (options.q_rank) {
     in_range("--q-rank", *options.q_rank, paper ? 2 : 1, std::min(base.q_size(), base.hidden_size),

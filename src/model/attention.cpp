@@ -14,7 +14,8 @@
 namespace hla {
 namespace {
 
-// fp32 by kernels of our own, to the type of the queries.
+// One sequence, q (T, H, d), k and v (L, K, d) -> (T, H, d): fp32 by kernels of our own, to the
+// type of the queries.
 at::Tensor by_attention_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   const at::Tensor queries = with_dense_rows(q.to(at::kFloat));
   const at::Tensor keys = with_dense_rows(k.to(at::kFloat));
@@ -26,50 +27,48 @@ at::Tensor by_attention_kernel(const at::Tensor& q, const at::Tensor& k, const a
   return context.to(q.scalar_type());
 }
 
-// By LibTorch. The kv heads stand where the batch was, and each is repeated for its group of
-// queries with stride 0, so that nothing is copied: the attention kernels read through strides.
-at::Tensor by_torch(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  const int64_t kv_heads = k.size(1);
-  const int64_t group = q.size(1) / kv_heads;
-  const auto repeat = [&](const at::Tensor& x) {  // (K, G, T, d)
-    return x.transpose(0, 1).unsqueeze(1).expand({kv_heads, group, x.size(0), x.size(2)});
-  };
-  const at::Tensor queries = q.unflatten(1, {kv_heads, group}).permute({1, 2, 0, 3});
-  const int64_t length = k.size(0);
-  const int64_t before = length - q.size(0);
-  std::optional<at::Tensor> mask;  // (T, L): LibTorch's own causal one is for T = L
-  if (before > 0 && q.size(0) > 1) {
-    mask = at::ones({q.size(0), length}, q.options().dtype(at::kBool)).tril(before);
-  }
-  return at::scaled_dot_product_attention(queries, repeat(k), repeat(v), mask,
-                                          /*dropout_p=*/0.0, /*is_causal=*/before == 0)
-      .permute({2, 0, 1, 3})  // (T, K, G, d)
-      .flatten(1, 2);
-}
-
-// One sequence: q (T, H, d), k and v (L, K, d) -> (T, H, d).
-at::Tensor sequence_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  if (is_for_attention_kernel(q)) return by_attention_kernel(q, k, v);
+// By LibTorch. The kv heads stand in the batch, and each is repeated for its group of queries with
+// stride 0: the attention kernels read through strides. So nothing is copied of one sequence, and
+// of several nothing more than once.
+at::Tensor by_torch(const Qkv& qkv) {
+  const int64_t batch = qkv.q.size(0);
+  const int64_t kv_heads = qkv.k.size(2);
+  const int64_t group = qkv.q.size(2) / kv_heads;
   // Values of a conversion begin where a product's keys end, which may be anywhere.
-  if (q.is_cuda()) {
-    return by_torch(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v));
+  const auto aligned = [](const at::Tensor& x) { return x.is_cuda() ? with_aligned_rows(x) : x; };
+  const auto repeat = [&](const at::Tensor& x) {  // (B·K, G, L, d)
+    return aligned(x.transpose(1, 2).flatten(0, 1)).unsqueeze(1).expand({-1, group, -1, -1});
+  };
+  const at::Tensor queries =  // (B·K, G, T, d)
+      aligned(qkv.q.unflatten(2, {kv_heads, group}).permute({0, 2, 3, 1, 4}).flatten(0, 1));
+  const int64_t count = qkv.q.size(1);
+  const int64_t length = qkv.k.size(1);
+  const int64_t before = length - count;
+  std::optional<at::Tensor> mask;  // (T, L): LibTorch's own causal one is for T = L
+  if (before > 0 && count > 1) {
+    mask = at::ones({count, length}, queries.options().dtype(at::kBool)).tril(before);
   }
-  return by_torch(q, k, v);
+  return at::scaled_dot_product_attention(queries, repeat(qkv.k), repeat(qkv.v), mask,
+                                          /*dropout_p=*/0.0, /*is_causal=*/before == 0)
+      .unflatten(0, {batch, kv_heads})
+      .permute({0, 3, 1, 2, 4})  // (B, T, K, G, d)
+      .flatten(2, 3);
 }
 
 }  // namespace
 
 at::Tensor causal_attention(const Qkv& qkv) {
+  if (!is_for_attention_kernel(qkv.q)) return by_torch(qkv);
   if (qkv.q.size(0) == 1) {
     // Not selected: the gradient of a selection is written into a tensor of zeros.
-    return sequence_attention(qkv.q.squeeze(0), qkv.k.squeeze(0), qkv.v.squeeze(0)).unsqueeze(0);
+    return by_attention_kernel(qkv.q.squeeze(0), qkv.k.squeeze(0), qkv.v.squeeze(0)).unsqueeze(0);
   }
   // Not selected, for the same reason.
   const std::vector<at::Tensor> q = qkv.q.unbind();
   const std::vector<at::Tensor> k = qkv.k.unbind();
   const std::vector<at::Tensor> v = qkv.v.unbind();
   std::vector<at::Tensor> sequences;
-  for (size_t b = 0; b < q.size(); ++b) sequences.push_back(sequence_attention(q[b], k[b], v[b]));
+  for (size_t b = 0; b < q.size(); ++b) sequences.push_back(by_attention_kernel(q[b], k[b], v[b]));
   return at::stack(sequences);
 }
 

@@ -367,7 +367,7 @@ AttentionArguments arguments_of(const at::Tensor& q, const at::Tensor& k, const 
 bool is_for_attention_kernel(const at::Tensor& q) {
   const at::ScalarType type = q.scalar_type();
   return q.device().is_cpu() && (type == at::kFloat || (is_half(type) && !has_amx())) &&
-         simd_level() != SimdLevel::kPortable && q.size(0) > 1 && q.size(2) % 16 == 0;
+         simd_level() != SimdLevel::kPortable && q.size(-3) > 1 && q.size(-1) % 16 == 0;
 }
 
 AttentionOutput attention_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

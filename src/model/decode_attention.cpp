@@ -88,9 +88,19 @@ struct Choice {
 // A latent with the keys that come from it unrotated, fp64 on the CPU, in the basis that makes
 // coordinates of as many keys as it can.
 struct Basis : Choice {
+  // Undefined where none is: coordinates are the latent, which may be thousands of numbers wide.
   at::Tensor inverse;  // (r, r): latent = inverse · (coordinates - offset)
   at::Tensor forward;  // (r, r): coordinates = forward · latent + offset
   at::Tensor offset;   // (r)
+
+  // rows (…, r) that read the latent -> that read coordinates.
+  at::Tensor reading(const at::Tensor& rows) const {
+    return inverse.defined() ? rows.matmul(inverse) : rows;
+  }
+  // rows (r, D) that make the latent -> that make coordinates.
+  at::Tensor making(const at::Tensor& rows) const {
+    return forward.defined() ? forward.matmul(rows) : rows;
+  }
 };
 
 // Takes keys one after the other as long as they are independent of those before. `gram`: products
@@ -180,8 +190,6 @@ Basis make_basis(Choice choice, const at::Tensor& rows, const at::Tensor& bias, 
   const int64_t rank = rows.size(3);
   Basis basis;
   static_cast<Choice&>(basis) = std::move(choice);
-  basis.forward = at::eye(rank, at::kDouble);
-  basis.inverse = basis.forward;
   basis.offset = at::zeros({rank}, at::kDouble);
   const auto pairs = static_cast<int64_t>(basis.stored.size());
   if (pairs == 0) return basis;
@@ -335,9 +343,9 @@ class DecodeAttention::Builder {
     at::Tensor kv_rows, k_rows;
     at::Tensor kv_offset = kv.offset;
     at::Tensor k_offset = k.offset;
-    if (kv_rank > 0) kv_rows = kv.forward.matmul(wide(latents.kv_down));
+    if (kv_rank > 0) kv_rows = kv.making(wide(latents.kv_down));
     if (rebuilds_fast) {
-      k_rows = k.forward.matmul(wide(latents.k_down));
+      k_rows = k.making(wide(latents.k_down));
     } else if (k_rank > 0) {
       k_rows = wide(latents.k_down);
       k_offset = at::zeros({k_rank}, at::kDouble);
@@ -354,7 +362,7 @@ class DecodeAttention::Builder {
 
     if (kv_rank > 0) {
       maps_.values.push_back({0, maps_.heads, kv_columns});
-      const at::Tensor values = wide(latents.values).matmul(kv.inverse);  // (K, d, r)
+      const at::Tensor values = kv.reading(wide(latents.values));  // (K, d, r)
       at::Tensor values_bias = wide(latents.values_bias);
       const at::Tensor moved = values.matmul(kv.offset);
       values_bias = values_bias.defined() ? values_bias - moved : -moved;
@@ -364,9 +372,10 @@ class DecodeAttention::Builder {
     to_.key_source_ = index_tensor(key_source_, like.device());
     for (const at::Tensor& matrix : matrices_)
       to_.stored_matrices_.push_back(matrix.defined() ? as_model(matrix) : matrix);
+    uses_torch_ = !like.is_cpu() || like.scalar_type() != at::kFloat;
     tensors_of(maps_.rebuilt, rebuilt_, to_.rebuilt_, as_model);
     tensors_of(maps_.absorbed, absorbed_, to_.absorbed_, as_model);
-    if (!like.is_cpu() || like.scalar_type() != at::kFloat) make_rebuild_maps(as_model);
+    if (uses_torch_) make_rebuild_maps(as_model);
   }
 
   DecodeMaps take_maps() { return std::move(maps_); }
@@ -448,7 +457,7 @@ class DecodeAttention::Builder {
     for (const Pair& pair : basis.leftover) {
       const at::Tensor of_latent = rows[pair.head].select(1, pair.frequency - first);  // (2, r)
       if (of_latent.abs().max().item<double>() == 0 && !bias.defined()) continue;  // no key at all
-      const at::Tensor of_basis = of_latent.matmul(basis.inverse);
+      const at::Tensor of_basis = basis.reading(of_latent);
       at::Tensor constant = -of_basis.matmul(basis.offset);
       if (bias.defined()) constant = constant + bias[pair.head].select(1, pair.frequency - first);
       at::Tensor all = at::zeros({2, maps_.floats}, at::kDouble);
@@ -640,7 +649,9 @@ class DecodeAttention::Builder {
     for (const Range& range : keys.from) read.push_back(all.slice(1, range.begin, range.end));
     const at::Tensor matrix = at::cat(read, 1);  // (rows, columns)
     keys.stride = (matrix.size(1) + kTileTokens - 1) / kTileTokens * kTileTokens;
-    keys.matrix = floats_of(at::constant_pad_nd(matrix, {0, keys.stride - matrix.size(1)}));
+    if (!uses_torch_) {
+      keys.matrix = floats_of(at::constant_pad_nd(matrix, {0, keys.stride - matrix.size(1)}));
+    }
     if (bias.abs().max().item<double>() > 0) {
       keys.bias = floats_of(bias);
       tensors.bias = as_model(bias);
@@ -662,6 +673,7 @@ class DecodeAttention::Builder {
   std::vector<int64_t> key_source_;
   std::vector<at::Tensor> matrices_;
   std::vector<Leftover> rebuilt_, absorbed_;
+  bool uses_torch_ = false;  // instead of kernels
 };
 
 DecodeAttention::DecodeAttention(const Attention& attention, const ModelConfig& config,

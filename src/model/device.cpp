@@ -9,6 +9,7 @@
 #include <charconv>
 #include <filesystem>
 #include <limits>
+#include <utility>
 
 #include "hla/core/error.h"
 #include "hla/core/log.h"
@@ -27,21 +28,39 @@ bool load_cuda_library() {
   return false;
 }
 
-// Major compute capability, or 0 when it cannot be told. The CUDA runtime is looked up in the
-// process (libtorch_cuda brings it) because a CPU wheel has none to link.
-int compute_capability_major(int device) {
+// Of cudaDeviceAttr.
+constexpr int kMultiprocessors = 16;
+constexpr int kComputeCapabilityMajor = 75;
+constexpr int kComputeCapabilityMinor = 76;
+
+// 0 when it cannot be told. The CUDA runtime is looked up in the process (libtorch_cuda brings it)
+// because a CPU wheel has none to link.
+int device_attribute(int attribute, int device) {
   using GetAttribute = int (*)(int*, int, int);
-  constexpr int kComputeCapabilityMajor = 75;  // cudaDevAttrComputeCapabilityMajor
   const auto get = reinterpret_cast<GetAttribute>(dlsym(RTLD_DEFAULT, "cudaDeviceGetAttribute"));
-  int major = 0;
-  if (get == nullptr || get(&major, kComputeCapabilityMajor, device) != 0) return 0;
-  return major;
+  int value = 0;
+  if (get == nullptr || get(&value, attribute, device) != 0) return 0;
+  return value;
 }
 
+// Bytes of a GPU's memory, free and in all; nothing where its runtime does not say.
+std::optional<std::pair<size_t, size_t>> device_memory(const at::Device& device) {
+  using GetInfo = int (*)(size_t*, size_t*);  // cudaMemGetInfo, of the current device
+  const auto get = reinterpret_cast<GetInfo>(dlsym(RTLD_DEFAULT, "cudaMemGetInfo"));
+  const c10::DeviceGuard guard(device);
+  size_t free = 0;
+  size_t total = 0;
+  if (get == nullptr || get(&free, &total) != 0) return std::nullopt;
+  return std::pair(free, total);
+}
+
+// Nothing before the first allocation, which is when LibTorch begins with a GPU: until then it
+// refuses to be asked.
 c10::CachingAllocator::Stat allocated_bytes(const at::Device& device) {
   using Type = c10::CachingAllocator::StatType;
-  return c10::getDeviceAllocator(device.type())
-      ->getDeviceStats(device.index())
+  c10::DeviceAllocator* allocator = c10::getDeviceAllocator(device.type());
+  if (!allocator->initialized()) return {};
+  return allocator->getDeviceStats(device.index())
       .allocated_bytes[static_cast<size_t>(Type::AGGREGATE)];
 }
 
@@ -52,7 +71,9 @@ ExitCode exit_code_of(const c10::Error& error) {
   const auto says = [&](const char* part) { return text.find(part) != std::string_view::npos; };
   const bool out_of_memory = dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
                              says("can't allocate memory") || says("out of memory") ||
-                             says("CUBLAS_STATUS_ALLOC_FAILED");
+                             says("_STATUS_ALLOC_FAILED") ||
+                             // cuBLAS takes its own memory when it begins.
+                             (says("CUBLAS_STATUS_NOT_INITIALIZED") && says("cublasCreate"));
   return out_of_memory ? ExitCode::kOutOfMemory : ExitCode::kRuntime;
 }
 
@@ -109,7 +130,9 @@ at::ScalarType resolve_dtype(std::optional<at::ScalarType> asked, at::ScalarType
                              const at::Device& device) {
   if (asked) return *asked;
   if (!device.is_cuda()) return at::kFloat;
-  if (stored == at::kBFloat16 && compute_capability_major(device.index()) < 8) return at::kHalf;
+  if (stored == at::kBFloat16 && device_attribute(kComputeCapabilityMajor, device.index()) < 8) {
+    return at::kHalf;
+  }
   return stored;
 }
 
@@ -170,13 +193,18 @@ void synchronize(const at::Device& device) {
 
 uint64_t available_memory_bytes(const at::Device& device) {
   if (!device.is_cuda()) return available_memory_bytes();
-  using GetInfo = int (*)(size_t*, size_t*);  // cudaMemGetInfo, of the current device
-  const auto get = reinterpret_cast<GetInfo>(dlsym(RTLD_DEFAULT, "cudaMemGetInfo"));
-  const c10::DeviceGuard guard(device);
-  size_t free = 0;
-  size_t total = 0;
-  if (get == nullptr || get(&free, &total) != 0) return std::numeric_limits<uint64_t>::max();
-  return free;
+  const auto memory = device_memory(device);
+  return memory ? memory->first : std::numeric_limits<uint64_t>::max();
+}
+
+std::string gpu_model(const at::Device& device) {
+  const auto attribute = [&](int number) {
+    return std::to_string(device_attribute(number, device.index()));
+  };
+  const auto memory = device_memory(device);
+  return "sm_" + attribute(kComputeCapabilityMajor) + attribute(kComputeCapabilityMinor) + ", " +
+         attribute(kMultiprocessors) + " multiprocessors, " +
+         std::to_string(memory ? memory->second : 0) + " bytes";
 }
 
 uint64_t memory_bytes(const at::Device& device) {
@@ -189,7 +217,8 @@ uint64_t peak_memory_bytes(const at::Device& device) {
 
 void reset_peak_memory(const at::Device& device) {
   if (device.is_cpu()) return reset_peak_rss();
-  c10::getDeviceAllocator(device.type())->resetPeakStats(device.index());
+  c10::DeviceAllocator* allocator = c10::getDeviceAllocator(device.type());
+  if (allocator->initialized()) allocator->resetPeakStats(device.index());
 }
 
 }  // namespace hla

@@ -54,7 +54,7 @@ std::map<std::string, std::string> output_metadata() {
 
 void save_weights(const std::vector<std::pair<std::string, at::Tensor>>& weights,
                   at::ScalarType dtype, const std::filesystem::path& folder,
-                  uint64_t max_shard_bytes) {
+                  const SavedAs& saved_as, uint64_t max_shard_bytes) {
   const c10::InferenceMode no_gradients;
   std::vector<SafetensorsWriter::Entry> entries;
   for (const auto& [name, weight] : weights) {
@@ -62,7 +62,8 @@ void save_weights(const std::vector<std::pair<std::string, at::Tensor>>& weights
   }
   ShardedWriter writer(folder, plan_shards(entries, max_shard_bytes), output_metadata());
   for (const auto& [name, weight] : weights) {
-    const at::Tensor tensor = weight.to(at::kCPU, dtype).contiguous();
+    const at::Tensor tensor =
+        (saved_as ? saved_as(name, weight) : weight).to(at::kCPU, dtype).contiguous();
     if (!tensor.isfinite().all().item<bool>()) {
       throw Error(ExitCode::kNonFinite, name + ": NaN or Inf");
     }

@@ -16,7 +16,8 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 constexpr const char* kHint =
-    "scripts/make_tokenizer_goldens.py --folder DIR makes one with the reference library";
+    ".venv/bin/python scripts/make_tokenizer_goldens.py --folder DIR makes one with the reference "
+    "library";
 
 std::optional<std::vector<int32_t>> read_ids(const json& value, const std::string& where,
                                              Problems& problems) {

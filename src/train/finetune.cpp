@@ -393,7 +393,7 @@ class Run {
             {"model", checkpoint_fingerprint(checkpoint_)},
             {"teacher", std::move(teacher)},
             {"program", program_fingerprint()},
-            {"machine", machine_fingerprint()},
+            {"machine", machine_fingerprint(model_->device())},
             {"device", model_->device().str() + ", " + dtype_label(dtype_)}};
   }
 
@@ -604,18 +604,18 @@ class Run {
   // As it was tuned: in fp32, and what was not tuned as it was stored; in half precision where the
   // model was both stored and tuned so.
   void write_model(const Trainer& trainer, const std::filesystem::path& folder) const {
-    const bool is_narrowed = is_half(dtype_) && !is_half(output_dtype_);
-    std::map<std::string, at::Tensor> tuned;
-    if (is_narrowed) tuned = trainer.tuned_weights();
     std::vector<std::pair<std::string, at::Tensor>> weights;
     for (const auto& parameter : model_->named_parameters()) {
-      const std::string& name = parameter.key();
-      const auto found = tuned.find(name);
-      weights.emplace_back(name, !is_narrowed           ? parameter.value()
-                                 : found != tuned.end() ? found->second
-                                                        : checkpoint_tensor(checkpoint_, name));
+      weights.emplace_back(parameter.key(), parameter.value());
     }
-    save_weights(weights, output_dtype_, folder);
+    SavedAs saved_as;
+    if (is_half(dtype_) && !is_half(output_dtype_)) {
+      saved_as = [&, tuned = trainer.tuned_weights()](const std::string& name, const at::Tensor&) {
+        const auto found = tuned.find(name);
+        return found != tuned.end() ? found->second() : checkpoint_tensor(checkpoint_, name);
+      };
+    }
+    save_weights(weights, output_dtype_, folder, saved_as);
     nlohmann::json config = checkpoint_.config();
     set_config_dtype(config, output_dtype_);
     write_model_files(checkpoint_, std::move(config), folder);

@@ -140,13 +140,14 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
       {"data.text_field", "the field of JSONL objects, the column of Parquet files",
        &c.data.text_field},
       {"data.rows",
-       "packed: one stream of tokens, cut; padded: a line or document a row, padding not learnt; "
-       "padded-unmasked: padding learnt, as sodabreak/MHA2HLA has it",
+       "packed: one stream of tokens, cut; padded: a line or document a row, what is longer than "
+       "data.context left out, padding not learnt; padded-unmasked: padding learnt, as "
+       "sodabreak/MHA2HLA has it",
        &c.data.rows,
        {"packed", "padded", "padded-unmasked"}},
       {"data.context", "tokens of a row", &c.data.context, {}, 2},
       {"data.max_tokens",
-       "tokens to take of the texts, padding not counted; 0: all",
+       "tokens to take of the texts in their order, padding not counted; 0: all",
        &c.data.max_tokens,
        {},
        0},

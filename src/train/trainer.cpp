@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <numbers>
+#include <tuple>
 
 #include "hla/core/error.h"
 #include "hla/factorize/scratch_tensors.h"
@@ -103,7 +104,9 @@ void Trainer::update(double learning_rate) {
   struct Group {
     std::vector<at::Tensor> weights, gradients, means, squares;
   };
-  std::map<std::pair<bool, int64_t>, Group> groups;  // by whether they decay, and number of steps
+  // By whether they decay, number of steps, and type: factors of LoRA are fp32 beside weights of
+  // fp64.
+  std::map<std::tuple<bool, int64_t, at::ScalarType>, Group> groups;
   for (const auto& [name, master] : masters_) {
     if (!master.grad().defined()) continue;
     Moments& moments = moments_[name];
@@ -111,7 +114,7 @@ void Trainer::update(double learning_rate) {
       moments.mean = at::zeros_like(master);
       moments.square = at::zeros_like(master);
     }
-    Group& group = groups[{master.dim() >= 2, ++moments.steps}];
+    Group& group = groups[{master.dim() >= 2, ++moments.steps, master.scalar_type()}];
     group.weights.push_back(master);
     group.gradients.push_back(master.grad().contiguous());
     group.means.push_back(moments.mean);
@@ -119,7 +122,7 @@ void Trainer::update(double learning_rate) {
   }
   const FinetuneConfig::Optimizer& optimizer = config_.optimizer;
   for (auto& [key, group] : groups) {
-    const auto& [decays, steps] = key;
+    const auto& [decays, steps, dtype] = key;
     const std::vector<at::Tensor> counts =
         at::full({static_cast<int64_t>(group.weights.size())}, steps,
                  group.weights[0].options().dtype(at::kFloat).requires_grad(false))
@@ -131,11 +134,13 @@ void Trainer::update(double learning_rate) {
   }
 }
 
-std::map<std::string, at::Tensor> Trainer::tuned_weights() const {
-  std::map<std::string, at::Tensor> result;
-  for (const Tuned& tuned : tuned_) result.emplace(tuned.name, tuned.master.detach());
+std::map<std::string, std::function<at::Tensor()>> Trainer::tuned_weights() const {
+  std::map<std::string, std::function<at::Tensor()>> result;
+  for (const Tuned& tuned : tuned_) {
+    result.emplace(tuned.name, [&tuned] { return tuned.master.detach(); });
+  }
   for (const LowRank& low_rank : low_rank_) {
-    result.emplace(low_rank.name, low_rank.update.merged());
+    result.emplace(low_rank.name, [&low_rank] { return low_rank.update.merged(); });
   }
   return result;
 }

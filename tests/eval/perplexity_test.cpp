@@ -135,6 +135,21 @@ TEST(PerplexityTest, OnePassServesSeveralProtocols) {
   }
 }
 
+// Of longrope a window's length decides which frequencies all of it has.
+TEST(PerplexityTest, WindowsOfLongropeAreSharedByLengthOnly) {
+  const c10::InferenceMode guard;
+  const auto path = source_path("tests/data/models/rope_longrope").string();
+  const auto model = load_model(Checkpoint::open(path));
+  std::vector<int32_t> ids;
+  for (int32_t i = 0; i < 120; ++i) ids.push_back(i * 31 % 96);
+  const WindowPlan longer = disjoint_plan(ids, 40);
+  WindowPlan shorter = disjoint_plan(ids, 10);  // 16 are the original positions
+  shorter.streams = longer.streams;
+  const auto together = score(*model, {longer, shorter}, {.progress = false});
+  EXPECT_NEAR(together[0].nll, score_one(*model, longer).nll, 1e-6);
+  EXPECT_NEAR(together[1].nll, score_one(*model, shorter).nll, 1e-6);
+}
+
 TEST(PerplexityTest, FirstTokenIsReplaced) {
   const auto model = stories_model();
   const auto ids = random_ids(64);

@@ -327,6 +327,18 @@ TEST(ConvertTest, TargetPerplexityIncreaseIsMet) {
   EXPECT_TRUE(found);
 }
 
+// Trials factorise them, too.
+TEST(ConvertTest, TargetPerplexityIncreaseIsMetWithFactorsOfQueries) {
+  const TempDir folder;
+  ConvertOptions options = calibrated();
+  options.target_ppl_increase = 0.3;
+  options.q_rank = 48;
+  const ConvertReport report = convert(stories(), folder / "out", options);
+  ASSERT_TRUE(report.budget);
+  EXPECT_EQ(report.hla.hla->layers[0].q_rank, 48);
+  EXPECT_GT(report.layers[0].query_error, 0);
+}
+
 TEST(ConvertTest, RefusesTextWithIdsThatTheModelLacks) {
   const TempDir folder;
   std::filesystem::copy(source_path("tests/data/models/gqa"), folder / "gqa");
@@ -711,6 +723,11 @@ TEST(ConvertTest, RanksOutOfRange) {
   EXPECT_NE(message([](auto& o) { o.target_ppl_increase = 0.1; }).find("needs calibration text"),
             std::string::npos);
   EXPECT_NE(message([](auto& o) { o.valid = "x"; }).find("--valid"), std::string::npos);
+  EXPECT_NE(target([](auto& o) {
+              o.target_ratio = 0.5;
+              o.valid = "x";
+            }).find("--valid: only with --target-ppl-increase"),
+            std::string::npos);
   // All of them at once.
   const std::string both = message([](auto& o) {
     o.k_rank = 99;

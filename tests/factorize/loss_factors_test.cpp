@@ -243,6 +243,14 @@ TEST_F(LossFactorsTest, BiasesKeepTheFastLatent) {
     }
     EXPECT_EQ(with.at(1).fast_rank, 0);
     EXPECT_FALSE(has_fast_key_bias(config_, weights_, 0));
+    EXPECT_TRUE(has_shared_bias(config_, weights_, 1));
+    weights_.k_bias.index_fill_(0, key_rows(2, 4, 1, 2), 0);
+    EXPECT_FALSE(has_shared_bias(config_, weights_, 1));
+    weights_.v_bias = at::zeros({8}, at::kDouble);
+    EXPECT_FALSE(has_shared_bias(config_, weights_, 1));
+    weights_.v_bias[3] = 1;
+    EXPECT_TRUE(has_shared_bias(config_, weights_, 1));
+    weights_.v_bias = at::Tensor();
   }
 }
 

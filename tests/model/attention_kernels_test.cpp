@@ -197,12 +197,40 @@ TEST(AttentionKernelsTest, CausalAttentionTakesHalves) {
   }
 }
 
+// LibTorch's: sequences of a batch in one call.
+TEST(AttentionKernelsTest, CausalAttentionOfLibTorchTakesBatches) {
+  at::manual_seed(8);
+  for (const auto& [queries, length] : {std::pair(30, 30), std::pair(5, 30), std::pair(1, 30)}) {
+    SCOPED_TRACE(queries);
+    const auto random = [&](int64_t rows, int64_t heads) {
+      return at::randn({3, rows, heads, 12}, at::kDouble).requires_grad_();
+    };
+    const Qkv qkv = {random(queries, 4), random(length, 2), random(length, 2)};
+    const at::Tensor got = causal_attention(qkv);
+    std::vector<at::Tensor> sequences;
+    for (int64_t b = 0; b < 3; ++b) {
+      sequences.push_back(naive(qkv.q[b], qkv.k[b], qkv.v[b]));
+    }
+    const at::Tensor expected = at::stack(sequences);
+    ASSERT_EQ(got.sizes(), expected.sizes());
+    EXPECT_LE((got - expected).abs().max().item<double>(), 1e-12);
+    const at::Tensor gradient = at::randn_like(got);
+    const std::vector<at::Tensor> inputs = {qkv.q, qkv.k, qkv.v};
+    const auto got_by = torch::autograd::grad({got}, inputs, {gradient});
+    const auto expected_by = torch::autograd::grad({expected}, inputs, {gradient});
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      EXPECT_LE((got_by[i] - expected_by[i]).abs().max().item<double>(), 1e-12) << i;
+    }
+  }
+}
+
 TEST(AttentionKernelsTest, LeaveTheRestToLibTorch) {
   const at::Tensor x = at::randn({4, 2, 16});
   EXPECT_EQ(is_for_attention_kernel(x), simd_level() != SimdLevel::kPortable);
   for (const at::ScalarType half : {at::kBFloat16, at::kHalf}) {
     EXPECT_EQ(is_for_attention_kernel(x.to(half)), is_for_attention_kernel(x) && !has_amx());
   }
+  EXPECT_EQ(is_for_attention_kernel(at::randn({1, 4, 2, 16})), is_for_attention_kernel(x));
   EXPECT_FALSE(is_for_attention_kernel(x.slice(0, 0, 1)));
   EXPECT_FALSE(is_for_attention_kernel(x.to(at::kDouble)));
   EXPECT_FALSE(is_for_attention_kernel(at::randn({4, 2, 8})));

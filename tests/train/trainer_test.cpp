@@ -271,7 +271,7 @@ TEST(TrainerTest, HalfPrecisionLearnsInFp32) {
     EXPECT_EQ(half->dtype(), dtype);
     const auto before = weights_of(*full);
     for (const auto& [name, weight] : a.tuned_weights()) {
-      EXPECT_TRUE(weight.equal(before.at(name))) << name;
+      EXPECT_TRUE(weight().equal(before.at(name))) << name;
     }
     Trainer b(*full, config, {.loss = 40});
     const TrainingRows::Batch batch = batch_of(at::randint(3, 96, {4, 24}, at::kLong));
@@ -295,7 +295,7 @@ TEST(TrainerTest, HalfPrecisionLearnsInFp32) {
                   (half_moved.norm() * moved.norm()).item<double>(),
               0.9);
     EXPECT_TRUE(weights_of(*half).at(name).equal(master.to(dtype)));
-    EXPECT_TRUE(a.tuned_weights().at(name).equal(master));
+    EXPECT_TRUE(a.tuned_weights().at(name)().equal(master));
   }
 }
 
@@ -333,7 +333,7 @@ TEST(TrainerTest, GoesOnFromACheckpoint) {
       EXPECT_EQ(trainer.skipped_steps(), whole.skipped_steps());
       const auto expected = whole.tuned_weights();
       for (const auto& [name, weight] : trainer.tuned_weights()) {
-        EXPECT_TRUE(weight.equal(expected.at(name))) << name;
+        EXPECT_TRUE(weight().equal(expected.at(name)())) << name;
       }
       const auto held = weights_of(*model);
       for (const auto& [name, weight] : weights_of(*rest)) {

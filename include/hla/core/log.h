@@ -15,7 +15,7 @@ void log_debug(const std::string& message);
 void log_warning(const std::string& message);
 void log_error(const std::string& message);
 
-// True when stderr is a terminal that a progress bar may be drawn on.
-bool stderr_is_terminal();
+// True when stderr is a terminal that a progress bar may be drawn on: not with kQuiet.
+bool stderr_takes_progress();
 
 }  // namespace hla

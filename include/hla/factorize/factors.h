@@ -107,5 +107,9 @@ at::Tensor key_rows(int64_t kv_heads, int64_t head_dim, int64_t begin, int64_t e
 // latent's up matrix: at rank 0 there is none, and they are lost.
 bool has_fast_key_bias(const ModelConfig& config, const AttentionWeights& weights,
                        int64_t fast_frequencies);
+// Whether values or keys of the other frequencies have biases, which belong alike to the latent
+// that they share.
+bool has_shared_bias(const ModelConfig& config, const AttentionWeights& weights,
+                     int64_t fast_frequencies);
 
 }  // namespace hla

@@ -1,6 +1,8 @@
 // What decides the bytes of a conversion.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
@@ -13,10 +15,10 @@ namespace hla {
 
 // A checkpoint's files (name, size, time of the last change, tensors) and config.
 nlohmann::json checkpoint_fingerprint(const Checkpoint& checkpoint);
-// The program with its LibTorch, and the number of threads and the processor, which decide how sums
-// are rounded.
+// The program with its LibTorch, and the number of threads, the processor and the GPU, if the
+// device is one, which decide how sums are rounded.
 nlohmann::json program_fingerprint();
-nlohmann::json machine_fingerprint();
+nlohmann::json machine_fingerprint(const at::Device& device);
 
 // Equal only for conversions that give the same folder: the base's files (name, size, time of the
 // last change, tensors) and config, the plan, the options, the calibration texts and

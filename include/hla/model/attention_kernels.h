@@ -11,10 +11,10 @@
 
 namespace hla {
 
-// Whether to take the kernels for queries (T, H, d): several, on the CPU, heads of a multiple of 16
-// numbers, with AVX2, without which LibTorch's are faster. Also for 16 bits, to be made fp32, but
-// where there are matrix units: LibTorch's kernel multiplies their blocks by MKL, which on a Zen 5
-// makes fp32 of them as well (docs/performance.md).
+// Whether to take the kernels for queries (…, T, H, d): several, on the CPU, heads of a multiple of
+// 16 numbers, with AVX2, without which LibTorch's are faster. Also for 16 bits, to be made fp32,
+// but where there are matrix units: LibTorch's kernel multiplies their blocks by MKL, which on a
+// Zen 5 makes fp32 of them as well (docs/performance.md).
 bool is_for_attention_kernel(const at::Tensor& q);
 
 struct AttentionOutput {

@@ -49,6 +49,10 @@ void synchronize(const at::Device& device);
 // What can still be allocated there; of a GPU where its runtime says so, else as if without limit.
 uint64_t available_memory_bytes(const at::Device& device);
 
+// What decides how a GPU rounds sums, as far as its runtime tells: "sm_80, 108 multiprocessors,
+// 42298834944 bytes".
+std::string gpu_model(const at::Device& device);
+
 // What this process has of memory: resident (CPU), or of LibTorch's allocator there; now, and at
 // most since it began or the peak was reset.
 uint64_t memory_bytes(const at::Device& device);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
@@ -29,11 +30,14 @@ void copy_side_files(const Checkpoint& base, const std::filesystem::path& folder
 // Metadata of every file of weights.
 std::map<std::string, std::string> output_metadata();
 
+// What is written in a weight's place, of the same shape; it is held while that is written only.
+using SavedAs = std::function<at::Tensor(const std::string& name, const at::Tensor& weight)>;
+
 // Writes weights under their HF names, in this order and in `dtype`, into safetensors files in
 // `folder`, which are plain ones: write inside a WorkDir. Throws kNonFinite naming a tensor with
 // NaN or Inf.
 void save_weights(const std::vector<std::pair<std::string, at::Tensor>>& weights,
                   at::ScalarType dtype, const std::filesystem::path& folder,
-                  uint64_t max_shard_bytes = kMaxShardBytes);
+                  const SavedAs& saved_as = {}, uint64_t max_shard_bytes = kMaxShardBytes);
 
 }  // namespace hla

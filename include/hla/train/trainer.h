@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -76,8 +77,9 @@ class Trainer {
   // Throws kBadInput for a file of other parameters.
   void load(const std::filesystem::path& file, int64_t steps);
 
-  // The weights that are tuned, by HF name, as AdamW has them.
-  std::map<std::string, at::Tensor> tuned_weights() const;
+  // The weights that are tuned, by HF name, as AdamW has them; those of LoRA are made when they are
+  // asked for.
+  std::map<std::string, std::function<at::Tensor()>> tuned_weights() const;
 
   int64_t tuned_parameters() const;  // elements; of updates of low rank those of their factors
   uint64_t bytes() const;  // of tuned weights, gradients and moments, when steps have been done
