@@ -486,6 +486,16 @@ size_t complete_steps(const std::filesystem::path& steps) {
   return text.empty() ? 0 : nlohmann::json::parse(text)["steps"].size();
 }
 
+// Not MODEL and OUT behind it; and is given again for another.
+TEST(CliTest, CalibTakesOneText) {
+  const TempDir folder;
+  const std::string calib = "--calib " + testing::short_wikitext().string() + " ";
+  EXPECT_EQ(run_hla("convert " + calib + calib + stories() + " " + (folder / "out").string() +
+                    " --dry-run")
+                .code,
+            0);
+}
+
 // SIGKILL at random instants: the same command then gives the bytes of a run that nobody disturbed,
 // whether the loss is read at once or a layer at a time.
 TEST(CliTest, KilledConversionGoesOnToTheSameBytes) {
