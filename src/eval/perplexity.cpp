@@ -51,14 +51,16 @@ struct Unit {
 };
 
 // Whether what a token sees also depends on how many come after it.
-bool looks_ahead(const LlamaForCausalLM* model) {
-  if (model == nullptr) return false;
-  const RopeType type = model->config().rope.type;
+bool looks_ahead(const LlamaForCausalLM& model) {
+  const RopeType type = model.config().rope.type;
   return type == RopeType::kDynamic || type == RopeType::kLongrope;
 }
 
-// `by_length`: windows that begin alike are one only if they are as long.
-std::vector<Unit> make_units(const std::vector<WindowPlan>& plans, bool by_length) {
+// What the models, of which the teacher may be none, are to read once.
+std::vector<Unit> make_units(const std::vector<WindowPlan>& plans, const LlamaForCausalLM& model,
+                             const LlamaForCausalLM* teacher) {
+  // Windows that begin alike are then one only if they are as long.
+  const bool by_length = looks_ahead(model) || (teacher != nullptr && looks_ahead(*teacher));
   std::vector<Unit> units;
   std::map<std::tuple<const void*, int64_t, int64_t, int64_t>, size_t> known;
   for (size_t p = 0; p < plans.size(); ++p) {
@@ -418,7 +420,7 @@ std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
   const c10::InferenceMode no_gradients;
   const auto start = std::chrono::steady_clock::now();
   if (teacher != nullptr) check_same_vocabulary(model.config(), teacher->config());
-  const std::vector<Unit> units = make_units(plans, looks_ahead(&model) || looks_ahead(teacher));
+  const std::vector<Unit> units = make_units(plans, model, teacher);
   preflight(model, teacher, longest_input(units));
   std::vector<PlanSum> sums;
   for (const WindowPlan& plan : plans) sums.emplace_back(plan, options, teacher != nullptr);
@@ -475,8 +477,7 @@ std::vector<LayerAblation> ablate_layers(const LlamaForCausalLM& student,
   check_same_vocabulary(student.config(), teacher.config());
   check_same_layers(student.config(), teacher.config());
   const size_t layers = teacher.layers().size();
-  const std::vector<Unit> units =
-      make_units({plan}, looks_ahead(&student) || looks_ahead(&teacher));
+  const std::vector<Unit> units = make_units({plan}, student, &teacher);
   const int64_t longest = longest_input(units);
   // The teacher's hidden states before every layer are kept.
   const uint64_t states = static_cast<uint64_t>(longest * teacher.config().hidden_size) *

@@ -310,6 +310,14 @@ void check_plan(const ModelConfig& config, const AttentionWeights& weights, HlaR
   }
 }
 
+// Whether keys of the frequencies [begin, end) have biases.
+bool has_key_bias(const ModelConfig& config, const AttentionWeights& weights, int64_t begin,
+                  int64_t end) {
+  if (!weights.k_bias.defined()) return false;
+  const at::Tensor rows = key_rows(config.num_key_value_heads, config.head_dim, begin, end);
+  return weights.k_bias.index_select(0, rows).count_nonzero().item<int64_t>() > 0;
+}
+
 }  // namespace
 
 void LayerFactors::store_complex(const std::vector<at::Tensor>& ups,
@@ -364,19 +372,13 @@ PaperFactors paper_factors(const at::Tensor& up, const at::Tensor& down) {
 
 bool has_fast_key_bias(const ModelConfig& config, const AttentionWeights& weights,
                        int64_t fast_frequencies) {
-  if (!weights.k_bias.defined()) return false;
-  const at::Tensor rows =
-      key_rows(config.num_key_value_heads, config.head_dim, 0, fast_frequencies);
-  return weights.k_bias.index_select(0, rows).count_nonzero().item<int64_t>() > 0;
+  return has_key_bias(config, weights, 0, fast_frequencies);
 }
 
 bool has_shared_bias(const ModelConfig& config, const AttentionWeights& weights,
                      int64_t fast_frequencies) {
-  if (weights.v_bias.defined() && weights.v_bias.count_nonzero().item<int64_t>() > 0) return true;
-  if (!weights.k_bias.defined()) return false;
-  const at::Tensor rows =
-      key_rows(config.num_key_value_heads, config.head_dim, fast_frequencies, config.frequencies());
-  return weights.k_bias.index_select(0, rows).count_nonzero().item<int64_t>() > 0;
+  return (weights.v_bias.defined() && weights.v_bias.count_nonzero().item<int64_t>() > 0) ||
+         has_key_bias(config, weights, fast_frequencies, config.frequencies());
 }
 
 LayerFactors factorize_layer(const ModelConfig& config, const AttentionWeights& weights,

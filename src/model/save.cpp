@@ -62,8 +62,7 @@ void save_weights(const std::vector<std::pair<std::string, at::Tensor>>& weights
   }
   ShardedWriter writer(folder, plan_shards(entries, max_shard_bytes), output_metadata());
   for (const auto& [name, weight] : weights) {
-    const at::Tensor tensor =
-        (saved_as ? saved_as(name, weight) : weight).to(at::kCPU, dtype).contiguous();
+    const at::Tensor tensor = (saved_as ? saved_as(name) : weight).to(at::kCPU, dtype).contiguous();
     if (!tensor.isfinite().all().item<bool>()) {
       throw Error(ExitCode::kNonFinite, name + ": NaN or Inf");
     }

@@ -610,7 +610,7 @@ class Run {
     }
     SavedAs saved_as;
     if (is_half(dtype_) && !is_half(output_dtype_)) {
-      saved_as = [&, tuned = trainer.tuned_weights()](const std::string& name, const at::Tensor&) {
+      saved_as = [&, tuned = trainer.tuned_weights()](const std::string& name) {
         const auto found = tuned.find(name);
         return found != tuned.end() ? found->second() : checkpoint_tensor(checkpoint_, name);
       };

@@ -30,8 +30,9 @@ void copy_side_files(const Checkpoint& base, const std::filesystem::path& folder
 // Metadata of every file of weights.
 std::map<std::string, std::string> output_metadata();
 
-// What is written in a weight's place, of the same shape; it is held while that is written only.
-using SavedAs = std::function<at::Tensor(const std::string& name, const at::Tensor& weight)>;
+// What is written in the place of the weight of this name, of the same shape; it is held while that
+// is written only.
+using SavedAs = std::function<at::Tensor(const std::string& name)>;
 
 // Writes weights under their HF names, in this order and in `dtype`, into safetensors files in
 // `folder`, which are plain ones: write inside a WorkDir. Throws kNonFinite naming a tensor with
