@@ -366,7 +366,7 @@ class DecodeAttention::Builder {
       at::Tensor values_bias = wide(latents.values_bias);
       const at::Tensor moved = values.matmul(kv.offset);
       values_bias = values_bias.defined() ? values_bias - moved : -moved;
-      to_.values_ = as_model(values);
+      to_.values_ = as_model(values.permute({2, 0, 1}));
       if (values_bias.abs().max().item<double>() > 0) to_.values_bias_ = as_model(values_bias);
     }
     to_.key_source_ = index_tensor(key_source_, like.device());
@@ -600,7 +600,7 @@ class DecodeAttention::Builder {
       }
     }
     if (to_.values_.defined()) {
-      set_columns(rows.slice(0, kv), maps_.values[0].from, wide(to_.values_).flatten(0, 1));
+      set_columns(rows.slice(0, kv), maps_.values[0].from, wide(to_.values_).flatten(1, 2).t());
       if (to_.values_bias_.defined()) bias.slice(0, kv).copy_(wide(to_.values_bias_).flatten());
     }
     to_.rebuild_ = as_model(rows);
@@ -788,7 +788,7 @@ std::pair<at::Tensor, at::Tensor> DecodeAttention::rebuild(const Projected& proj
   at::Tensor values;
   if (values_.defined()) {
     const at::Tensor latent = columns(projected.plain, maps().values[0].from);
-    values = at::linear(latent, values_.flatten(0, 1),
+    values = at::linear(latent, values_.flatten(1, 2).t(),
                         values_bias_.defined() ? values_bias_.flatten() : values_bias_);
   } else {
     values = at::zeros_like(keys);
@@ -810,7 +810,7 @@ at::Tensor DecodeAttention::gather(const at::Tensor& contexts) const {
   const at::Tensor by_head = contexts.view({count, maps().kv_heads, group, -1})
                                  .transpose(0, 1)
                                  .reshape({maps().kv_heads, count * group, -1});
-  at::Tensor gathered = at::bmm(by_head, values_.transpose(1, 2));  // (K, N·G, d)
+  at::Tensor gathered = at::bmm(by_head, values_.transpose(0, 1));  // (K, N·G, d)
   if (values_bias_.defined()) gathered = gathered + values_bias_.unsqueeze(1);
   return gathered.view({maps().kv_heads, count, group, maps().head_dim})
       .transpose(0, 1)

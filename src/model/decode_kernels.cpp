@@ -91,6 +91,21 @@ struct LinearArguments {
   int64_t rows, size, out;
 };
 
+// Values of a kv head are gathered so many at a time.
+constexpr int64_t kGatherBlock = 32;
+
+// contexts (tokens, kv_heads, group, width), values (width, kv_heads, head_dim), bias (kv_heads,
+// head_dim) or null -> out (tokens, kv_heads, group, head_dim).
+struct GatherArguments {
+  const float* contexts;
+  const float* values;
+  const float* bias;
+  float* out;
+  int64_t tokens, kv_heads, group, width, head_dim;
+
+  int64_t blocks() const { return (head_dim + kGatherBlock - 1) / kGatherBlock; }  // of a kv head
+};
+
 // What a piece has summed up.
 struct Partial {
   std::vector<float> reference;  // (H) what scores are taken less before exp
@@ -104,9 +119,9 @@ struct Scratch {
   std::vector<float> plain;     // pairs turned back: (tiles, 2·pairs, 16)
   std::vector<float> keys;      // rebuilt: (tiles, rows, 16)
   std::vector<float> queries;   // of stored and rebuilt keys, by coordinate
-  std::vector<float> absorbed;  // queries of absorbed keys, by coordinate
+  std::vector<float> absorbed;  // queries of absorbed keys, by coordinate, and turned
   std::vector<float> scores;    // of a chunk: (tiles, H, 16)
-  std::vector<float> nodes;     // (nodes·H, tiles·16)
+  std::vector<float> nodes;     // (absorbing kv heads, nodes, G, tiles·16)
   std::vector<float> sums;      // contexts by lane: (coordinates, heads, lanes) by group
 };
 
@@ -149,6 +164,12 @@ struct DecodeKernel::Plan {
   std::vector<bool> fetched_with_scores;
   std::vector<int64_t> stored_query, rebuilt_query;  // where they begin
   int64_t query_floats = 0;
+  // What pulls queries of absorbed keys through, by kv head: (stride/16, rows, 16), the first rows
+  // of all its pairs before the second ones; and where each begins.
+  std::vector<float> absorbed_matrix;
+  std::vector<int64_t> absorbed_begin;
+  // Frequencies whose angles are read by tile, each once.
+  std::vector<int32_t> tile_frequencies;
   Interpolation interpolation;
 };
 
@@ -175,6 +196,27 @@ DecodeKernel::Plan::Plan(DecodeMaps from) : maps(std::move(from)) {
                     (maps.rebuilt.first_pair[static_cast<size_t>(g + 1)] -
                      maps.rebuilt.first_pair[static_cast<size_t>(g)]);
   }
+  const DecodeMaps::Keys& absorbed = maps.absorbed;
+  for (int64_t g = 0; g < maps.kv_heads; ++g) {
+    absorbed_begin.push_back(static_cast<int64_t>(absorbed_matrix.size()));
+    if (!maps.absorbs(g) || absorbed.matrix.empty()) continue;  // empty without kernels
+    const int64_t first = absorbed.first_pair[static_cast<size_t>(g)];
+    const int64_t last = absorbed.first_pair[static_cast<size_t>(g + 1)];
+    for (int64_t column = 0; column < absorbed.stride; column += kTile) {
+      for (int64_t part = 0; part < 2; ++part) {
+        for (int64_t pair = first; pair < last; ++pair) {
+          const auto row = absorbed.matrix.begin() + (2 * pair + part) * absorbed.stride;
+          absorbed_matrix.insert(absorbed_matrix.end(), row + column, row + column + kTile);
+        }
+      }
+    }
+  }
+  tile_frequencies = maps.unrotated;
+  tile_frequencies.insert(tile_frequencies.end(), maps.rebuilt.frequency.begin(),
+                          maps.rebuilt.frequency.end());
+  std::sort(tile_frequencies.begin(), tile_frequencies.end());
+  tile_frequencies.erase(std::unique(tile_frequencies.begin(), tile_frequencies.end()),
+                         tile_frequencies.end());
   interpolation = interpolation_of(maps);
 }
 
@@ -246,6 +288,31 @@ struct Rows {
   int64_t by_tile;  // from tile to tile
 };
 
+// Up to eight rows that are a stride apart. Their addresses come of four registers, which compilers
+// do not see by themselves: a pointer each, they go to memory and back in every round of a loop.
+class Strided {
+ public:
+  HLA_INLINE Strided(const float* from, int64_t stride) : from_(from), one_(stride) {
+    four_ = 4 * stride;
+    three_ = 3 * stride;
+    asm("" : "+r"(one_), "+r"(three_), "+r"(four_));
+  }
+  HLA_INLINE const float* row(int index) const {
+    const float* base = index < 4 ? from_ : from_ + four_;
+    if (index % 4 == 0) return base;
+    if (index % 4 == 1) return base + one_;
+    return index % 4 == 2 ? base + 2 * one_ : base + three_;
+  }
+  HLA_INLINE void move(int64_t by) {
+    from_ += by;
+    asm("" : "+r"(from_));
+  }
+
+ private:
+  const float* from_;
+  int64_t one_, three_, four_;
+};
+
 // out[r][t][16] += Σ_i w[r][i]·z[t][i][16] of R rows of w and T tiles.
 template <class V, int R, int T>
 HLA_INLINE void products_of(const Coordinates& from, int64_t n, const float* w, int64_t stride,
@@ -253,7 +320,9 @@ HLA_INLINE void products_of(const Coordinates& from, int64_t n, const float* w, 
   constexpr int kVectors = static_cast<int>(kTile / V::kLanes);
   // Few sums wait for each other: then those of even and odd coordinates are apart.
   constexpr int kApart = R * T * kVectors <= 6 ? 2 : 1;
+  constexpr bool kStrided = V::kLanes == kTile && R > 4;  // fewer pointers stay in registers
   typename V::Floats acc[kApart][T][R][kVectors] = {};
+  Strided rows(w, stride);
   const auto place = [&](int t, int r, int v) {
     return out.to + t * out.by_tile + r * out.stride + v * V::kLanes;
   };
@@ -262,10 +331,10 @@ HLA_INLINE void products_of(const Coordinates& from, int64_t n, const float* w, 
       for (int v = 0; v < kVectors; ++v) acc[0][t][r][v] = V::load(place(t, r, v));
     }
   }
-  const auto add = [&](int64_t i, int apart) __attribute__((always_inline)) {
+  const auto add = [&](int64_t i, int apart, bool fetches) __attribute__((always_inline)) {
     typename V::Floats x[T][kVectors];
     for (int t = 0; t < T; ++t) {
-      if (from.ahead != nullptr) {
+      if (fetches && from.ahead != nullptr) {
         __builtin_prefetch(from.ahead + t * from.ahead_stride + i * kTile, 0, 2);
       }
       const float* z = from.z + t * from.stride + i * kTile;
@@ -273,18 +342,26 @@ HLA_INLINE void products_of(const Coordinates& from, int64_t n, const float* w, 
       for (int v = 0; v < kVectors; ++v) x[t][v] = V::load(z + v * V::kLanes);
     }
     for (int r = 0; r < R; ++r) {
-      const float weight = w[r * stride + i];
+      const float weight = kStrided ? rows.row(r)[apart] : w[r * stride + i];
       for (int t = 0; t < T; ++t) {
         for (int v = 0; v < kVectors; ++v) acc[apart][t][r][v] += x[t][v] * weight;
       }
     }
   };
-  int64_t i = 0;
-  for (; i + kApart <= n; i += kApart) {
-    add(i, 0);
-    if (kApart > 1) add(i + 1, kApart - 1);
+  const auto add_all = [&](bool fetches) __attribute__((always_inline)) {
+    int64_t i = 0;
+    for (; i + kApart <= n; i += kApart) {
+      add(i, 0, fetches);
+      if (kApart > 1) add(i + 1, kApart - 1, fetches);
+      if (kStrided) rows.move(kApart);
+    }
+    if (i < n) add(i, 0, fetches);
+  };
+  if (kStrided && from.ahead == nullptr) {  // a loop of its own: nothing to ask in every round
+    add_all(false);
+  } else {
+    add_all(true);
   }
-  for (; i < n; ++i) add(i, 0);
   for (int t = 0; t < T; ++t) {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < kVectors; ++v) {
@@ -327,26 +404,54 @@ HLA_INLINE void products_of_all(Coordinates from, int64_t n, int64_t tiles, cons
   }
 }
 
+// Tables are of angles rounded to fp32, and that of a tile's first token and that of a place in it
+// do not make a token's exactly: what is missing. Up to kFar radians it is below 2e-6.
+constexpr float kFar = 32;
+
+template <class V>
+HLA_INLINE auto rounding_of(typename V::Floats positions, float frequency,
+                            typename V::Floats places) {
+  const auto angles = V::in_register(positions * frequency);
+  return angles - angles[0] - places;
+}
+
 // Tiles that are worked off together.
 struct Chunk {
   const float* records;  // (tiles, n, 16)
   const float* next;     // of the chunk after it, or null
-  const float* plain;    // (tiles, plain_stride)
+  const float* plain;    // (tiles, plain_stride), or null where pairs are turned back when read
   int64_t plain_stride;
   int64_t position;  // of its first token
   int64_t tokens;    // that count; those behind them in the last tile do not
   int64_t tiles;
 };
 
-// Tables of a tile: (frequencies, 16) each.
+// Cosines and sines of tiles' tokens: (frequencies, 16) each, by tile.
 struct Angles {
   const float* cos;
   const float* sin;
+  int64_t stride;  // from tile to tile
+
+  Angles behind(int64_t tiles) const {
+    return {cos + tiles * stride, sin + tiles * stride, stride};
+  }
 };
 
-Angles angles_of(const TiledRope& rope, const Chunk& chunk, int64_t t) {
-  const int64_t begin = (chunk.position / kTile + t) * rope.frequencies * kTile;
-  return {rope.cos + begin, rope.sin + begin};
+// From tile t on, out of the tables: put together of a tile's and its places' they would be off by
+// two more roundings, which values multiply. Those of as many tiles behind are asked for, as
+// tables, 256 bytes a token, may come of a far cache.
+Angles angles_of(const TiledRope& rope, const Chunk& chunk, int64_t t, int64_t tiles,
+                 const std::vector<int32_t>& frequencies) {
+  const int64_t stride = rope.frequencies * kTile;
+  const int64_t begin = (chunk.position / kTile + t) * stride;
+  const Angles angles = {rope.cos + begin, rope.sin + begin, stride};
+  for (int64_t i = tiles; i < 2 * tiles; ++i) {
+    for (const int32_t frequency : frequencies) {
+      __builtin_prefetch(angles.cos + i * stride + frequency * kTile, 0, 2);
+      __builtin_prefetch(angles.sin + i * stride + frequency * kTile, 0, 2);
+    }
+  }
+  return angles;
 }
 
 // Coordinates from `begin` on of records and of pairs turned back, from tile t on.
@@ -366,27 +471,35 @@ int64_t turned_end(const DecodeMaps& maps, const Range& range) {
   return std::clamp(turned, range.begin, range.end);
 }
 
+// Sums by lane: (coordinates, heads, lanes). The first chunk's replace what is there.
+struct Sums {
+  float* to;
+  bool adds;
+
+  Sums behind(int64_t floats) const { return {to + floats, adds}; }
+};
+
 // sums[i][r][lane] += acc[i][r][lane] of D coordinates and R heads.
 template <class V, int R, int D>
-HLA_INLINE void add_lanes(const typename V::Floats (&acc)[D][R], float* sums, int64_t stride) {
+HLA_INLINE void add_lanes(const typename V::Floats (&acc)[D][R], const Sums& sums, int64_t stride) {
   for (int i = 0; i < D; ++i) {
     for (int r = 0; r < R; ++r) {
-      float* to = sums + i * stride + r * V::kLanes;
-      V::store(to, V::load(to) + acc[i][r]);
+      float* to = sums.to + i * stride + r * V::kLanes;
+      V::store(to, sums.adds ? V::load(to) + acc[i][r] : acc[i][r]);
     }
   }
 }
 
-// Calls action<R>(r) for all heads, R of them from r on, at most Most at once.
+// Calls action<R>(r) for R of `count` things from r on, at most Most at once, till all are done.
 template <int Most, class Action>
-HLA_INLINE void for_heads(int64_t heads, const Action& action) {
-  for (int64_t r = 0; r < heads;) {
-    // 9 heads are 5 and 4, not 6 and 3.
-    const int64_t left = heads - r;
-    const int64_t count = left <= Most ? left : std::min<int64_t>(Most, (left + 1) / 2);
+HLA_INLINE void for_parts(int64_t count, const Action& action) {
+  for (int64_t r = 0; r < count;) {
+    // 9 are 5 and 4, not 6 and 3.
+    const int64_t left = count - r;
+    const int64_t now = left <= Most ? left : std::min<int64_t>(Most, (left + 1) / 2);
     with_count<Most>(
-        count, [&]<int R>() __attribute__((always_inline)) { action.template operator()<R>(r); });
-    r += count;
+        now, [&]<int R>() __attribute__((always_inline)) { action.template operator()<R>(r); });
+    r += now;
   }
 }
 
@@ -396,7 +509,6 @@ template <class V>
 struct Turning {
   const float* cos;  // of tiles' first tokens: (tiles)
   const float* sin;
-  // Tables are of angles rounded to fp32, and a tile's and a place's do not make a token's exactly.
   float frequency;
   typename V::Floats positions;  // of the first tile's tokens
   typename V::Floats angles;     // of places
@@ -406,7 +518,8 @@ struct Turning {
 // back by the angles of tiles. For tiles of one vector.
 template <class V, int R, bool IsFar>
 HLA_INLINE void turned_sums_of(const Coordinates& from, int64_t tiles, const Turning<V>& turning,
-                               const float* p, int64_t p_stride, float* sums, int64_t sums_stride) {
+                               const float* p, int64_t p_stride, const Sums& sums,
+                               int64_t sums_stride) {
   typename V::Floats acc[2][R] = {};
   typename V::Floats positions = turning.positions;
   for (int64_t t = 0; t < tiles; ++t, p += p_stride) {
@@ -425,8 +538,7 @@ HLA_INLINE void turned_sums_of(const Coordinates& from, int64_t tiles, const Tur
     auto x = re * cos + im * sin;
     auto y = im * cos - re * sin;
     if (IsFar) {
-      const auto angles = V::in_register(positions * turning.frequency);
-      const auto rest = angles - angles[0] - turning.angles;
+      const auto rest = rounding_of<V>(positions, turning.frequency, turning.angles);
       const auto without = x;
       x = x + rest * y;
       y = y - rest * without;
@@ -446,7 +558,7 @@ HLA_INLINE void turned_sums_of(const Coordinates& from, int64_t tiles, const Tur
 // sums[i][r][lane] += Σ_tokens p[r][token]·z[i][token] for D coordinates and R heads.
 template <class V, int R, int D>
 HLA_INLINE void weighted_sums_of(const Coordinates& from, int64_t tiles, const float* p,
-                                 int64_t p_stride, float* sums, int64_t sums_stride) {
+                                 int64_t p_stride, const Sums& sums, int64_t sums_stride) {
   typename V::Floats acc[D][R] = {};
   for (int64_t t = 0; t < tiles; ++t) {
     const float* tile = from.z + t * from.stride;
@@ -473,10 +585,10 @@ HLA_INLINE void weighted_sums_of(const Coordinates& from, int64_t tiles, const f
 // For D coordinates and all heads of a group, a few at a time. `ahead` is fetched once.
 template <class V, int D>
 HLA_INLINE void weighted_sums_of(Coordinates from, int64_t tiles, const float* p, int64_t p_stride,
-                                 int64_t heads, float* sums) {
-  for_heads<kMostSums<V> / D>(
+                                 int64_t heads, const Sums& sums) {
+  for_parts<kMostSums<V> / D>(
       heads, [&]<int R>(int64_t r) __attribute__((always_inline)) {
-        weighted_sums_of<V, R, D>(from, tiles, p + r * kTile, p_stride, sums + r * V::kLanes,
+        weighted_sums_of<V, R, D>(from, tiles, p + r * kTile, p_stride, sums.behind(r * V::kLanes),
                                   heads * V::kLanes);
         from.ahead = nullptr;
       });
@@ -485,13 +597,13 @@ HLA_INLINE void weighted_sums_of(Coordinates from, int64_t tiles, const float* p
 // For n coordinates and all of a group's heads.
 template <class V>
 HLA_INLINE void weighted_sums_of_all(Coordinates from, int64_t n, int64_t tiles, const float* p,
-                                     int64_t p_stride, int64_t heads, float* sums) {
+                                     int64_t p_stride, int64_t heads, Sums sums) {
   const auto run = [&]<int D>() __attribute__((always_inline)) {
     for (; n >= D; n -= D) {
       weighted_sums_of<V, D>(from, tiles, p, p_stride, heads, sums);
       from.z += D * kTile;
       if (from.ahead != nullptr) from.ahead += D * kTile;
-      sums += D * heads * V::kLanes;
+      sums.to += D * heads * V::kLanes;
     }
   };
   // Many coordinates share a load of the weights, or many heads one of a coordinate.
@@ -502,11 +614,9 @@ HLA_INLINE void weighted_sums_of_all(Coordinates from, int64_t n, int64_t tiles,
 
 // For the pairs of a range and all heads of a group.
 template <class V>
-HLA_INLINE void turned_sums(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
-                            const Range& range, const float* p, int64_t p_stride, int64_t heads,
-                            float* sums) {
-  // Up to this angle rounding stays below 2e-6.
-  constexpr float kFar = 32;
+HLA_INLINE void turned_sums_of_all(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
+                                   const Range& range, const float* p, int64_t p_stride,
+                                   int64_t heads, Sums sums) {
   typename V::Floats places = {};
   for (int64_t lane = 0; lane < V::kLanes; ++lane) places[lane] = static_cast<float>(lane);
   for (int64_t i = range.begin; i < range.end; i += 2) {
@@ -517,10 +627,10 @@ HLA_INLINE void turned_sums(const Plan& plan, const TiledRope& rope, const Chunk
     const Turning<V> turning = {rope.tile_cos + tile, rope.tile_sin + tile, frequency,
                                 places + static_cast<float>(chunk.position), places * frequency};
     const bool is_far = frequency * static_cast<float>(chunk.position + chunk.tokens) > kFar;
-    for_heads<kMostSums<V> / 2>(
+    for_parts<kMostSums<V> / 2>(
         heads, [&]<int R>(int64_t r) __attribute__((always_inline)) {
           const float* weights = p + r * kTile;
-          float* to = sums + r * V::kLanes;
+          const Sums to = sums.behind(r * V::kLanes);
           if (is_far) {
             turned_sums_of<V, R, true>(from, chunk.tiles, turning, weights, p_stride, to,
                                        heads * V::kLanes);
@@ -530,32 +640,50 @@ HLA_INLINE void turned_sums(const Plan& plan, const TiledRope& rope, const Chunk
           }
           from.ahead = nullptr;
         });
-    sums += 2 * heads * V::kLanes;
+    sums.to += 2 * heads * V::kLanes;
   }
 }
 
-// All sums of pairs turned back by the angles of places, when the last tile has been added.
+// The totals of a group's sums by lane, (coordinates, heads, lanes), by head: (heads, coordinates).
+// Pairs that have been turned back by the angles of their tiles are by those of places.
 template <class V>
-HLA_INLINE void turn_places(const Plan& plan, const TiledRope& rope, float* sums) {
+HLA_INLINE void totals_of(const Plan& plan, const TiledRope& rope, const DecodeMaps::Values& group,
+                          bool turns, const float* sums, float* to) {
+  using Floats = typename V::Floats;
   // Both tables are scaled by the factor that the cosine of position 0 is.
   const float scale = rope.unrotate_scale / rope.cos[0];
-  for (const DecodeMaps::Values& group : plan.maps.values) {
-    const int64_t stride = group.heads * V::kLanes;
+  for (int64_t h = 0; h < group.heads; ++h) {
+    int64_t before = 0;  // coordinates of the ranges before
     for (const Range& range : group.from) {
-      const int64_t end = turned_end(plan.maps, range);
-      for (int64_t i = range.begin; i < end; i += 2) {
+      const auto lanes = [&](int64_t i) {
+        return V::load(sums + ((before + i - range.begin) * group.heads + h) * V::kLanes);
+      };
+      const auto turn = [&](int64_t i, Floats& re, Floats& im) {
         const int64_t table = plan.maps.unrotated[static_cast<size_t>(i / 2)] * kTile;
         const auto cos = V::load(rope.cos + table) * scale;
         const auto sin = V::load(rope.sin + table) * scale;
-        float* pair = sums + (i - range.begin) * stride;
-        for (int64_t h = 0; h < group.heads; ++h, pair += V::kLanes) {
-          const auto re = V::load(pair);
-          const auto im = V::load(pair + stride);
-          V::store(pair, re * cos + im * sin);
-          V::store(pair + stride, im * cos - re * sin);
-        }
+        re = lanes(i) * cos + lanes(i + 1) * sin;
+        im = lanes(i + 1) * cos - lanes(i) * sin;
+      };
+      const int64_t end = turns ? turned_end(plan.maps, range) : range.begin;
+      int64_t i = range.begin;
+      Floats x[4];
+      for (; i + 4 <= end; i += 4, to += 4) {
+        turn(i, x[0], x[1]);
+        turn(i + 2, x[2], x[3]);
+        V::store_totals(to, x[0], x[1], x[2], x[3]);
       }
-      sums += range.size() * stride;
+      if (i < end) {
+        turn(i, x[0], x[1]);
+        *to++ = V::total(x[0]);
+        *to++ = V::total(x[1]);
+        i += 2;
+      }
+      for (; i + 4 <= range.end; i += 4, to += 4) {
+        V::store_totals(to, lanes(i), lanes(i + 1), lanes(i + 2), lanes(i + 3));
+      }
+      for (; i < range.end; ++i) *to++ = V::total(lanes(i));
+      before += range.size();
     }
   }
 }
@@ -563,17 +691,17 @@ HLA_INLINE void turn_places(const Plan& plan, const TiledRope& rope, float* sums
 // The sums of a group over a chunk.
 template <class V>
 HLA_INLINE void add_sums(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
-                         bool turns_sums, const DecodeMaps::Values& group, const float* p,
-                         int64_t p_stride, float* sums) {
+                         const DecodeMaps::Values& group, const float* p, int64_t p_stride,
+                         Sums sums) {
   const auto add = [&](const Coordinates& from, int64_t n) __attribute__((always_inline)) {
     V::weighted_sums(from, n, chunk.tiles, p, p_stride, group.heads, sums);
-    sums += n * group.heads * V::kLanes;
+    sums.to += n * group.heads * V::kLanes;
   };
   for (const Range& range : group.from) {
     const int64_t cut = turned_end(plan.maps, range);
-    if (range.begin < cut && turns_sums) {
-      turned_sums<V>(plan, rope, chunk, {range.begin, cut}, p, p_stride, group.heads, sums);
-      sums += (cut - range.begin) * group.heads * V::kLanes;
+    if (range.begin < cut && chunk.plain == nullptr) {
+      V::turned_sums(plan, rope, chunk, {range.begin, cut}, p, p_stride, group.heads, sums);
+      sums.to += (cut - range.begin) * group.heads * V::kLanes;
     } else if (range.begin < cut) {
       Coordinates from = plain_of(chunk, 0, range.begin);
       const Coordinates records = records_of(plan, chunk, 0, range.begin);
@@ -585,28 +713,102 @@ HLA_INLINE void add_sums(const Plan& plan, const TiledRope& rope, const Chunk& c
   }
 }
 
-// Coordinates [range] that are to be read unrotated, from tile t on, in at most two parts.
-template <class Action>
-HLA_INLINE void for_parts(const Plan& plan, const Chunk& chunk, int64_t t, const Range& range,
-                          const Action& action) {
-  const int64_t cut = turned_end(plan.maps, range);
-  if (range.begin < cut) action(plain_of(chunk, t, range.begin), cut - range.begin);
-  if (cut < range.end) {
-    Coordinates from = records_of(plan, chunk, t, cut);
-    from.ahead = nullptr;
-    action(from, range.end - cut);
+// Pairs in tiles, cached turned.
+struct Pairs {
+  const float* z;            // of the first tile: (2·pairs, 16)
+  int64_t stride;            // from tile to tile
+  const int32_t* frequency;  // of each pair
+  Angles angles;             // of the first tile
+  float scale;               // of what has been turned back
+};
+
+// out[r][t][16] += Σ_i w[r][i]·z[t][i][16] of R rows of w and T tiles, z turned back. For tiles of
+// one vector.
+template <class V, int R, int T>
+HLA_INLINE void turned_products_of(const Pairs& from, int64_t pairs, const float* w, int64_t stride,
+                                   const Rows& out) {
+  typename V::Floats acc[T][R] = {};
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int64_t angle = from.frequency[i] * kTile;
+    for (int t = 0; t < T; ++t) {
+      const float* z = from.z + t * from.stride + 2 * i * kTile;
+      const float* cos = from.angles.cos + t * from.angles.stride + angle;
+      const float* sin = from.angles.sin + t * from.angles.stride + angle;
+      fetch_near<V>(z + kNear * kTile);
+      fetch_near<V>(z + (kNear + 1) * kTile);
+      const auto re = V::load(z);
+      const auto im = V::load(z + kTile);
+      const auto c = V::load(cos);
+      const auto s = V::load(sin);
+      const auto x = V::in_register(re * c + im * s);
+      const auto y = V::in_register(im * c - re * s);
+      for (int r = 0; r < R; ++r) {
+        acc[t][r] += x * w[r * stride + 2 * i];
+        acc[t][r] += y * w[r * stride + 2 * i + 1];
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    for (int r = 0; r < R; ++r) {
+      float* to = out.to + t * out.by_tile + r * out.stride;
+      V::store(to, V::load(to) + acc[t][r] * from.scale);
+    }
+  }
+}
+
+// The same for any number of rows and up to kTilesAtOnce tiles, a few rows at a time.
+template <class V>
+HLA_INLINE void turned_products_of_all(const Pairs& from, int64_t pairs, int64_t tiles,
+                                       const float* w, int64_t rows, int64_t stride,
+                                       const Rows& out) {
+  for_parts<6>(
+      rows, [&]<int R>(int64_t r) __attribute__((always_inline)) {
+        constexpr int kTogether = std::clamp(24 / R, 1, static_cast<int>(kTilesAtOnce));
+        Pairs rest = from;
+        Rows to = {out.to + r * out.stride, out.stride, out.by_tile};
+        const auto run = [&]<int T>() __attribute__((always_inline)) {
+          turned_products_of<V, R, T>(rest, pairs, w + r * stride, stride, to);
+          rest.z += T * rest.stride;
+          rest.angles = rest.angles.behind(T);
+          to.to += T * to.by_tile;
+        };
+        int64_t t = 0;
+        for (; t + kTogether <= tiles; t += kTogether) run.template operator()<kTogether>();
+        for (; t < tiles; ++t) run.template operator()<1>();
+      });
+}
+
+// out[r][t][16] += Σ_i w[r][i]·z[t][i][16] of the coordinates i of these ranges, turned back, for
+// tiles [t, t + tiles).
+template <class V>
+HLA_INLINE void unrotated_products(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
+                                   int64_t t, int64_t tiles, const Angles& angles,
+                                   const Ranges& ranges, const float* w, int64_t rows,
+                                   int64_t stride, const Rows& out) {
+  for (const Range& range : ranges) {
+    const int64_t cut = turned_end(plan.maps, range);
+    if (range.begin < cut && chunk.plain != nullptr) {
+      V::products(plain_of(chunk, t, range.begin), cut - range.begin, tiles, w, rows, stride, out);
+    } else if (range.begin < cut) {
+      const Coordinates records = records_of(plan, chunk, t, range.begin);
+      V::turned_products({records.z, records.stride, plan.maps.unrotated.data() + range.begin / 2,
+                          angles, rope.unrotate_scale},
+                         (cut - range.begin) / 2, tiles, w, rows, stride, out);
+    }
+    w += cut - range.begin;
+    if (cut < range.end) {
+      Coordinates records = records_of(plan, chunk, t, cut);
+      records.ahead = nullptr;
+      V::products(records, range.end - cut, tiles, w, rows, stride, out);
+    }
+    w += range.end - cut;
   }
 }
 
 // All pairs of tile t, turned back.
 template <class V, bool IsScaled>
 HLA_INLINE void turn_back(const Plan& plan, const TiledRope& rope, const Chunk& chunk, int64_t t,
-                          float* y) {
-  const Angles angles = angles_of(rope, chunk, t);
-  for (int64_t f = 0; f < rope.frequencies; ++f) {  // of the next tile
-    __builtin_prefetch(angles.cos + (rope.frequencies + f) * kTile, 0, 3);
-    __builtin_prefetch(angles.sin + (rope.frequencies + f) * kTile, 0, 3);
-  }
+                          const Angles& angles, float* y) {
   const float* z = chunk.records + t * plan.maps.floats * kTile;
   for (const int32_t frequency : plan.maps.unrotated) {
     for (int64_t at = 0; at < kTile; at += V::kLanes) {
@@ -629,8 +831,8 @@ HLA_INLINE void turn_back(const Plan& plan, const TiledRope& rope, const Chunk& 
 // Keys of tiles [t, t + tiles) made again and rotated; their scores are added.
 template <class V>
 HLA_INLINE void add_rebuilt_scores(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
-                                   int64_t t, int64_t tiles, const float* queries, float* keys,
-                                   float* scores) {
+                                   int64_t t, int64_t tiles, const Angles& angles,
+                                   const float* queries, float* keys, float* scores) {
   const DecodeMaps& maps = plan.maps;
   const DecodeMaps::Keys& map = maps.rebuilt;
   const int64_t rows = 2 * map.pairs();
@@ -641,20 +843,13 @@ HLA_INLINE void add_rebuilt_scores(const Plan& plan, const TiledRope& rope, cons
       std::fill_n(keys + i * by_tile + row * kTile, kTile, bias);
     }
   }
-  const float* matrix = map.matrix.data();
-  for (const Range& range : map.from) {
-    for_parts(
-        plan, chunk, t,
-        range, [&](const Coordinates& from, int64_t n) __attribute__((always_inline)) {
-          V::products(from, n, tiles, matrix, rows, map.stride, {keys, kTile, by_tile});
-          matrix += n;
-        });
-  }
+  unrotated_products<V>(plan, rope, chunk, t, tiles, angles, map.from, map.matrix.data(), rows,
+                        map.stride, {keys, kTile, by_tile});
   for (int64_t i = 0; i < tiles; ++i) {
-    const Angles angles = angles_of(rope, chunk, t + i);
+    const Angles of_tile = angles.behind(i);
     for (int64_t pair = 0; pair < map.pairs(); ++pair) {
-      const float* c = angles.cos + map.frequency[static_cast<size_t>(pair)] * kTile;
-      const float* s = angles.sin + map.frequency[static_cast<size_t>(pair)] * kTile;
+      const float* c = of_tile.cos + map.frequency[static_cast<size_t>(pair)] * kTile;
+      const float* s = of_tile.sin + map.frequency[static_cast<size_t>(pair)] * kTile;
       float* k = keys + i * by_tile + 2 * pair * kTile;
       for (int64_t at = 0; at < kTile; at += V::kLanes) {
         const auto re = V::load(k + at);
@@ -674,92 +869,68 @@ HLA_INLINE void add_rebuilt_scores(const Plan& plan, const TiledRope& rope, cons
   }
 }
 
-// out[q][columns] = Σ_rows turned[row][q]·matrix[row][columns] for Q queries and U vectors.
-template <class V, int Q, int U>
-HLA_INLINE void pull_through(const float* matrix, int64_t stride, int64_t rows, const float* turned,
-                             int64_t many, float* const (&out)[Q]) {
-  typename V::Floats acc[Q][U] = {};
-  for (int64_t row = 0; row < rows; ++row) {
-    typename V::Floats x[U];
-    for (int u = 0; u < U; ++u) x[u] = V::load(matrix + row * stride + u * V::kLanes);
-    for (int q = 0; q < Q; ++q) {
-      for (int u = 0; u < U; ++u) acc[q][u] += x[u] * turned[row * many + q];
-    }
-  }
-  for (int q = 0; q < Q; ++q) {
-    for (int u = 0; u < U; ++u) V::store(out[q] + u * V::kLanes, acc[q][u]);
-  }
-}
-
-// Queries of a block at `position` in terms of coordinates, (nodes·heads, stride), heads of those
-// kv heads that absorb, and what the biases add, (nodes·heads).
+// Queries of a block at `position` in terms of coordinates, (absorbing kv heads, nodes, G, stride),
+// and what the biases add, (absorbing kv heads, nodes, G). `turned`: room for 2·pairs·(nodes·G + G
+// + 1) numbers.
 template <class V>
-HLA_INLINE void absorb_queries(const DecodeMaps& maps, const TiledRope& rope, const float* query,
+HLA_INLINE void absorb_queries(const Plan& plan, const TiledRope& rope, const float* query,
                                int64_t position, float* turned, float* weights, float* constants) {
+  const DecodeMaps& maps = plan.maps;
   const DecodeMaps::Keys& map = maps.absorbed;
   const int64_t group = maps.heads / maps.kv_heads;
   const auto nodes = static_cast<int64_t>(maps.turned.nodes.size());
-  const int64_t heads = maps.absorbing_heads();
+  const int64_t many = nodes * group;
   const float scale = 1.0F / std::sqrt(static_cast<float>(maps.head_dim));
-  int64_t first_head = 0;  // of the queries of kv head g
   for (int64_t g = 0; g < maps.kv_heads; ++g) {
+    if (!maps.absorbs(g)) continue;
     const int64_t first = map.first_pair[static_cast<size_t>(g)];
-    const int64_t last = map.first_pair[static_cast<size_t>(g + 1)];
-    if (first == last) continue;
-    // turned (rows of g, nodes·G): the queries in the frame of a node.
-    const int64_t many = nodes * group;
-    for (int64_t pair = first; pair < last; ++pair) {
-      for (int64_t p = 0; p < nodes; ++p) {
-        const int64_t at = position + maps.turned.nodes[static_cast<size_t>(p)];
-        const int64_t table =
-            ((at / kTile) * rope.frequencies + map.frequency[static_cast<size_t>(pair)]) * kTile +
-            at % kTile;
-        const float c = rope.cos[table] * scale;
-        const float s = rope.sin[table] * scale;
-        for (int64_t h = 0; h < group; ++h) {
-          const float* q = query + (g * group + h) * maps.head_dim;
-          const float re = q[map.query_index[static_cast<size_t>(2 * pair)]];
-          const float im = q[map.query_index[static_cast<size_t>(2 * pair + 1)]];
-          float* to = turned + 2 * (pair - first) * many + p * group + h;
-          to[0] = re * c + im * s;
-          to[many] = im * c - re * s;
+    const int64_t pairs = map.first_pair[static_cast<size_t>(g + 1)] - first;
+    const int64_t rows = 2 * pairs;
+    // The queries in the frames of nodes, (nodes, G, rows), rows in the order of the matrix.
+    float* parts = turned + many * rows;  // the queries, (G, rows)
+    float* cos = parts + group * rows;    // of a node, (pairs) each
+    float* sin = cos + pairs;
+    for (int64_t h = 0; h < group; ++h) {
+      const float* q = query + (g * group + h) * maps.head_dim;
+      const int32_t* index = map.query_index.data() + 2 * first;
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        parts[h * rows + pair] = q[index[2 * pair]] * scale;
+        parts[h * rows + pairs + pair] = q[index[2 * pair + 1]] * scale;
+      }
+    }
+    for (int64_t p = 0; p < nodes; ++p) {
+      const int64_t at = position + maps.turned.nodes[static_cast<size_t>(p)];
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const int64_t entry =
+            at * rope.frequencies + map.frequency[static_cast<size_t>(first + pair)];
+        cos[pair] = rope.token_cos[entry];
+        sin[pair] = rope.token_sin[entry];
+      }
+      for (int64_t h = 0; h < group; ++h) {
+        const float* q = parts + h * rows;
+        float* to = turned + (p * group + h) * rows;
+#pragma omp simd
+        for (int64_t pair = 0; pair < pairs; ++pair) {
+          to[pair] = q[pair] * cos[pair] + q[pairs + pair] * sin[pair];
+          to[pairs + pair] = q[pairs + pair] * cos[pair] - q[pair] * sin[pair];
         }
       }
     }
-    const int64_t rows = 2 * (last - first);
-    const auto place = [&](int64_t q) { return q / group * heads + first_head + q % group; };
-    for (int64_t q = 0; q < many; ++q) {
+    for (int64_t q = 0; q < many && !map.bias.empty(); ++q) {
+      const float* bias = map.bias.data() + 2 * first;
+      const float* of = turned + q * rows;
       float sum = 0;
-      for (int64_t row = 0; row < rows && !map.bias.empty(); ++row) {
-        sum += turned[row * many + q] * map.bias[static_cast<size_t>(2 * first + row)];
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        sum += of[pair] * bias[2 * pair] + of[pairs + pair] * bias[2 * pair + 1];
       }
-      constants[place(q)] = sum;
+      constants[q] = sum;
     }
-    const float* matrix = map.matrix.data() + 2 * first * map.stride;
-    constexpr int kUnroll = 4;
-    for (int64_t q = 0; q < many;) {
-      const auto out = [&](int64_t k, int64_t i) {
-        return weights + place(q + k) * map.stride + i;
-      };
-      int64_t i = 0;
-      if (many - q >= 3) {
-        for (; i + kUnroll * V::kLanes <= map.stride; i += kUnroll * V::kLanes) {
-          pull_through<V, 3, kUnroll>(matrix + i, map.stride, rows, turned + q, many,
-                                      {out(0, i), out(1, i), out(2, i)});
-        }
-        for (; i < map.stride; i += V::kLanes) {
-          pull_through<V, 3, 1>(matrix + i, map.stride, rows, turned + q, many,
-                                {out(0, i), out(1, i), out(2, i)});
-        }
-        q += 3;
-      } else {
-        for (; i < map.stride; i += V::kLanes) {
-          pull_through<V, 1, 1>(matrix + i, map.stride, rows, turned + q, many, {out(0, i)});
-        }
-        q += 1;
-      }
-    }
-    first_head += group;
+    std::fill_n(weights, many * map.stride, 0.0F);
+    const float* matrix = plan.absorbed_matrix.data() + plan.absorbed_begin[static_cast<size_t>(g)];
+    V::products({matrix, rows * kTile, nullptr, 0}, rows, map.stride / kTile, turned, many, rows,
+                {weights, map.stride, kTile});
+    weights += many * map.stride;
+    constants += many;
   }
 }
 
@@ -780,42 +951,43 @@ HLA_INLINE void mix_of(const float* from, int64_t size, const float* shares, int
   }
 }
 
-// to[p] = Σ_c shares[p][c]·from[c] for `nodes` of them, `stride` apart, of `count` vectors of
-// `size`; two at a time, so that a vector is read once for both.
+// to[p] = Σ_c shares[p][c]·from[c] for `nodes` of them, of `count` vectors of `size`; a few at a
+// time, so that a vector is read once for them.
 template <class V>
 HLA_INLINE void mix(const float* from, int64_t size, const float* shares, int64_t count,
-                    int64_t nodes, float* to, int64_t stride) {
-  constexpr int kUnroll = 4;
+                    int64_t nodes, float* to) {
+  constexpr int kMost = V::kLanes == kTile ? 3 : 2;
+  constexpr int kUnroll = V::kLanes == kTile ? 6 : 4;
   const auto run = [&]<int P>(int64_t p) __attribute__((always_inline)) {
     const float* own = shares + p * count;
     int64_t i = 0;
     const auto step = [&]<int U>() __attribute__((always_inline)) {
       float* places[P];
-      for (int k = 0; k < P; ++k) places[k] = to + (p + k) * stride + i;
+      for (int k = 0; k < P; ++k) places[k] = to + (p + k) * size + i;
       mix_of<V, P, U>(from + i, size, own, count, places);
       i += U * V::kLanes;
     };
-    while (i + kUnroll * V::kLanes <= size) step.template operator()<kUnroll>();
-    while (i + V::kLanes <= size) step.template operator()<1>();
+    while (i + V::kLanes <= size) {
+      with_count<kUnroll>(std::min<int64_t>((size - i) / V::kLanes, kUnroll), step);
+    }
     for (; i < size; ++i) {
       for (int k = 0; k < P; ++k) {
         float sum = 0;
         for (int64_t c = 0; c < count; ++c) sum += from[c * size + i] * own[k * count + c];
-        to[(p + k) * stride + i] = sum;
+        to[(p + k) * size + i] = sum;
       }
     }
   };
-  int64_t p = 0;
-  for (; p + 2 <= nodes; p += 2) run.template operator()<2>(p);
-  if (p < nodes) run.template operator()<1>(p);
+  for_parts<kMost>(nodes, run);
 }
 
 // Of tiles [t, t + tiles), which lie in one scored block. `since`: tokens of the stretch before
 // them; blocks are counted from its beginning.
 template <class V>
 HLA_INLINE void add_absorbed_scores(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
-                                    int64_t t, int64_t tiles, const float* query, int64_t since,
-                                    Scratch& scratch, float* scores) {
+                                    int64_t t, int64_t tiles, const Angles& angles,
+                                    const float* query, int64_t since, Scratch& scratch,
+                                    float* scores) {
   const DecodeMaps& maps = plan.maps;
   const DecodeMaps::Keys& map = maps.absorbed;
   const Interpolation& interpolation = plan.interpolation;
@@ -824,42 +996,40 @@ HLA_INLINE void add_absorbed_scores(const Plan& plan, const TiledRope& rope, con
   const int64_t group = maps.heads / maps.kv_heads;
   const int64_t heads = maps.absorbing_heads();
   const int64_t rows = 2 * map.pairs();
-  const int64_t wide = map.stride + 1;  // a query's weights, then its constants
-  float* turned =
-      sized(scratch.absorbed, rows * turned_nodes * heads + (turned_nodes + nodes) * heads * wide);
-  float* exact = turned + rows * turned_nodes * heads;
-  float* between = exact + turned_nodes * heads * wide;
+  // Weights by query begin at cache lines, then what biases add.
+  const int64_t queries = (turned_nodes + nodes) * heads;
+  float* exact = sized(scratch.absorbed,
+                       queries * (map.stride + 1) + rows * (turned_nodes * group + group + 1));
+  float* between = exact + turned_nodes * heads * map.stride;
+  float* exact_constants = exact + queries * map.stride;
+  float* between_constants = exact_constants + turned_nodes * heads;
+  float* turned = exact_constants + queries;
   const int64_t tokens = tiles * kTile;
   float* by_query = sized(scratch.nodes, nodes * heads * tokens);
   const int64_t in_turned = since % maps.turned.size;
   const int64_t in_scored = since % maps.scored.size;
   if (in_turned == 0) {
-    absorb_queries<V>(maps, rope, query, chunk.position + t * kTile, turned, exact,
-                      exact + turned_nodes * heads * map.stride);
+    absorb_queries<V>(plan, rope, query, chunk.position + t * kTile, turned, exact,
+                      exact_constants);
   }
   if (in_scored == 0 && interpolation.two_steps) {
     const float* shares =
         interpolation.queries.data() + in_turned / maps.scored.size * nodes * turned_nodes;
-    mix<V>(exact, heads * map.stride, shares, turned_nodes, nodes, between, heads * map.stride);
-    if (!map.bias.empty()) {
-      mix<V>(exact + turned_nodes * heads * map.stride, heads, shares, turned_nodes, nodes,
-             between + nodes * heads * map.stride, heads);
+    for (int64_t h = 0; h < heads; h += group) {
+      mix<V>(exact + turned_nodes * h * map.stride, group * map.stride, shares, turned_nodes, nodes,
+             between + nodes * h * map.stride);
+      if (map.bias.empty()) continue;
+      mix<V>(exact_constants + turned_nodes * h, group, shares, turned_nodes, nodes,
+             between_constants + nodes * h);
     }
   }
   const float* weights = interpolation.two_steps ? between : exact;
-  const float* constants = weights + nodes * heads * map.stride;
+  const float* constants = interpolation.two_steps ? between_constants : exact_constants;
   for (int64_t i = 0; i < nodes * heads; ++i) {
     std::fill_n(by_query + i * tokens, tokens, map.bias.empty() ? 0.0F : constants[i]);
   }
-  for (const Range& range : map.from) {
-    for_parts(
-        plan, chunk, t,
-        range, [&](const Coordinates& from, int64_t n) __attribute__((always_inline)) {
-          V::products(from, n, tiles, weights, nodes * heads, map.stride,
-                      {by_query, tokens, kTile});
-          weights += n;
-        });
-  }
+  unrotated_products<V>(plan, rope, chunk, t, tiles, angles, map.from, weights, nodes * heads,
+                        map.stride, {by_query, tokens, kTile});
   with_count<kMostNodes>(
       nodes, [&]<int P>() __attribute__((always_inline)) {
         for (int64_t i = 0; i < tiles; ++i) {
@@ -873,9 +1043,10 @@ HLA_INLINE void add_absorbed_scores(const Plan& plan, const TiledRope& rope, con
               float* to = scores + i * maps.heads * kTile + g * group * kTile + at;
               for (int64_t h = 0; h < group; ++h, from += tokens, to += kTile) {
                 auto sum = V::load(to);
-                for (int p = 0; p < P; ++p) sum += share[p] * V::load(from + p * heads * tokens);
+                for (int p = 0; p < P; ++p) sum += share[p] * V::load(from + p * group * tokens);
                 V::store(to, sum);
               }
+              from += (P - 1) * group * tokens;
             }
           }
         }
@@ -940,10 +1111,13 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
   const int64_t chunk_size = std::min(chunk_tokens(maps.floats), block_tokens);
   const int64_t tile_floats = maps.floats * kTile;
   const bool narrow = cache_type != at::kFloat;
-  // Where only sums read pairs turned back, they are while they are summed, else in memory.
-  const bool turns_sums =
-      V::kLanes == kTile && maps.rebuilt.pairs() == 0 && maps.absorbed.pairs() == 0;
-  const int64_t pairs = turns_sums ? 0 : static_cast<int64_t>(maps.unrotated.size());
+  // Rows of products with pairs turned back. They are, where there are few of them, when they are
+  // read, else once for all, in memory.
+  const int64_t rows = 2 * maps.rebuilt.pairs() +
+                       maps.absorbing_heads() * static_cast<int64_t>(maps.scored.nodes.size());
+  constexpr int64_t kMostRowsTurned = 12;
+  const bool turns_when_read = V::kLanes == kTile && rows <= kMostRowsTurned;
+  const int64_t pairs = turns_when_read ? 0 : static_cast<int64_t>(maps.unrotated.size());
   float* scores = sized(scratch.scores, maps.heads * chunk_size);
   const int64_t by_tile = maps.heads * kTile;
   // Tiles a multiple of 4 KB apart would fall on the same lines of the first-level cache.
@@ -952,7 +1126,6 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
   float* keys = sized(scratch.keys, kTilesAtOnce * 2 * maps.rebuilt.pairs() * kTile);
   const int64_t context = maps.context_floats();
   float* sums = sized(scratch.sums, context * V::kLanes);
-  std::fill_n(sums, context * V::kLanes, 0.0F);
   partial.reference.assign(heads, kNoReference);
   partial.sum.assign(heads, 0.0F);
   float* queries = sized(scratch.queries, plan.query_floats);
@@ -982,21 +1155,26 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
       // A prefetch never faults, so it may reach beyond a chunk that is shorter.
       if (end < piece.end) chunk.next = static_cast<const float*>(records_at(end));
     }
-    chunk.plain = plain;
+    chunk.plain = turns_when_read ? nullptr : plain;
     chunk.plain_stride = plain_stride;
 
     std::fill_n(scores, chunk.tiles * by_tile, 0.0F);
-    for (int64_t t = 0; t < chunk.tiles && pairs > 0; ++t) {
-      if (rope.unrotate_scale == 1) {
-        turn_back<V, false>(plan, rope, chunk, t, plain + t * plain_stride);
-      } else {
-        turn_back<V, true>(plan, rope, chunk, t, plain + t * plain_stride);
-      }
-    }
     for (int64_t t = 0, tiles = 0; t < chunk.tiles; t += tiles) {
       const int64_t since = chunk.position + t * kTile - piece.begin;
       tiles = std::min(chunk.tiles - t, kTilesAtOnce);
       float* of_tiles = scores + t * by_tile;
+      Angles angles = {};
+      if (rows > 0 || pairs > 0) {
+        angles = angles_of(rope, chunk, t, tiles, plan.tile_frequencies);
+      }
+      for (int64_t i = 0; i < tiles && pairs > 0; ++i) {
+        float* to = plain + (t + i) * plain_stride;
+        if (rope.unrotate_scale == 1) {
+          turn_back<V, false>(plan, rope, chunk, t + i, angles.behind(i), to);
+        } else {
+          turn_back<V, true>(plan, rope, chunk, t + i, angles.behind(i), to);
+        }
+      }
       for (size_t g = 0; g < maps.stored.size(); ++g) {
         const DecodeMaps::Stored& group = maps.stored[g];
         Coordinates from = records_of(plan, chunk, t, group.range.begin);
@@ -1005,13 +1183,13 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
                     group.range.size(), {of_tiles + group.head * kTile, kTile, by_tile});
       }
       if (maps.rebuilt.pairs() > 0) {
-        add_rebuilt_scores<V>(plan, rope, chunk, t, tiles, queries, keys, of_tiles);
+        add_rebuilt_scores<V>(plan, rope, chunk, t, tiles, angles, queries, keys, of_tiles);
       }
       for (int64_t i = 0, count = 0; i < tiles && maps.absorbed.pairs() > 0; i += count) {
         const int64_t at = since + i * kTile;
         count = std::min(tiles - i, (maps.scored.size - at % maps.scored.size) / kTile);
-        add_absorbed_scores<V>(plan, rope, chunk, t + i, count, item.query, at, scratch,
-                               of_tiles + i * by_tile);
+        add_absorbed_scores<V>(plan, rope, chunk, t + i, count, angles.behind(i), item.query, at,
+                               scratch, of_tiles + i * by_tile);
       }
     }
     float* to = sums;
@@ -1021,35 +1199,26 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
         const auto head = static_cast<size_t>(group.head + h);
         const float scale = soften<V>(scores + (group.head + h) * kTile, by_tile, chunk.tokens,
                                       partial.reference[head], partial.sum[head]);
-        if (scale == 1) continue;
+        if (scale == 1 || position == piece.begin) continue;
         for (int64_t i = 0; i < width; ++i) {
           float* lanes = to + (i * group.heads + h) * V::kLanes;
           V::store(lanes, V::load(lanes) * scale);
         }
       }
-      add_sums<V>(plan, rope, chunk, turns_sums, group, scores + group.head * kTile, by_tile, to);
+      add_sums<V>(plan, rope, chunk, group, scores + group.head * kTile, by_tile,
+                  {to, position > piece.begin});
       to += width * group.heads * V::kLanes;
     }
     position = end;
   }
-  if (turns_sums) turn_places<V>(plan, rope, sums);
-  // From (coordinate, head) by group to (head, coordinate).
   partial.context.resize(static_cast<size_t>(context));
   float* to = partial.context.data();
   const float* from = sums;
   for (const DecodeMaps::Values& group : maps.values) {
-    const int64_t width = total_size(group.from);
-    for (int64_t h = 0; h < group.heads; ++h) {
-      const auto lanes = [&](int64_t i) {
-        return V::load(from + (i * group.heads + h) * V::kLanes);
-      };
-      int64_t i = 0;
-      for (; i + 4 <= width; i += 4, to += 4) {
-        V::store_totals(to, lanes(i), lanes(i + 1), lanes(i + 2), lanes(i + 3));
-      }
-      for (; i < width; ++i) *to++ = V::total(lanes(i));
-    }
-    from += width * group.heads * V::kLanes;
+    const int64_t count = group.heads * total_size(group.from);
+    totals_of<V>(plan, rope, group, turns_when_read, from, to);
+    from += count * V::kLanes;
+    to += count;
   }
 }
 
@@ -1113,37 +1282,118 @@ HLA_INLINE void few_rows(const LinearArguments& a, int64_t begin, int64_t end) {
       });
 }
 
+// y[r] = Σ_i x[r][i]·values[i] + bias for R rows and U vectors of values.
+template <class V, int R, int U>
+HLA_INLINE void gather_of(const float* const (&x)[R], int64_t width, const float* values,
+                          int64_t stride, const float* bias, float* const (&y)[R]) {
+  typename V::Floats acc[R][U] = {};
+  for (int u = 0; u < U && bias != nullptr; ++u) {
+    for (int r = 0; r < R; ++r) acc[r][u] = V::load(bias + u * V::kLanes);
+  }
+  constexpr int64_t kAhead = 16;  // rows
+  for (int64_t i = 0; i < width; ++i, values += stride) {
+    typename V::Floats value[U];
+    for (int u = 0; u < U; ++u) {
+      __builtin_prefetch(values + kAhead * stride + u * V::kLanes, 0, 3);
+      value[u] = V::load(values + u * V::kLanes);
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int u = 0; u < U; ++u) acc[r][u] += value[u] * x[r][i];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int u = 0; u < U; ++u) V::store(y[r] + u * V::kLanes, acc[r][u]);
+  }
+}
+
+// Blocks [begin, end) of all kv heads' values.
+template <class V>
+HLA_INLINE void gather(const GatherArguments& a, int64_t begin, int64_t end) {
+  constexpr int kUnroll = static_cast<int>(kGatherBlock / V::kLanes);
+  constexpr int kMost = std::clamp(kMostSums<V> / kUnroll, 1, 6);
+  const int64_t stride = a.kv_heads * a.head_dim;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t g = block / a.blocks();
+    const int64_t first = block % a.blocks() * kGatherBlock;
+    const int64_t last = std::min(first + kGatherBlock, a.head_dim);
+    for_parts<kMost>(
+        a.tokens * a.group, [&]<int R>(int64_t row) __attribute__((always_inline)) {
+          const float* x[R];
+          float* y[R];
+          for (int r = 0; r < R; ++r) {
+            const int64_t head =
+                ((row + r) / a.group * a.kv_heads + g) * a.group + (row + r) % a.group;
+            x[r] = a.contexts + head * a.width;
+            y[r] = a.out + head * a.head_dim + first;
+          }
+          int64_t column = first;
+          const auto step = [&]<int U>() __attribute__((always_inline)) {
+            const int64_t at = g * a.head_dim + column;
+            gather_of<V, R, U>(x, a.width, a.values + at, stride,
+                               a.bias == nullptr ? nullptr : a.bias + at, y);
+            column += U * V::kLanes;
+            for (int r = 0; r < R; ++r) y[r] += U * V::kLanes;
+          };
+          while (column + kUnroll * V::kLanes <= last) step.template operator()<kUnroll>();
+          while (column + V::kLanes <= last) step.template operator()<1>();
+          for (; column < last; ++column) {
+            const int64_t at = g * a.head_dim + column;
+            for (int r = 0; r < R; ++r) {
+              float sum = a.bias == nullptr ? 0.0F : a.bias[at];
+              for (int64_t i = 0; i < a.width; ++i) sum += x[r][i] * a.values[i * stride + at];
+              *y[r]++ = sum;
+            }
+          }
+        });
+  }
+}
+
 using AttendPiece = void (*)(const Plan&, const TiledRope&, const DecodeItem&, at::ScalarType,
                              int64_t, const Piece&, Scratch&, Partial&);
 
 using FewRows = void (*)(const LinearArguments&, int64_t begin, int64_t end);
 
-// Both for one instruction set. The loops that most of the time goes into are functions of their
-// own: as parts of attend_piece they would have to fetch their addresses from memory.
-#define HLA_DEFINE_VARIANT(name, attributes, bytes)                                               \
-  struct Loops_##name : Vector<bytes> {                                                           \
-    attributes __attribute__((noinline)) static void products(const Coordinates& from, int64_t n, \
-                                                              int64_t tiles, const float* w,      \
-                                                              int64_t rows, int64_t stride,       \
-                                                              const Rows& out) {                  \
-      products_of_all<Vector<bytes>>(from, n, tiles, w, rows, stride, out);                       \
-    }                                                                                             \
-    attributes __attribute__((noinline)) static void weighted_sums(const Coordinates& from,       \
-                                                                   int64_t n, int64_t tiles,      \
-                                                                   const float* p,                \
-                                                                   int64_t p_stride,              \
-                                                                   int64_t heads, float* sums) {  \
-      weighted_sums_of_all<Vector<bytes>>(from, n, tiles, p, p_stride, heads, sums);              \
-    }                                                                                             \
-  };                                                                                              \
-  attributes void attend_##name(const Plan& plan, const TiledRope& rope, const DecodeItem& item,  \
-                                at::ScalarType cache_type, int64_t block_tokens,                  \
-                                const Piece& piece, Scratch& scratch, Partial& partial) {         \
-    attend_piece<Loops_##name>(plan, rope, item, cache_type, block_tokens, piece, scratch,        \
-                               partial);                                                          \
-  }                                                                                               \
-  attributes void few_rows_##name(const LinearArguments& arguments, int64_t begin, int64_t end) { \
-    few_rows<Vector<bytes>>(arguments, begin, end);                                               \
+using Gather = void (*)(const GatherArguments&, int64_t begin, int64_t end);
+
+// All three for one instruction set. The loops that most of the time goes into are functions of
+// their own: as parts of attend_piece they would have to fetch their addresses from memory.
+#define HLA_DEFINE_VARIANT(name, attributes, bytes)                                                \
+  struct Loops_##name : Vector<bytes> {                                                            \
+    attributes __attribute__((noinline)) static void products(const Coordinates& from, int64_t n,  \
+                                                              int64_t tiles, const float* w,       \
+                                                              int64_t rows, int64_t stride,        \
+                                                              const Rows& out) {                   \
+      products_of_all<Vector<bytes>>(from, n, tiles, w, rows, stride, out);                        \
+    }                                                                                              \
+    attributes __attribute__((noinline)) static void turned_products(const Pairs& from,            \
+                                                                     int64_t pairs, int64_t tiles, \
+                                                                     const float* w, int64_t rows, \
+                                                                     int64_t stride,               \
+                                                                     const Rows& out) {            \
+      turned_products_of_all<Vector<bytes>>(from, pairs, tiles, w, rows, stride, out);             \
+    }                                                                                              \
+    attributes __attribute__((noinline)) static void turned_sums(                                  \
+        const Plan& plan, const TiledRope& rope, const Chunk& chunk, const Range& range,           \
+        const float* p, int64_t p_stride, int64_t heads, const Sums& sums) {                       \
+      turned_sums_of_all<Vector<bytes>>(plan, rope, chunk, range, p, p_stride, heads, sums);       \
+    }                                                                                              \
+    attributes __attribute__((noinline)) static void weighted_sums(                                \
+        const Coordinates& from, int64_t n, int64_t tiles, const float* p, int64_t p_stride,       \
+        int64_t heads, const Sums& sums) {                                                         \
+      weighted_sums_of_all<Vector<bytes>>(from, n, tiles, p, p_stride, heads, sums);               \
+    }                                                                                              \
+  };                                                                                               \
+  attributes void attend_##name(const Plan& plan, const TiledRope& rope, const DecodeItem& item,   \
+                                at::ScalarType cache_type, int64_t block_tokens,                   \
+                                const Piece& piece, Scratch& scratch, Partial& partial) {          \
+    attend_piece<Loops_##name>(plan, rope, item, cache_type, block_tokens, piece, scratch,         \
+                               partial);                                                           \
+  }                                                                                                \
+  attributes void few_rows_##name(const LinearArguments& arguments, int64_t begin, int64_t end) {  \
+    few_rows<Vector<bytes>>(arguments, begin, end);                                                \
+  }                                                                                                \
+  attributes void gather_##name(const GatherArguments& arguments, int64_t begin, int64_t end) {    \
+    gather<Vector<bytes>>(arguments, begin, end);                                                  \
   }
 
 HLA_FOR_EACH_LEVEL(HLA_DEFINE_VARIANT)
@@ -1151,10 +1401,11 @@ HLA_FOR_EACH_LEVEL(HLA_DEFINE_VARIANT)
 struct Variant {
   AttendPiece attend;
   FewRows few_rows;
+  Gather gather;
 };
 
 Variant variant(SimdLevel level) {
-  return {HLA_OF_LEVEL(level, attend), HLA_OF_LEVEL(level, few_rows)};
+  return {HLA_OF_LEVEL(level, attend), HLA_OF_LEVEL(level, few_rows), HLA_OF_LEVEL(level, gather)};
 }
 
 // Equal stretches of all tokens, cut at tiles, for so many threads: in order, and where each
@@ -1226,6 +1477,8 @@ TiledRope::TiledRope(const RopeTables& tables, const RopeFrequencies& of)
   };
   cos = own(tiled(tables.cos));
   sin = own(tiled(tables.sin));
+  token_cos = own(tables.cos);
+  token_sin = own(tables.sin);
   tile_cos = own(tiled(tables.cos).select(2, 0).t());
   tile_sin = own(tiled(tables.sin).select(2, 0).t());
   inv_freq = own(of.inv_freq.to(at::kCPU, at::kFloat));
@@ -1297,40 +1550,22 @@ at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight, const 
 void gather_values(const at::Tensor& contexts, const at::Tensor& values, const at::Tensor& bias,
                    const at::Tensor& out, SimdLevel level) {
   RECORD_FUNCTION("hla::gather_values", {});
-  const FewRows run = variant(level).few_rows;
-  const int64_t kv_heads = values.size(0);
-  const int64_t head_dim = values.size(1);
-  const int64_t width = values.size(2);
-  const int64_t tokens = contexts.size(0);
-  const int64_t group = contexts.numel() / std::max<int64_t>(1, tokens * kv_heads * width);
-  const float* from = contexts.const_data_ptr<float>();
-  const float* matrix = values.const_data_ptr<float>();
-  const float* constant = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
-  float* to = out.mutable_data_ptr<float>();
-  const auto of_head = [&](int64_t g, int64_t begin, int64_t end) {
-    LinearArguments arguments = {};
-    arguments.weight = matrix + g * head_dim * width;
-    arguments.bias = constant == nullptr ? nullptr : constant + g * head_dim;
-    arguments.size = width;
-    arguments.out = head_dim;
-    for (int64_t token = 0; token < tokens; ++token) {
-      for (int64_t h = 0; h < group; h += kFewRows) {
-        const int64_t head = (token * kv_heads + g) * group + h;
-        arguments.x = from + head * width;
-        arguments.y = to + head * head_dim;
-        arguments.rows = std::min(kFewRows, group - h);
-        run(arguments, begin, end);
-      }
-    }
-  };
+  const Gather run = variant(level).gather;
+  GatherArguments arguments = {};
+  arguments.width = values.size(0);
+  arguments.kv_heads = values.size(1);
+  arguments.head_dim = values.size(2);
+  arguments.tokens = contexts.size(0);
+  arguments.group =
+      out.numel() / std::max<int64_t>(1, arguments.tokens * values.size(1) * arguments.head_dim);
+  arguments.contexts = contexts.const_data_ptr<float>();
+  arguments.values = values.const_data_ptr<float>();
+  arguments.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  arguments.out = out.mutable_data_ptr<float>();
   constexpr int64_t kGrainFloats = 1 << 14;
-  at::parallel_for(0, kv_heads * head_dim, std::max<int64_t>(1, kGrainFloats / width),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t g = begin / head_dim; g * head_dim < end; ++g) {
-                       of_head(g, std::max(begin - g * head_dim, int64_t{0}),
-                               std::min(end - g * head_dim, head_dim));
-                     }
-                   });
+  at::parallel_for(0, arguments.kv_heads * arguments.blocks(),
+                   std::max<int64_t>(1, kGrainFloats / (arguments.width * kGatherBlock)),
+                   [&](int64_t begin, int64_t end) { run(arguments, begin, end); });
 }
 
 }  // namespace hla

@@ -99,6 +99,8 @@ struct TiledRope {
 
   const float* cos = nullptr;  // (tiles, frequencies, kTileTokens)
   const float* sin = nullptr;
+  const float* token_cos = nullptr;  // the tables as they are: (tokens, frequencies)
+  const float* token_sin = nullptr;
   const float* tile_cos = nullptr;  // of tiles' first tokens: (frequencies, tiles)
   const float* tile_sin = nullptr;
   const float* inv_freq = nullptr;  // (frequencies) radians per token
@@ -143,7 +145,7 @@ bool is_few_rows(const at::Tensor& x, const at::Tensor& weight);  // and contigu
 at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                            SimdLevel level = simd_level());
 
-// Values of averaged coordinates: contexts (N, K·G·w), values (K, d, w), bias (K, d) or undefined
+// Values of averaged coordinates: contexts (N, K·G·w), values (w, K, d), bias (K, d) or undefined
 // -> out (N, K·G·d), all contiguous fp32 on the CPU.
 void gather_values(const at::Tensor& contexts, const at::Tensor& values, const at::Tensor& bias,
                    const at::Tensor& out, SimdLevel level = simd_level());
