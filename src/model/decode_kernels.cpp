@@ -375,18 +375,29 @@ HLA_INLINE void products_of(const Coordinates& from, int64_t n, const float* w, 
 // Tiles that are worked off together, so that what they share is loaded once.
 constexpr int64_t kTilesAtOnce = 4;
 
+// At most so many rows at a time.
+constexpr int kMostRows = 6;
+
+// Calls action<T>() for all tiles in order, as many at once as sums of R rows leave registers for.
+template <class V, int R, class Action>
+HLA_INLINE void for_tiles(int64_t tiles, const Action& action) {
+  constexpr int kMost = kMostSums<V> * static_cast<int>(V::kLanes) / kTile;
+  constexpr int kTogether = std::clamp(kMost / R, 1, static_cast<int>(kTilesAtOnce));
+  int64_t t = 0;
+  for (; t + kTogether <= tiles; t += kTogether) action.template operator()<kTogether>();
+  for (; t < tiles; ++t) action.template operator()<1>();
+}
+
 // The same for any number of rows and up to kTilesAtOnce tiles, a few rows at a time. `ahead` is
 // fetched once.
 template <class V>
 HLA_INLINE void products_of_all(Coordinates from, int64_t n, int64_t tiles, const float* w,
                                 int64_t rows, int64_t stride, const Rows& out) {
-  constexpr int kMost = kMostSums<V> * static_cast<int>(V::kLanes) / kTile;
-  const int64_t parts = (rows + 5) / 6;
+  const int64_t parts = (rows + kMostRows - 1) / kMostRows;
   for (int64_t part = 0, at = 0; part < parts; ++part) {
     const int64_t count = (rows - at + parts - part - 1) / (parts - part);
-    with_count<6>(
+    with_count<kMostRows>(
         count, [&]<int R>() __attribute__((always_inline)) {
-          constexpr int kTogether = std::clamp(kMost / R, 1, static_cast<int>(kTilesAtOnce));
           Coordinates rest = from;
           Rows to = {out.to + at * out.stride, out.stride, out.by_tile};
           const auto run = [&]<int T>() __attribute__((always_inline)) {
@@ -395,24 +406,11 @@ HLA_INLINE void products_of_all(Coordinates from, int64_t n, int64_t tiles, cons
             if (rest.ahead != nullptr) rest.ahead += T * rest.ahead_stride;
             to.to += T * to.by_tile;
           };
-          int64_t t = 0;
-          for (; t + kTogether <= tiles; t += kTogether) run.template operator()<kTogether>();
-          for (; t < tiles; ++t) run.template operator()<1>();
+          for_tiles<V, R>(tiles, run);
         });
     at += count;
     from.ahead = nullptr;
   }
-}
-
-// Tables are of angles rounded to fp32, and that of a tile's first token and that of a place in it
-// do not make a token's exactly: what is missing. Up to kFar radians it is below 2e-6.
-constexpr float kFar = 32;
-
-template <class V>
-HLA_INLINE auto rounding_of(typename V::Floats positions, float frequency,
-                            typename V::Floats places) {
-  const auto angles = V::in_register(positions * frequency);
-  return angles - angles[0] - places;
 }
 
 // Tiles that are worked off together.
@@ -509,6 +507,7 @@ template <class V>
 struct Turning {
   const float* cos;  // of tiles' first tokens: (tiles)
   const float* sin;
+  // Tables are of angles rounded to fp32, and a tile's and a place's do not make a token's exactly.
   float frequency;
   typename V::Floats positions;  // of the first tile's tokens
   typename V::Floats angles;     // of places
@@ -538,7 +537,8 @@ HLA_INLINE void turned_sums_of(const Coordinates& from, int64_t tiles, const Tur
     auto x = re * cos + im * sin;
     auto y = im * cos - re * sin;
     if (IsFar) {
-      const auto rest = rounding_of<V>(positions, turning.frequency, turning.angles);
+      const auto angles = V::in_register(positions * turning.frequency);
+      const auto rest = angles - angles[0] - turning.angles;
       const auto without = x;
       x = x + rest * y;
       y = y - rest * without;
@@ -617,6 +617,8 @@ template <class V>
 HLA_INLINE void turned_sums_of_all(const Plan& plan, const TiledRope& rope, const Chunk& chunk,
                                    const Range& range, const float* p, int64_t p_stride,
                                    int64_t heads, Sums sums) {
+  // Up to this angle rounding stays below 2e-6.
+  constexpr float kFar = 32;
   typename V::Floats places = {};
   for (int64_t lane = 0; lane < V::kLanes; ++lane) places[lane] = static_cast<float>(lane);
   for (int64_t i = range.begin; i < range.end; i += 2) {
@@ -761,9 +763,8 @@ template <class V>
 HLA_INLINE void turned_products_of_all(const Pairs& from, int64_t pairs, int64_t tiles,
                                        const float* w, int64_t rows, int64_t stride,
                                        const Rows& out) {
-  for_parts<6>(
+  for_parts<kMostRows>(
       rows, [&]<int R>(int64_t r) __attribute__((always_inline)) {
-        constexpr int kTogether = std::clamp(24 / R, 1, static_cast<int>(kTilesAtOnce));
         Pairs rest = from;
         Rows to = {out.to + r * out.stride, out.stride, out.by_tile};
         const auto run = [&]<int T>() __attribute__((always_inline)) {
@@ -772,9 +773,7 @@ HLA_INLINE void turned_products_of_all(const Pairs& from, int64_t pairs, int64_t
           rest.angles = rest.angles.behind(T);
           to.to += T * to.by_tile;
         };
-        int64_t t = 0;
-        for (; t + kTogether <= tiles; t += kTogether) run.template operator()<kTogether>();
-        for (; t < tiles; ++t) run.template operator()<1>();
+        for_tiles<V, R>(tiles, run);
       });
 }
 
@@ -934,20 +933,51 @@ HLA_INLINE void absorb_queries(const Plan& plan, const TiledRope& rope, const fl
   }
 }
 
-// to[p][i] = Σ_c shares[p][c]·from[c][i] for P of them and U vectors.
-template <class V, int P, int U>
-HLA_INLINE void mix_of(const float* from, int64_t size, const float* shares, int64_t count,
-                       float* const (&to)[P]) {
-  typename V::Floats acc[P][U] = {};
-  for (int64_t c = 0; c < count; ++c, from += size) {
+// to[r] = Σ_c w[r][c]·from[c] + bias for R rows and U vectors.
+template <class V, int R, int U, bool Fetches>
+HLA_INLINE void mix_of(const float* const (&w)[R], int64_t count, const float* from, int64_t stride,
+                       const float* bias, float* const (&to)[R]) {
+  typename V::Floats acc[R][U] = {};
+  for (int u = 0; u < U && bias != nullptr; ++u) {
+    for (int r = 0; r < R; ++r) acc[r][u] = V::load(bias + u * V::kLanes);
+  }
+  constexpr int64_t kAhead = 16;  // vectors
+  for (int64_t c = 0; c < count; ++c, from += stride) {
     typename V::Floats x[U];
-    for (int u = 0; u < U; ++u) x[u] = V::load(from + u * V::kLanes);
-    for (int p = 0; p < P; ++p) {
-      for (int u = 0; u < U; ++u) acc[p][u] += x[u] * shares[p * count + c];
+    for (int u = 0; u < U; ++u) {
+      if (Fetches) __builtin_prefetch(from + kAhead * stride + u * V::kLanes, 0, 3);
+      x[u] = V::load(from + u * V::kLanes);
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int u = 0; u < U; ++u) acc[r][u] += x[u] * w[r][c];
     }
   }
-  for (int p = 0; p < P; ++p) {
-    for (int u = 0; u < U; ++u) V::store(to[p] + u * V::kLanes, acc[p][u]);
+  for (int r = 0; r < R; ++r) {
+    for (int u = 0; u < U; ++u) V::store(to[r] + u * V::kLanes, acc[r][u]);
+  }
+}
+
+// to[r][0…size) = Σ_c w[r][c]·from[c] + bias, which may be null, for R rows of `count` weights, up
+// to Unroll vectors of registers at a time. Fetches: `from` may come out of memory.
+template <class V, int R, int Unroll, bool Fetches>
+HLA_INLINE void mix_rows(const float* const (&w)[R], int64_t count, const float* from,
+                         int64_t stride, int64_t size, const float* bias, float* (&to)[R]) {
+  int64_t i = 0;
+  const auto offset = [&] { return bias == nullptr ? nullptr : bias + i; };
+  const auto step = [&]<int U>() __attribute__((always_inline)) {
+    mix_of<V, R, U, Fetches>(w, count, from + i, stride, offset(), to);
+    i += U * V::kLanes;
+    for (int r = 0; r < R; ++r) to[r] += U * V::kLanes;
+  };
+  while (i + V::kLanes <= size) {
+    with_count<Unroll>(std::min<int64_t>((size - i) / V::kLanes, Unroll), step);
+  }
+  for (; i < size; ++i) {
+    for (int r = 0; r < R; ++r) {
+      float sum = bias == nullptr ? 0.0F : bias[i];
+      for (int64_t c = 0; c < count; ++c) sum += from[c * stride + i] * w[r][c];
+      *to[r]++ = sum;
+    }
   }
 }
 
@@ -958,27 +988,16 @@ HLA_INLINE void mix(const float* from, int64_t size, const float* shares, int64_
                     int64_t nodes, float* to) {
   constexpr int kMost = V::kLanes == kTile ? 3 : 2;
   constexpr int kUnroll = V::kLanes == kTile ? 6 : 4;
-  const auto run = [&]<int P>(int64_t p) __attribute__((always_inline)) {
-    const float* own = shares + p * count;
-    int64_t i = 0;
-    const auto step = [&]<int U>() __attribute__((always_inline)) {
-      float* places[P];
-      for (int k = 0; k < P; ++k) places[k] = to + (p + k) * size + i;
-      mix_of<V, P, U>(from + i, size, own, count, places);
-      i += U * V::kLanes;
-    };
-    while (i + V::kLanes <= size) {
-      with_count<kUnroll>(std::min<int64_t>((size - i) / V::kLanes, kUnroll), step);
-    }
-    for (; i < size; ++i) {
-      for (int k = 0; k < P; ++k) {
-        float sum = 0;
-        for (int64_t c = 0; c < count; ++c) sum += from[c * size + i] * own[k * count + c];
-        to[(p + k) * size + i] = sum;
-      }
-    }
-  };
-  for_parts<kMost>(nodes, run);
+  for_parts<kMost>(
+      nodes, [&]<int P>(int64_t p) __attribute__((always_inline)) {
+        const float* w[P];
+        float* places[P];
+        for (int k = 0; k < P; ++k) {
+          w[k] = shares + (p + k) * count;
+          places[k] = to + (p + k) * size;
+        }
+        mix_rows<V, P, kUnroll, false>(w, count, from, size, size, nullptr, places);
+      });
 }
 
 // Of tiles [t, t + tiles), which lie in one scored block. `since`: tokens of the stretch before
@@ -1193,20 +1212,20 @@ HLA_INLINE void attend_piece(const Plan& plan, const TiledRope& rope, const Deco
       }
     }
     float* to = sums;
+    const bool adds = position > piece.begin;
     for (const DecodeMaps::Values& group : maps.values) {
       const int64_t width = total_size(group.from);
       for (int64_t h = 0; h < group.heads; ++h) {
         const auto head = static_cast<size_t>(group.head + h);
         const float scale = soften<V>(scores + (group.head + h) * kTile, by_tile, chunk.tokens,
                                       partial.reference[head], partial.sum[head]);
-        if (scale == 1 || position == piece.begin) continue;
+        if (scale == 1 || !adds) continue;
         for (int64_t i = 0; i < width; ++i) {
           float* lanes = to + (i * group.heads + h) * V::kLanes;
           V::store(lanes, V::load(lanes) * scale);
         }
       }
-      add_sums<V>(plan, rope, chunk, group, scores + group.head * kTile, by_tile,
-                  {to, position > piece.begin});
+      add_sums<V>(plan, rope, chunk, group, scores + group.head * kTile, by_tile, {to, adds});
       to += width * group.heads * V::kLanes;
     }
     position = end;
@@ -1282,68 +1301,28 @@ HLA_INLINE void few_rows(const LinearArguments& a, int64_t begin, int64_t end) {
       });
 }
 
-// y[r] = Σ_i x[r][i]·values[i] + bias for R rows and U vectors of values.
-template <class V, int R, int U>
-HLA_INLINE void gather_of(const float* const (&x)[R], int64_t width, const float* values,
-                          int64_t stride, const float* bias, float* const (&y)[R]) {
-  typename V::Floats acc[R][U] = {};
-  for (int u = 0; u < U && bias != nullptr; ++u) {
-    for (int r = 0; r < R; ++r) acc[r][u] = V::load(bias + u * V::kLanes);
-  }
-  constexpr int64_t kAhead = 16;  // rows
-  for (int64_t i = 0; i < width; ++i, values += stride) {
-    typename V::Floats value[U];
-    for (int u = 0; u < U; ++u) {
-      __builtin_prefetch(values + kAhead * stride + u * V::kLanes, 0, 3);
-      value[u] = V::load(values + u * V::kLanes);
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int u = 0; u < U; ++u) acc[r][u] += value[u] * x[r][i];
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int u = 0; u < U; ++u) V::store(y[r] + u * V::kLanes, acc[r][u]);
-  }
-}
-
 // Blocks [begin, end) of all kv heads' values.
 template <class V>
 HLA_INLINE void gather(const GatherArguments& a, int64_t begin, int64_t end) {
   constexpr int kUnroll = static_cast<int>(kGatherBlock / V::kLanes);
-  constexpr int kMost = std::clamp(kMostSums<V> / kUnroll, 1, 6);
-  const int64_t stride = a.kv_heads * a.head_dim;
+  constexpr int kMost = std::clamp(kMostSums<V> / kUnroll, 1, kMostRows);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t g = block / a.blocks();
     const int64_t first = block % a.blocks() * kGatherBlock;
-    const int64_t last = std::min(first + kGatherBlock, a.head_dim);
+    const int64_t at = g * a.head_dim + first;
     for_parts<kMost>(
         a.tokens * a.group, [&]<int R>(int64_t row) __attribute__((always_inline)) {
-          const float* x[R];
-          float* y[R];
+          const float* contexts[R];
+          float* to[R];
           for (int r = 0; r < R; ++r) {
             const int64_t head =
                 ((row + r) / a.group * a.kv_heads + g) * a.group + (row + r) % a.group;
-            x[r] = a.contexts + head * a.width;
-            y[r] = a.out + head * a.head_dim + first;
+            contexts[r] = a.contexts + head * a.width;
+            to[r] = a.out + head * a.head_dim + first;
           }
-          int64_t column = first;
-          const auto step = [&]<int U>() __attribute__((always_inline)) {
-            const int64_t at = g * a.head_dim + column;
-            gather_of<V, R, U>(x, a.width, a.values + at, stride,
-                               a.bias == nullptr ? nullptr : a.bias + at, y);
-            column += U * V::kLanes;
-            for (int r = 0; r < R; ++r) y[r] += U * V::kLanes;
-          };
-          while (column + kUnroll * V::kLanes <= last) step.template operator()<kUnroll>();
-          while (column + V::kLanes <= last) step.template operator()<1>();
-          for (; column < last; ++column) {
-            const int64_t at = g * a.head_dim + column;
-            for (int r = 0; r < R; ++r) {
-              float sum = a.bias == nullptr ? 0.0F : a.bias[at];
-              for (int64_t i = 0; i < a.width; ++i) sum += x[r][i] * a.values[i * stride + at];
-              *y[r]++ = sum;
-            }
-          }
+          mix_rows<V, R, kUnroll, true>(contexts, a.width, a.values + at, a.kv_heads * a.head_dim,
+                                        std::min(kGatherBlock, a.head_dim - first),
+                                        a.bias == nullptr ? nullptr : a.bias + at, to);
         });
   }
 }
