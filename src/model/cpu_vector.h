@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "hla/core/cpu_features.h"
@@ -35,6 +36,7 @@ struct VectorTypes;
   struct VectorTypes<bytes> {                                              \
     using Floats = float __attribute__((vector_size(bytes), aligned(4)));  \
     using Bits = uint32_t __attribute__((vector_size(bytes), aligned(4))); \
+    using Doubles = double __attribute__((vector_size(bytes)));            \
   }
 HLA_VECTOR_TYPES(16);
 HLA_VECTOR_TYPES(32);
@@ -46,6 +48,7 @@ template <int Bytes>
 struct Vector {
   using Floats = typename VectorTypes<Bytes>::Floats;
   using Bits = typename VectorTypes<Bytes>::Bits;
+  using Doubles = typename VectorTypes<Bytes>::Doubles;  // half of the lanes
   static constexpr int64_t kLanes = Bytes / 4;
 
   static HLA_INLINE Floats load(const float* x) { return *reinterpret_cast<const Floats*>(x); }
@@ -93,6 +96,18 @@ struct Vector {
     }
   }
 
+  static HLA_INLINE Doubles low_doubles(Floats x) {
+    return __builtin_convertvector(low_half(x), Doubles);
+  }
+  static HLA_INLINE Doubles high_doubles(Floats x) {
+    return __builtin_convertvector(high_half(x), Doubles);
+  }
+  static HLA_INLINE void store(float* to, Doubles low, Doubles high) {
+    using Half = decltype(low_half(Floats{}));
+    store_half(to, __builtin_convertvector(low, Half));
+    store_half(to + kLanes / 2, __builtin_convertvector(high, Half));
+  }
+
   // e^x to about 1 ulp for -87 <= x <= 88, after S. L. Moshier's Cephes (expf). Below the range the
   // result is about 1e-38, which no sum of probabilities sees. NaN stays NaN.
   static HLA_INLINE Floats exp(Floats argument) {
@@ -123,16 +138,24 @@ struct Vector {
   static HLA_INLINE auto low_half(Floats x) {
     if constexpr (Bytes == 64) {
       return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
-    } else {
+    } else if constexpr (Bytes == 32) {
       return __builtin_shufflevector(x, x, 0, 1, 2, 3);
+    } else {
+      return __builtin_shufflevector(x, x, 0, 1);
     }
   }
   static HLA_INLINE auto high_half(Floats x) {
     if constexpr (Bytes == 64) {
       return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    } else {
+    } else if constexpr (Bytes == 32) {
       return __builtin_shufflevector(x, x, 4, 5, 6, 7);
+    } else {
+      return __builtin_shufflevector(x, x, 2, 3);
     }
+  }
+  template <class Half>
+  static HLA_INLINE void store_half(float* to, Half x) {
+    std::memcpy(to, &x, sizeof(x));
   }
   static HLA_INLINE auto folded(Floats x) { return low_half(x) + high_half(x); }
 };

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -83,6 +84,7 @@ struct Pair {
 struct Choice {
   std::vector<Pair> stored;    // by kv head, fastest first: coordinates 2i, 2i+1
   std::vector<Pair> leftover;  // fastest first
+  double amplification = 1;    // see DecodeAttentionOptions
 };
 
 // A latent with the keys that come from it unrotated, fp64 on the CPU, in the basis that makes
@@ -103,9 +105,10 @@ struct Basis : Choice {
   }
 };
 
-// Takes keys one after the other as long as they are independent of those before. `gram`: products
-// (2·K·F, 2·K·F) of their rows (K, 2, F, rank); `first`: number of frequency 0 of F. Pairs of the
-// first `whole` kv heads come before those of others.
+// Takes keys one after the other where at least the share `independence` of their rows is
+// independent of those before. `gram`: products (2·K·F, 2·K·F) of their rows (K, 2, F, rank);
+// `first`: number of frequency 0 of F. Pairs of the first `whole` kv heads come before those of
+// others.
 Choice choose_pairs(const at::Tensor& gram, int64_t kv_heads, int64_t rank, int64_t first,
                     double independence, int64_t whole) {
   const int64_t count = gram.size(0) / (2 * kv_heads);
@@ -121,30 +124,24 @@ Choice choose_pairs(const at::Tensor& gram, int64_t kv_heads, int64_t rank, int6
     }
   }
   const at::Tensor index = at::tensor(rows, at::kLong);
-  const at::Tensor products = gram.index_select(0, index).index_select(1, index);
-  // The Cholesky factor of the products of rows that were taken: what is left of a row beside them
-  // is what is left of its square. Block by block, so that most of it is matrix products.
+  // Of what is left of the rows beside those that were taken; what is left of a row's square says
+  // how independent it is. Block by block, so that most of it is matrix products.
+  const at::Tensor rest = gram.index_select(0, index).index_select(1, index);
+  const at::Tensor diagonal = rest.diagonal().clone();
+  const auto* squares = diagonal.const_data_ptr<double>();
   constexpr int64_t kBlock = 64;
-  at::Tensor factor = at::zeros({rank, rank}, at::kDouble);
+  const auto total = static_cast<int64_t>(rows.size());
+  at::Tensor factor = at::zeros({std::min(rank, total), total}, at::kDouble);  // Cholesky's, upper
   std::vector<int64_t> taken;
   Choice choice;
-  const auto total = static_cast<int64_t>(rows.size());
   for (int64_t begin = 0; begin < total; begin += kBlock) {
-    const int64_t size = std::min(kBlock, total - begin);
+    const int64_t end = std::min(begin + kBlock, total);
     const auto before = static_cast<int64_t>(taken.size());
-    at::Tensor rest = products.slice(0, begin, begin + size).slice(1, begin, begin + size).clone();
-    at::Tensor known = at::empty({0, size}, at::kDouble);
-    if (before > 0) {
-      known = at::linalg_solve_triangular(
-          factor.slice(0, 0, before).slice(1, 0, before),
-          products.index_select(0, at::tensor(taken, at::kLong)).slice(1, begin, begin + size),
-          /*upper=*/false);
-      rest -= known.t().matmul(known);
-    }
-    const auto left = rest.accessor<double, 2>();
+    const at::Tensor block = rest.slice(0, begin, end).slice(1, begin, end);
+    const auto left = block.accessor<double, 2>();
     std::vector<int64_t> accepted;         // rows of the block
-    std::vector<std::vector<double>> own;  // their rows of the factor, from `before` on
-    for (int64_t row = 0; row < size; row += 2) {
+    std::vector<std::vector<double>> own;  // their columns of the factor, from `before` on
+    for (int64_t row = 0; row < end - begin; row += 2) {
       const size_t accepted_before = accepted.size();
       bool independent = before + static_cast<int64_t>(accepted.size()) + 2 <= rank;
       for (int64_t i = row; i < row + 2 && independent; ++i) {
@@ -156,8 +153,7 @@ Choice choose_pairs(const at::Tensor& gram, int64_t kv_heads, int64_t rank, int6
           entries.push_back(entry / own[a][a]);
           square -= entries[a] * entries[a];
         }
-        const double whole_square = products[begin + i][begin + i].item<double>();
-        independent = square > independence * independence * whole_square;
+        independent = square > independence * independence * squares[begin + i];
         if (!independent) break;
         entries.push_back(std::sqrt(square));
         own.push_back(std::move(entries));
@@ -170,13 +166,34 @@ Choice choose_pairs(const at::Tensor& gram, int64_t kv_heads, int64_t rank, int6
       const Pair& pair = order[static_cast<size_t>((begin + row) / 2)];
       (independent ? choice.stored : choice.leftover).push_back(pair);
     }
-    for (size_t a = 0; a < accepted.size(); ++a) {
-      const at::Tensor line = factor[static_cast<int64_t>(taken.size())];
-      line.slice(0, 0, before).copy_(known.select(1, accepted[a]));
-      line.slice(0, before, before + static_cast<int64_t>(own[a].size()))
-          .copy_(at::tensor(own[a], at::kDouble));
-      taken.push_back(begin + accepted[a]);
+    if (accepted.empty()) continue;
+    const auto size = static_cast<int64_t>(accepted.size());
+    at::Tensor lower = at::zeros({size, size}, at::kDouble);
+    for (size_t a = 0; a < own.size(); ++a) {
+      const at::Tensor entries = at::tensor(own[a], at::kDouble);
+      lower[static_cast<int64_t>(a)].slice(0, 0, entries.numel()).copy_(entries);
     }
+    const at::Tensor lines = rest.slice(0, begin, end).slice(1, begin);
+    const at::Tensor known = at::linalg_solve_triangular(
+        lower, lines.index_select(0, at::tensor(accepted, at::kLong)), /*upper=*/false);
+    factor.slice(0, before, before + size).slice(1, begin).copy_(known);
+    const at::Tensor behind = known.slice(1, end - begin);
+    rest.slice(0, end).slice(1, end).addmm_(behind.t(), behind, /*beta=*/1, /*alpha=*/-1);
+    for (const int64_t row : accepted) taken.push_back(begin + row);
+  }
+  if (!taken.empty()) {
+    // What a key's coordinate, rounded, changes of the latent is larger than its share of it by 1
+    // over the share of its row that is independent of all other keys': the root of its entries in
+    // their products and in the inverse. The coordinates that are no keys are orthonormal.
+    const auto size = static_cast<int64_t>(taken.size());
+    const at::Tensor columns = at::tensor(taken, at::kLong);
+    const at::Tensor inverse =
+        at::linalg_solve_triangular(factor.slice(0, 0, size).index_select(1, columns),
+                                    at::eye(size, at::kDouble), /*upper=*/true);
+    const at::Tensor grown = diagonal.index_select(0, columns) * inverse.square().sum(1);
+    choice.amplification =
+        std::sqrt((grown.sum().item<double>() + static_cast<double>(rank - size)) /
+                  static_cast<double>(rank));
   }
   std::stable_sort(choice.leftover.begin(), choice.leftover.end(),
                    [](const Pair& a, const Pair& b) { return a.frequency < b.frequency; });
@@ -217,10 +234,9 @@ Basis make_basis(Choice choice, const at::Tensor& rows, const at::Tensor& bias, 
 
 }  // namespace
 
-double default_independence(at::ScalarType model, at::ScalarType cache, at::Device device) {
-  constexpr double kNoKey = 2;  // no row is longer than itself
-  if (c10::elementSize(model) < 4 || !device.is_cpu()) return kNoKey;
-  return c10::elementSize(cache) < 4 ? 0.3 : DecodeAttentionOptions{}.independence;
+double default_amplification(at::ScalarType model, at::ScalarType cache, at::Device device) {
+  if (c10::elementSize(model) < 4 || !device.is_cpu()) return 0;
+  return c10::elementSize(cache) < 4 ? 5 : DecodeAttentionOptions{}.amplification;
 }
 
 class DecodeAttention::Builder {
@@ -367,6 +383,8 @@ class DecodeAttention::Builder {
       const at::Tensor moved = values.matmul(kv.offset);
       values_bias = values_bias.defined() ? values_bias - moved : -moved;
       to_.values_ = as_model(values.permute({2, 0, 1}));
+      constexpr double kCancels = 10;  // wide sums take twice the time
+      to_.cancels_ = kv.amplification > kCancels;
       if (values_bias.abs().max().item<double>() > 0) to_.values_bias_ = as_model(values_bias);
     }
     to_.key_source_ = index_tensor(key_source_, like.device());
@@ -523,7 +541,7 @@ class DecodeAttention::Builder {
       return static_cast<double>(count) * (2 * columns + 4 + 2 * group);
     };
     // Interpolated queries are read from memory and written to it, more than products are.
-    constexpr double kInterpolation = 1.5;
+    constexpr double kInterpolation = 2;
     Sharing best = {pairs.size(), {}, rebuilding(pairs.size())};
     std::vector<bool> absorbs(static_cast<size_t>(maps_.kv_heads), false);
     double heads = 0;    // query heads of kv heads that have absorbed pairs
@@ -543,12 +561,11 @@ class DecodeAttention::Builder {
     return best;
   }
 
-  // The basis of the kv latent whose leftovers cost least: with so many kv heads' keys whole, and
-  // the others sharing what is left.
+  // The basis of the kv latent whose leftovers cost least: with so many kv heads' keys whole, the
+  // others sharing what is left, and as dependent ones as may be.
   Basis cheapest_basis(const at::Tensor& rows, const at::Tensor& bias, int64_t first) {
-    constexpr int64_t kTries = 8;
     Choice best;
-    if (options_.independence > 1) {  // no key is a coordinate
+    if (options_.amplification < 1) {  // no key is a coordinate
       for (int64_t f = 0; f < rows.size(2); ++f) {
         for (int64_t g = 0; g < maps_.kv_heads; ++g) best.leftover.push_back({g, first + f});
       }
@@ -556,18 +573,37 @@ class DecodeAttention::Builder {
     }
     const at::Tensor flat = rows.flatten(0, 2);
     const at::Tensor gram = flat.matmul(flat.t());
+    // How much of a key must be independent of those before it: the less, the more are taken. Below
+    // kLeast only where then none is left: else others are absorbed, and logits err more. A try
+    // takes some rows² · rank operations, so of thousands of keys there are fewer.
+    constexpr std::array kThorough = {0.003, 0.01, 0.03, 0.06, 0.1, 0.3};
+    constexpr std::array kQuick = {0.01, 0.06, 0.3};
+    constexpr double kLeast = 0.06;
+    constexpr int64_t kWholes = 8;
+    constexpr double kOperations = 1e10;
+    const double operations = static_cast<double>(gram.numel()) * static_cast<double>(rows.size(3));
+    const auto affordable = static_cast<int64_t>(kOperations / std::max(1.0, operations));
+    const bool is_quick = affordable < kWholes * static_cast<int64_t>(kThorough.size());
+    const at::ArrayRef<double> tries = is_quick ? at::ArrayRef<double>(kQuick) : kThorough;
+    const int64_t wholes = std::clamp<int64_t>(affordable / 2, 2, kWholes);
+    const int64_t step = (maps_.kv_heads + wholes - 1) / wholes;
     double least = std::numeric_limits<double>::infinity();
-    const int64_t step = (maps_.kv_heads + kTries - 1) / kTries;
     for (int64_t whole = 0; whole < maps_.kv_heads; whole += step) {
-      Choice choice =
-          choose_pairs(gram, maps_.kv_heads, rows.size(3), first, options_.independence, whole);
-      const double cost = cheapest_sharing(choice.leftover).cost;
-      const bool complete = choice.leftover.empty();
-      if (cost < least) {
+      size_t most = 0;  // pairs that became coordinates
+      for (const double independence : tries) {
+        Choice choice =
+            choose_pairs(gram, maps_.kv_heads, rows.size(3), first, independence, whole);
+        const bool is_resort = independence == tries.back() && std::isinf(least);
+        if (choice.amplification > options_.amplification && !is_resort) continue;
+        if (choice.leftover.empty()) return make_basis(std::move(choice), rows, bias, first);
+        if (independence < kLeast) continue;
+        if (choice.stored.size() < most) break;  // and so it goes on
+        most = choice.stored.size();
+        const double cost = cheapest_sharing(choice.leftover).cost;
+        if (cost > least) continue;
         least = cost;
         best = std::move(choice);
       }
-      if (complete) break;
     }
     return make_basis(std::move(best), rows, bias, first);
   }
@@ -803,7 +839,7 @@ at::Tensor DecodeAttention::gather(const at::Tensor& contexts) const {
   if (cpu::applies(contexts) && cpu::applies(values_)) {
     const at::Tensor gathered =
         at::empty({count, maps().heads * maps().head_dim}, contexts.options());
-    gather_values(contexts, values_, values_bias_, gathered);
+    gather_values(contexts, values_, values_bias_, cancels_, gathered);
     return gathered;
   }
   const int64_t group = maps().heads / maps().kv_heads;

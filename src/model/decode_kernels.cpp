@@ -102,6 +102,7 @@ struct GatherArguments {
   const float* bias;
   float* out;
   int64_t tokens, kv_heads, group, width, head_dim;
+  bool cancels;
 
   int64_t blocks() const { return (head_dim + kGatherBlock - 1) / kGatherBlock; }  // of a kv head
 };
@@ -933,13 +934,44 @@ HLA_INLINE void absorb_queries(const Plan& plan, const TiledRope& rope, const fl
   }
 }
 
+// A vector of sums, in fp32 or in fp64, where a product of two floats is exact.
+template <class V>
+class NarrowSum {
+ public:
+  using Weight = float;
+  HLA_INLINE void set(typename V::Floats x) { sum_ = x; }
+  HLA_INLINE void add(typename V::Floats x, float weight) { sum_ += x * weight; }
+  HLA_INLINE void store(float* to) const { V::store(to, sum_); }
+
+ private:
+  typename V::Floats sum_ = {};
+};
+
+template <class V>
+class WideSum {
+ public:
+  using Weight = double;
+  HLA_INLINE void set(typename V::Floats x) {
+    low_ = V::low_doubles(x);
+    high_ = V::high_doubles(x);
+  }
+  HLA_INLINE void add(typename V::Floats x, double weight) {
+    low_ += V::low_doubles(x) * weight;
+    high_ += V::high_doubles(x) * weight;
+  }
+  HLA_INLINE void store(float* to) const { V::store(to, low_, high_); }
+
+ private:
+  typename V::Doubles low_ = {}, high_ = {};
+};
+
 // to[r] = Σ_c w[r][c]·from[c] + bias for R rows and U vectors.
-template <class V, int R, int U, bool Fetches>
-HLA_INLINE void mix_of(const float* const (&w)[R], int64_t count, const float* from, int64_t stride,
-                       const float* bias, float* const (&to)[R]) {
-  typename V::Floats acc[R][U] = {};
+template <class V, class Sum, int R, int U, bool Fetches>
+HLA_INLINE void mix_of(const typename Sum::Weight* const (&w)[R], int64_t count, const float* from,
+                       int64_t stride, const float* bias, float* const (&to)[R]) {
+  Sum acc[R][U] = {};
   for (int u = 0; u < U && bias != nullptr; ++u) {
-    for (int r = 0; r < R; ++r) acc[r][u] = V::load(bias + u * V::kLanes);
+    for (int r = 0; r < R; ++r) acc[r][u].set(V::load(bias + u * V::kLanes));
   }
   constexpr int64_t kAhead = 16;  // vectors
   for (int64_t c = 0; c < count; ++c, from += stride) {
@@ -949,23 +981,24 @@ HLA_INLINE void mix_of(const float* const (&w)[R], int64_t count, const float* f
       x[u] = V::load(from + u * V::kLanes);
     }
     for (int r = 0; r < R; ++r) {
-      for (int u = 0; u < U; ++u) acc[r][u] += x[u] * w[r][c];
+      for (int u = 0; u < U; ++u) acc[r][u].add(x[u], w[r][c]);
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int u = 0; u < U; ++u) V::store(to[r] + u * V::kLanes, acc[r][u]);
+    for (int u = 0; u < U; ++u) acc[r][u].store(to[r] + u * V::kLanes);
   }
 }
 
 // to[r][0…size) = Σ_c w[r][c]·from[c] + bias, which may be null, for R rows of `count` weights, up
 // to Unroll vectors of registers at a time. Fetches: `from` may come out of memory.
-template <class V, int R, int Unroll, bool Fetches>
-HLA_INLINE void mix_rows(const float* const (&w)[R], int64_t count, const float* from,
-                         int64_t stride, int64_t size, const float* bias, float* (&to)[R]) {
+template <class V, class Sum, int R, int Unroll, bool Fetches>
+HLA_INLINE void mix_rows(const typename Sum::Weight* const (&w)[R], int64_t count,
+                         const float* from, int64_t stride, int64_t size, const float* bias,
+                         float* (&to)[R]) {
   int64_t i = 0;
   const auto offset = [&] { return bias == nullptr ? nullptr : bias + i; };
   const auto step = [&]<int U>() __attribute__((always_inline)) {
-    mix_of<V, R, U, Fetches>(w, count, from + i, stride, offset(), to);
+    mix_of<V, Sum, R, U, Fetches>(w, count, from + i, stride, offset(), to);
     i += U * V::kLanes;
     for (int r = 0; r < R; ++r) to[r] += U * V::kLanes;
   };
@@ -974,9 +1007,11 @@ HLA_INLINE void mix_rows(const float* const (&w)[R], int64_t count, const float*
   }
   for (; i < size; ++i) {
     for (int r = 0; r < R; ++r) {
-      float sum = bias == nullptr ? 0.0F : bias[i];
-      for (int64_t c = 0; c < count; ++c) sum += from[c * stride + i] * w[r][c];
-      *to[r]++ = sum;
+      double sum = bias == nullptr ? 0.0 : static_cast<double>(bias[i]);
+      for (int64_t c = 0; c < count; ++c) {
+        sum += static_cast<double>(from[c * stride + i]) * static_cast<double>(w[r][c]);
+      }
+      *to[r]++ = static_cast<float>(sum);
     }
   }
 }
@@ -996,7 +1031,7 @@ HLA_INLINE void mix(const float* from, int64_t size, const float* shares, int64_
           w[k] = shares + (p + k) * count;
           places[k] = to + (p + k) * size;
         }
-        mix_rows<V, P, kUnroll, false>(w, count, from, size, size, nullptr, places);
+        mix_rows<V, NarrowSum<V>, P, kUnroll, false>(w, count, from, size, size, nullptr, places);
       });
 }
 
@@ -1302,28 +1337,42 @@ HLA_INLINE void few_rows(const LinearArguments& a, int64_t begin, int64_t end) {
 }
 
 // Blocks [begin, end) of all kv heads' values.
-template <class V>
-HLA_INLINE void gather(const GatherArguments& a, int64_t begin, int64_t end) {
-  constexpr int kUnroll = static_cast<int>(kGatherBlock / V::kLanes);
-  constexpr int kMost = std::clamp(kMostSums<V> / kUnroll, 1, kMostRows);
+template <class V, class Sum>
+HLA_INLINE void gather_by(const GatherArguments& a, int64_t begin, int64_t end) {
+  constexpr int kRegisters = sizeof(Sum) / sizeof(typename V::Floats);
+  constexpr int kUnroll = std::max(2, static_cast<int>(kGatherBlock / V::kLanes) / kRegisters);
+  constexpr int kMost = std::clamp(kMostSums<V> / (kUnroll * kRegisters), 1, kMostRows);
+  std::vector<typename Sum::Weight> weights(kMost * static_cast<size_t>(a.width));
   for (int64_t block = begin; block < end; ++block) {
     const int64_t g = block / a.blocks();
     const int64_t first = block % a.blocks() * kGatherBlock;
     const int64_t at = g * a.head_dim + first;
     for_parts<kMost>(
         a.tokens * a.group, [&]<int R>(int64_t row) __attribute__((always_inline)) {
-          const float* contexts[R];
+          const typename Sum::Weight* contexts[R];
           float* to[R];
           for (int r = 0; r < R; ++r) {
             const int64_t head =
                 ((row + r) / a.group * a.kv_heads + g) * a.group + (row + r) % a.group;
-            contexts[r] = a.contexts + head * a.width;
+            auto* context = weights.data() + r * a.width;
+            std::copy_n(a.contexts + head * a.width, a.width, context);
+            contexts[r] = context;
             to[r] = a.out + head * a.head_dim + first;
           }
-          mix_rows<V, R, kUnroll, true>(contexts, a.width, a.values + at, a.kv_heads * a.head_dim,
-                                        std::min(kGatherBlock, a.head_dim - first),
-                                        a.bias == nullptr ? nullptr : a.bias + at, to);
+          mix_rows<V, Sum, R, kUnroll, true>(contexts, a.width, a.values + at,
+                                             a.kv_heads * a.head_dim,
+                                             std::min(kGatherBlock, a.head_dim - first),
+                                             a.bias == nullptr ? nullptr : a.bias + at, to);
         });
+  }
+}
+
+template <class V>
+HLA_INLINE void gather(const GatherArguments& a, int64_t begin, int64_t end) {
+  if (a.cancels) {
+    gather_by<V, WideSum<V>>(a, begin, end);
+  } else {
+    gather_by<V, NarrowSum<V>>(a, begin, end);
   }
 }
 
@@ -1527,7 +1576,7 @@ at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight, const 
 }
 
 void gather_values(const at::Tensor& contexts, const at::Tensor& values, const at::Tensor& bias,
-                   const at::Tensor& out, SimdLevel level) {
+                   bool cancels, const at::Tensor& out, SimdLevel level) {
   RECORD_FUNCTION("hla::gather_values", {});
   const Gather run = variant(level).gather;
   GatherArguments arguments = {};
@@ -1541,6 +1590,7 @@ void gather_values(const at::Tensor& contexts, const at::Tensor& values, const a
   arguments.values = values.const_data_ptr<float>();
   arguments.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
   arguments.out = out.mutable_data_ptr<float>();
+  arguments.cancels = cancels;
   constexpr int64_t kGrainFloats = 1 << 14;
   at::parallel_for(0, arguments.kv_heads * arguments.blocks(),
                    std::max<int64_t>(1, kGrainFloats / (arguments.width * kGatherBlock)),

@@ -39,8 +39,8 @@ Decoder::Decoder(const LlamaForCausalLM& model, const DecoderOptions& options)
   if (uses_kernels()) tiled_rope_ = TiledRope(rope_, frequencies);
   const DecodeAttentionOptions attention = {
       .absorb_error = options.absorb_error,
-      .independence = options.independence.value_or(
-          default_independence(model.dtype(), cache_dtype_, model.device()))};
+      .amplification = options.amplification.value_or(
+          default_amplification(model.dtype(), cache_dtype_, model.device()))};
   for (const auto& layer : model.layers()) {
     attention_.push_back(std::make_unique<DecodeAttention>(layer->self_attn(), config,
                                                            frequencies.inv_freq, attention));

@@ -67,10 +67,17 @@ std::vector<ModelConfig> all_configs() {
 }
 
 struct Layer {
-  Layer(const ModelConfig& of, at::ScalarType dtype, const DecodeAttentionOptions& options)
+  // `change`: of the weights, before the layer is made ready for decoding.
+  Layer(
+      const ModelConfig& of, at::ScalarType dtype, const DecodeAttentionOptions& options,
+      const std::function<void(HlaAttention&)>& change = [](HlaAttention&) {})
       : config(of),
         source(dtype),
-        attention(std::make_shared<HlaAttention>(source, "a", config, 0)),
+        attention([&] {
+          auto made = std::make_shared<HlaAttention>(source, "a", config, 0);
+          change(*made);
+          return made;
+        }()),
         frequencies(rope_frequencies(config.rope, kHeadDim, kPositions, kPositions)),
         rope(rope_tables(frequencies, at::arange(kPositions, at::kLong), dtype)),
         decode(*attention, config, frequencies.inv_freq, options) {}
@@ -145,10 +152,10 @@ TEST(DecodeAttentionTest, ContextIsThatOfTheLayer) {
 // As many keys as fit are coordinates, fastest first.
 TEST(DecodeAttentionTest, CoordinatesAreKeys) {
   const c10::InferenceMode guard;
-  at::manual_seed(3);
+  at::manual_seed(6);
   const auto maps_of = [](int64_t rank) {
     return Layer(config_of(HlaRope::kOriginal, layer_of(0, 0, {}, rank), false), at::kDouble,
-                 {.independence = 1e-2})
+                 {.amplification = 1e3})
         .decode.maps();
   };
   const DecodeMaps all = maps_of(48);
@@ -164,6 +171,94 @@ TEST(DecodeAttentionTest, CoordinatesAreKeys) {
   EXPECT_GT(few.absorbed.pairs(), 0);
   EXPECT_LE(*std::max_element(few.rebuilt.frequency.begin(), few.rebuilt.frequency.end()),
             *std::min_element(few.absorbed.frequency.begin(), few.absorbed.frequency.end()));
+}
+
+// Keys of which each is a fifth independent of the one before it, but all together much less of all
+// others: as many of them are coordinates as the amplification allows, and what is cached in fp32
+// errs by so much.
+TEST(DecodeAttentionTest, CoordinatesAmplifyRoundingByNoMoreThanTheyMay) {
+  const c10::InferenceMode guard;
+  const auto layer_with = [](double amplification) {
+    at::manual_seed(5);
+    return Layer(config_of(HlaRope::kOriginal, layer_of(0, 0, {}, 60), false), at::kDouble,
+                 {.amplification = amplification}, [](HlaAttention& attention) {
+                   const at::Tensor rows = attention.named_parameters()["kv_up.weight"];
+                   for (int64_t row = 1; row < 48; ++row) {
+                     rows[row].mul_(0.2).add_(rows[row - 1], 0.98);
+                   }
+                 });
+  };
+  const auto error_of_rounding = [](const Layer& layer) {
+    const at::Tensor x = layer.random_x(90);
+    const at::Tensor records =
+        layer.decode.project(x, layer.positions(0, 90)).records.to(at::kBFloat16).to(at::kDouble);
+    const at::Tensor values = layer.decode.rebuild(records, layer.positions(0, 90)).second;
+    const at::Tensor exact =
+        layer.decode
+            .rebuild(layer.decode.project(x, layer.positions(0, 90)), layer.positions(0, 90))
+            .second;
+    return ((values - exact).norm() / exact.norm()).item<double>();
+  };
+  const double plain = error_of_rounding(layer_with(0));
+  size_t before = 0;
+  for (const double amplification : {2.0, 4.0, 8.0, 1e3}) {
+    SCOPED_TRACE(amplification);
+    const Layer layer = layer_with(amplification);
+    const size_t pairs = layer.decode.maps().unrotated.size();
+    EXPECT_GE(pairs, before);
+    EXPECT_LE(error_of_rounding(layer), 2 * amplification * plain);
+    before = pairs;
+  }
+  EXPECT_EQ(before, 24u);
+  EXPECT_LT(layer_with(4).decode.maps().unrotated.size(), 24u);
+  EXPECT_GT(error_of_rounding(layer_with(1e3)), 4 * plain);
+}
+
+// Keys are looked at 64 rows at a time. Here are 144, of which the last 16 are the first 16 again.
+TEST(DecodeAttentionTest, KeysOfOtherBlocksCount) {
+  const c10::InferenceMode guard;
+  at::manual_seed(7);
+  for (const int64_t rank : {100, 150}) {
+    SCOPED_TRACE(rank);
+    ModelConfig config = config_of(HlaRope::kOriginal, layer_of(0, 0, {}, rank), false);
+    config.num_attention_heads = 9;
+    config.num_key_value_heads = 9;
+    const Layer layer(config, at::kDouble, {.amplification = 1e3}, [](HlaAttention& attention) {
+      const at::Tensor rows = attention.named_parameters()["kv_up.weight"];
+      rows.slice(0, 8 * kHeadDim, 9 * kHeadDim).copy_(rows.slice(0, 0, kHeadDim));
+    });
+    EXPECT_LE(layer.decode.maps().unrotated.size(), 64u);
+    EXPECT_GE(layer.decode.maps().unrotated.size(), static_cast<size_t>(rank == 100 ? 45 : 64));
+    const at::Tensor x = layer.random_x(7);
+    const RopeTables rope = layer.positions(90, 97);
+    const Qkv expected = layer.attention->project(x.unsqueeze(0), rope);
+    const auto [k, v] = layer.decode.rebuild(layer.decode.project(x, rope).records, rope);
+    EXPECT_LE(max_abs_difference(k, expected.k[0]), 1e-8);
+    EXPECT_LE(max_abs_difference(v, expected.v[0]), 1e-8);
+  }
+}
+
+// A key that nearly is another one becomes a coordinate where that leaves none, else not.
+TEST(DecodeAttentionTest, NearlyDependentKeysAreCoordinatesWhereAllAre) {
+  const c10::InferenceMode guard;
+  const auto pairs_of = [](int64_t rank) {
+    at::manual_seed(5);
+    const Layer layer(config_of(HlaRope::kOriginal, layer_of(0, 0, {}, rank), false), at::kDouble,
+                      {.amplification = 1e3}, [](HlaAttention& attention) {
+                        const at::Tensor rows = attention.named_parameters()["kv_up.weight"];
+                        // Head 0's fastest key, and the same of head 1.
+                        for (const int64_t part : {int64_t{0}, kHeadDim / 2}) {
+                          rows[kHeadDim + part].mul_(0.02).add_(rows[part]);
+                        }
+                      });
+    std::vector<int64_t> counts;
+    for (const DecodeMaps::Stored& stored : layer.decode.maps().stored) {
+      counts.push_back(std::count(stored.index.begin(), stored.index.end(), 0));
+    }
+    return counts;
+  };
+  EXPECT_EQ(pairs_of(60), (std::vector<int64_t>{1, 1, 1}));
+  EXPECT_EQ(pairs_of(40), (std::vector<int64_t>{1, 0, 1}));
 }
 
 // Absorbing keys costs what its bound says, and no more: the error of a score is at most the bound
@@ -395,14 +490,34 @@ TEST(GatherValuesTest, EqualsTheProduct) {
             "nkgw,wkd->nkgd", {contexts.view({tokens, kKvHeads, kGroup, kWidth}), values});
         if (has_bias) expected = expected + bias.unsqueeze(1);
         for (const SimdLevel level : simd_levels()) {
-          const at::Tensor got = at::full({tokens, kKvHeads * kGroup * head_dim}, NAN);
-          gather_values(contexts, values, bias, got, level);
-          EXPECT_LE(max_abs_difference(got, expected.flatten(1)), 1e-5)
-              << "level " << static_cast<int>(level) << ", head_dim " << head_dim << ", tokens "
-              << tokens;
+          for (const bool cancels : {false, true}) {
+            const at::Tensor got = at::full({tokens, kKvHeads * kGroup * head_dim}, NAN);
+            gather_values(contexts, values, bias, cancels, got, level);
+            EXPECT_LE(max_abs_difference(got, expected.flatten(1)), 1e-5)
+                << "level " << static_cast<int>(level) << ", head_dim " << head_dim << ", tokens "
+                << tokens;
+          }
         }
       }
     }
+  }
+}
+
+// As do values of coordinates that nearly depend on each other.
+TEST(GatherValuesTest, NumbersThatCancelLoseNothing) {
+  at::manual_seed(13);
+  const at::Tensor part = at::randn({10, kKvHeads, 40});
+  const at::Tensor small = at::randn({1, kKvHeads, 40});
+  const at::Tensor values = at::cat({part, small, part});
+  const at::Tensor large = 1e5 * at::randn({2, kKvHeads * 3, 10});
+  const at::Tensor rest = at::randn({2, kKvHeads * 3, 1});
+  const at::Tensor contexts = at::cat({large, rest, -large}, 2).flatten(1);
+  const at::Tensor expected =
+      at::einsum("nkg,kd->nkgd", {rest.view({2, kKvHeads, 3}), small.squeeze(0)});
+  for (const SimdLevel level : simd_levels()) {
+    const at::Tensor got = at::full({2, kKvHeads * 3 * 40}, NAN);
+    gather_values(contexts, values, {}, /*cancels=*/true, got, level);
+    EXPECT_LE(max_abs_difference(got, expected.flatten(1)), 1e-5);
   }
 }
 

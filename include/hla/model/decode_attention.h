@@ -30,18 +30,19 @@ struct DecodeAttentionOptions {
   // Keys may be absorbed where each of the two interpolations of that errs by at most this,
   // relative to |q||k| of a frequency.
   double absorb_error = 1e-4;
-  // A key becomes a coordinate where at least this share of its map is independent of the others'.
-  // The less, the more keys are read straight off the cache, but the larger are the numbers that
-  // cancel in values, which records or weights in 16 bits cannot afford.
-  double independence = 0.1;
+  // Keys become coordinates as long as what is made of these errs, where they are rounded, at most
+  // so many times as much as what is made of rounded latents (root mean square, about). The more,
+  // the more keys are read straight off the cache, but the larger are the numbers that cancel in
+  // values, which records or weights in 16 bits cannot afford. Below 1: no key is a coordinate.
+  double amplification = 50;
 };
 
-// The independence for a model and a cache of these types: with 0.1 logits of fp32 are right to
-// about 1e-3 on text (less is cheaper by a few products); 16-bit records take 0.3, and 16-bit
+// The amplification for a model and a cache of these types: with 50 logits of fp32 are right to
+// about 1e-3 on text (more is cheaper by a few products); 16-bit records take 5, and 16-bit
 // weights no other basis than the latent's own. Nor do other devices than the CPU, where what
 // counts is how few operations there are.
-double default_independence(at::ScalarType model, at::ScalarType cache,
-                            at::Device device = at::kCPU);
+double default_amplification(at::ScalarType model, at::ScalarType cache,
+                             at::Device device = at::kCPU);
 
 class DecodeAttention {
  public:
@@ -104,6 +105,7 @@ class DecodeAttention {
   KeyTensors rebuilt_, absorbed_;
   at::Tensor constant_keys_;         // (K·d) the same for all tokens: no score feels it
   at::Tensor values_, values_bias_;  // (context of a head, K, d), (K, d)
+  bool cancels_ = false;             // what values are summed up of
   // For LibTorch's operations: keys before rotation, then values, of records before rotation; and
   // what keys take from records as they are cached, if they do.
   at::Tensor rebuild_, rebuild_bias_;  // (2·K·d, n), (2·K·d)

@@ -146,8 +146,9 @@ at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight, const 
                            SimdLevel level = simd_level());
 
 // Values of averaged coordinates: contexts (N, K·G·w), values (w, K, d), bias (K, d) or undefined
-// -> out (N, K·G·d), all contiguous fp32 on the CPU.
+// -> out (N, K·G·d), all contiguous fp32 on the CPU. `cancels`: products are much larger than what
+// they sum up to, which is done in fp64.
 void gather_values(const at::Tensor& contexts, const at::Tensor& values, const at::Tensor& bias,
-                   const at::Tensor& out, SimdLevel level = simd_level());
+                   bool cancels, const at::Tensor& out, SimdLevel level = simd_level());
 
 }  // namespace hla

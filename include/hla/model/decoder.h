@@ -23,7 +23,7 @@ struct DecoderOptions {
   // Of the caches; nullopt: the model's.
   std::optional<at::ScalarType> cache_dtype = {};
   double absorb_error = DecodeAttentionOptions{}.absorb_error;
-  std::optional<double> independence = {};  // nullopt: default_independence()
+  std::optional<double> amplification = {};  // nullopt: default_amplification()
   // How a chunk attends to what is cached. Rebuilding all keys and values is the plain way.
   enum class Attend { kCheapest, kDecode, kRebuild };
   Attend attend = Attend::kCheapest;
