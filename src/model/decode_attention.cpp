@@ -139,43 +139,36 @@ Choice choose_pairs(const at::Tensor& gram, int64_t kv_heads, int64_t rank, int6
     const auto before = static_cast<int64_t>(taken.size());
     const at::Tensor block = rest.slice(0, begin, end).slice(1, begin, end);
     const auto left = block.accessor<double, 2>();
-    std::vector<int64_t> accepted;         // rows of the block
-    std::vector<std::vector<double>> own;  // their columns of the factor, from `before` on
+    std::vector<int64_t> accepted;  // rows of the block
+    const at::Tensor lower = at::zeros({end - begin, end - begin}, at::kDouble);
+    auto own = lower.accessor<double, 2>();  // of accepted rows: their part of the factor
     for (int64_t row = 0; row < end - begin; row += 2) {
       const size_t accepted_before = accepted.size();
       bool independent = before + static_cast<int64_t>(accepted.size()) + 2 <= rank;
       for (int64_t i = row; i < row + 2 && independent; ++i) {
-        std::vector<double> entries;
+        const auto size = static_cast<int64_t>(accepted.size());
         double square = left[i][i];
-        for (size_t a = 0; a < accepted.size(); ++a) {
-          double entry = left[accepted[a]][i];
-          for (size_t c = 0; c < a; ++c) entry -= own[a][c] * entries[c];
-          entries.push_back(entry / own[a][a]);
-          square -= entries[a] * entries[a];
+        for (int64_t a = 0; a < size; ++a) {
+          double entry = left[accepted[static_cast<size_t>(a)]][i];
+          for (int64_t c = 0; c < a; ++c) entry -= own[a][c] * own[size][c];
+          own[size][a] = entry / own[a][a];
+          square -= own[size][a] * own[size][a];
         }
         independent = square > independence * independence * squares[begin + i];
         if (!independent) break;
-        entries.push_back(std::sqrt(square));
-        own.push_back(std::move(entries));
+        own[size][size] = std::sqrt(square);
         accepted.push_back(i);
       }
-      if (!independent) {
-        accepted.resize(accepted_before);
-        own.resize(accepted_before);
-      }
+      if (!independent) accepted.resize(accepted_before);
       const Pair& pair = order[static_cast<size_t>((begin + row) / 2)];
       (independent ? choice.stored : choice.leftover).push_back(pair);
     }
     if (accepted.empty()) continue;
     const auto size = static_cast<int64_t>(accepted.size());
-    at::Tensor lower = at::zeros({size, size}, at::kDouble);
-    for (size_t a = 0; a < own.size(); ++a) {
-      const at::Tensor entries = at::tensor(own[a], at::kDouble);
-      lower[static_cast<int64_t>(a)].slice(0, 0, entries.numel()).copy_(entries);
-    }
     const at::Tensor lines = rest.slice(0, begin, end).slice(1, begin);
     const at::Tensor known = at::linalg_solve_triangular(
-        lower, lines.index_select(0, at::tensor(accepted, at::kLong)), /*upper=*/false);
+        lower.slice(0, 0, size).slice(1, 0, size),
+        lines.index_select(0, at::tensor(accepted, at::kLong)), /*upper=*/false);
     factor.slice(0, before, before + size).slice(1, begin).copy_(known);
     const at::Tensor behind = known.slice(1, end - begin);
     rest.slice(0, end).slice(1, end).addmm_(behind.t(), behind, /*beta=*/1, /*alpha=*/-1);
@@ -587,10 +580,12 @@ class DecodeAttention::Builder {
     const at::ArrayRef<double> tries = is_quick ? at::ArrayRef<double>(kQuick) : kThorough;
     const int64_t wholes = std::clamp<int64_t>(affordable / 2, 2, kWholes);
     const int64_t step = (maps_.kv_heads + wholes - 1) / wholes;
+    const bool has_room = rows.size(3) >= flat.size(0);  // for all keys
     double least = std::numeric_limits<double>::infinity();
     for (int64_t whole = 0; whole < maps_.kv_heads; whole += step) {
       size_t most = 0;  // pairs that became coordinates
       for (const double independence : tries) {
+        if (independence < kLeast && !has_room) continue;
         Choice choice =
             choose_pairs(gram, maps_.kv_heads, rows.size(3), first, independence, whole);
         const bool is_resort = independence == tries.back() && std::isinf(least);

@@ -97,7 +97,7 @@ constexpr int64_t kGatherBlock = 32;
 // contexts (tokens, kv_heads, group, width), values (width, kv_heads, head_dim), bias (kv_heads,
 // head_dim) or null -> out (tokens, kv_heads, group, head_dim).
 struct GatherArguments {
-  const float* contexts;
+  const void* contexts;  // fp64 where products cancel, else fp32
   const float* values;
   const float* bias;
   float* out;
@@ -1342,7 +1342,7 @@ HLA_INLINE void gather_by(const GatherArguments& a, int64_t begin, int64_t end) 
   constexpr int kRegisters = sizeof(Sum) / sizeof(typename V::Floats);
   constexpr int kUnroll = std::max(2, static_cast<int>(kGatherBlock / V::kLanes) / kRegisters);
   constexpr int kMost = std::clamp(kMostSums<V> / (kUnroll * kRegisters), 1, kMostRows);
-  std::vector<typename Sum::Weight> weights(kMost * static_cast<size_t>(a.width));
+  const auto* all = static_cast<const typename Sum::Weight*>(a.contexts);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t g = block / a.blocks();
     const int64_t first = block % a.blocks() * kGatherBlock;
@@ -1354,9 +1354,7 @@ HLA_INLINE void gather_by(const GatherArguments& a, int64_t begin, int64_t end) 
           for (int r = 0; r < R; ++r) {
             const int64_t head =
                 ((row + r) / a.group * a.kv_heads + g) * a.group + (row + r) % a.group;
-            auto* context = weights.data() + r * a.width;
-            std::copy_n(a.contexts + head * a.width, a.width, context);
-            contexts[r] = context;
+            contexts[r] = all + head * a.width;
             to[r] = a.out + head * a.head_dim + first;
           }
           mix_rows<V, Sum, R, kUnroll, true>(contexts, a.width, a.values + at,
@@ -1586,7 +1584,8 @@ void gather_values(const at::Tensor& contexts, const at::Tensor& values, const a
   arguments.tokens = contexts.size(0);
   arguments.group =
       out.numel() / std::max<int64_t>(1, arguments.tokens * values.size(1) * arguments.head_dim);
-  arguments.contexts = contexts.const_data_ptr<float>();
+  const at::Tensor weights = cancels ? contexts.to(at::kDouble) : contexts;
+  arguments.contexts = weights.const_data_ptr();
   arguments.values = values.const_data_ptr<float>();
   arguments.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
   arguments.out = out.mutable_data_ptr<float>();

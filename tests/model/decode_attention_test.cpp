@@ -174,8 +174,8 @@ TEST(DecodeAttentionTest, CoordinatesAreKeys) {
 }
 
 // Keys of which each is a fifth independent of the one before it, but all together much less of all
-// others: as many of them are coordinates as the amplification allows, and what is cached in fp32
-// errs by so much.
+// others: as many of them are coordinates as the amplification allows, and rounded records err by
+// so much.
 TEST(DecodeAttentionTest, CoordinatesAmplifyRoundingByNoMoreThanTheyMay) {
   const c10::InferenceMode guard;
   const auto layer_with = [](double amplification) {
@@ -189,14 +189,11 @@ TEST(DecodeAttentionTest, CoordinatesAmplifyRoundingByNoMoreThanTheyMay) {
                  });
   };
   const auto error_of_rounding = [](const Layer& layer) {
-    const at::Tensor x = layer.random_x(90);
-    const at::Tensor records =
-        layer.decode.project(x, layer.positions(0, 90)).records.to(at::kBFloat16).to(at::kDouble);
-    const at::Tensor values = layer.decode.rebuild(records, layer.positions(0, 90)).second;
-    const at::Tensor exact =
-        layer.decode
-            .rebuild(layer.decode.project(x, layer.positions(0, 90)), layer.positions(0, 90))
-            .second;
+    const RopeTables rope = layer.positions(0, 90);
+    const at::Tensor records = layer.decode.project(layer.random_x(90), rope).records;
+    const at::Tensor rounded = records.to(at::kBFloat16).to(at::kDouble);
+    const at::Tensor values = layer.decode.rebuild(rounded, rope).second;
+    const at::Tensor exact = layer.decode.rebuild(records, rope).second;
     return ((values - exact).norm() / exact.norm()).item<double>();
   };
   const double plain = error_of_rounding(layer_with(0));
