@@ -91,13 +91,27 @@ class Study:
             shutil.rmtree(done) if Path(done).is_dir() else Path(done).unlink()
         start = time.monotonic()
         print("study: " + self.commands[-1], flush=True)
-        status = subprocess.run([self.arguments.hla, *words]).returncode
+        status = self.wait_for(subprocess.Popen([self.arguments.hla, *words]))
         if status:
+            # Of a measurement that was interrupted: what it had by then is not the step's.
+            if Path(done).is_file():
+                Path(done).unlink()
             sys.exit(f"study: exit status {status} of: hla {self.commands[-1]}")
         seconds = time.monotonic() - start
         self.steps[str(done)] = {**step, "seconds": seconds}
-        self.record.write_text(json.dumps(self.steps, indent=1))
+        written = self.record.with_suffix(".tmp")
+        written.write_text(json.dumps(self.steps, indent=1))
+        written.replace(self.record)
         print(f"study: {seconds:.0f} s", flush=True)
+
+    @staticmethod
+    def wait_for(process):
+        """Its exit status. Ctrl-C reaches `hla` too, which then saves what it has: that may take a step's time."""
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                pass
 
     def seconds(self, name):
         """How long a step took, with all that it was begun anew for; None where that was not recorded."""

@@ -15,7 +15,6 @@ namespace {
 
 struct BenchArguments {
   BenchOptions bench;
-  std::string cache_dtype = "auto";
   std::string json;
   std::string csv;
   std::string plot;
@@ -26,10 +25,9 @@ struct BenchArguments {
 void run_bench(const BenchArguments& arguments) {
   check_output_targets(
       {{"--json", arguments.json}, {"--csv", arguments.csv}, {"--plot", arguments.plot}},
-      arguments.force);
+      arguments.force, arguments.bench.models);
   BenchOptions options = arguments.bench;
   options.load = [&arguments] { return resolve(arguments.device); };
-  options.cache_dtype = parse_dtype(arguments.cache_dtype);
   const BenchReport report = bench(options);
   if (arguments.json != "-" && arguments.csv != "-") std::cout << report.to_markdown();
   if (!arguments.json.empty()) {
@@ -68,9 +66,7 @@ void add_bench(CLI::App& app) {
   command->add_option("-r,--repetitions", bench.repetitions, "Of every test")
       ->check(at_least(1))
       ->capture_default_str();
-  add_cache_dtype_option(*command, arguments->cache_dtype);
-  add_absorb_error_option(*command, bench.absorb_error);
-  add_attend_option(*command, bench.attend);
+  add_decoder_options(*command, bench.decoder);
   add_device_options(*command, arguments->device);
   command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
   command->add_option("--csv", arguments->csv,

@@ -47,6 +47,10 @@ double parse_share(const char* option, const std::string& text) {
   if (number.empty() || *end != 0) {
     throw_usage(std::string("[") + option + "] expected a share like 5% or 0.05, got " + text);
   }
+  if (!percent && value >= 1) {
+    throw_usage(std::string("[") + option + "] expected a share like 5% or 0.05, got " + text +
+                ", which is " + text + "00 %; did you mean " + text + "%?");
+  }
   return percent ? value / 100 : value;
 }
 
@@ -82,8 +86,10 @@ void print(const ConvertArguments& arguments, const ConvertReport& report) {
   std::printf(" (by layer: %s/hla_report.json)\n", arguments.out.c_str());
   if (report.budget) {
     const BudgetReport& budget = *report.budget;
-    std::printf("held out       %lld tokens, perplexity of the base %.3f; at",
-                static_cast<long long>(budget.held_out_tokens), budget.base_perplexity);
+    std::printf(
+        "held out       %lld tokens, perplexity of the base %.3f, at most %+.2f %% asked for; at",
+        static_cast<long long>(budget.held_out_tokens), budget.base_perplexity,
+        100 * arguments.options.target_ppl_increase.value_or(0));
     const auto all =
         static_cast<double>(report.base.base_cache_floats() * report.base.num_hidden_layers);
     for (const BudgetReport::Trial& trial : budget.trials) {
@@ -190,8 +196,10 @@ void run_convert(ConvertArguments& arguments) {
   if (!has_size(options) && options.objective() == Objective::kLoss) {
     options.target_ratio = kDefaultRatio;
   }
+  std::vector<std::string> inputs = arguments.calib;
+  inputs.insert(inputs.end(), {arguments.model, arguments.valid, arguments.plan});
   check_output_targets({{"--json", arguments.json}, {"--plot", arguments.plot}}, options.force,
-                       arguments.out);
+                       inputs, arguments.out);
   if (arguments.dry_run && !arguments.plot.empty()) {
     throw_usage("--plot and --dry-run exclude each other: nothing is converted");
   }

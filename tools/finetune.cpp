@@ -32,7 +32,10 @@ void run_finetune(const FinetuneArguments& arguments) {
     std::cout << to_commented_json(config);
     return;
   }
-  check_output_targets({{"--json", arguments.json}}, arguments.force, config.config.output);
+  std::vector<std::string> inputs = config.config.data.train;
+  inputs.insert(inputs.end(), {config.config.model, config.config.distill.teacher,
+                               config.config.data.valid, arguments.config});
+  check_output_targets({{"--json", arguments.json}}, arguments.force, inputs, config.config.output);
   keep_freed_memory();  // every step takes the same
   const FinetuneReport report = finetune(
       config,

@@ -31,10 +31,7 @@ struct GenerateArguments {
   bool echo = false;
   bool stream = false;
   bool ignore_eos = false;
-  int64_t max_length = 0;
-  std::string cache_dtype = "auto";
-  double absorb_error = DecoderOptions{}.absorb_error;
-  DecoderOptions::Attend attend = DecoderOptions::Attend::kCheapest;
+  DecoderOptions decoder;
   GenerateOptions generate;
   DeviceOptions device;
   std::string json;
@@ -79,6 +76,7 @@ std::vector<std::string> prompts_of(const GenerateArguments& arguments) {
     return {*arguments.prompt};
   }
   std::string prompt = read_standard_input();
+  if (prompt.ends_with('\n')) prompt.pop_back();  // as of `echo`
   require_utf8(prompt, "stdin");
   return {std::move(prompt)};
 }
@@ -144,9 +142,12 @@ void warn_of_two_bos(const std::vector<std::vector<int32_t>>& prompts, const Tok
 }
 
 void run_generate(const GenerateArguments& arguments) {
-  check_output_target("--json", arguments.json, arguments.force);
+  check_output_targets({{"--json", arguments.json}}, arguments.force,
+                       {arguments.model, arguments.prompts});
+  if (arguments.stream && arguments.json == "-") {
+    throw_usage("--stream and --json - exclude each other: both are for stdout");
+  }
   validate(arguments.generate.sampling);
-  const std::optional<at::ScalarType> cache_dtype = parse_dtype(arguments.cache_dtype);
   const std::vector<std::string> prompts = prompts_of(arguments);
   if (arguments.system) require_utf8(*arguments.system, "[--system]");
   if (arguments.stream && prompts.size() > 1) {
@@ -171,12 +172,11 @@ void run_generate(const GenerateArguments& arguments) {
   }
   const ModelConfig config = parse_model_config(checkpoint.config(), checkpoint.path().string());
   const auto model = load_model(checkpoint, resolve(arguments.device));
-  const int64_t limit =
-      arguments.max_length > 0 ? arguments.max_length : config.max_position_embeddings;
-  const Decoder decoder(*model, {.max_length = longest_sequence(ids, options, limit),
-                                 .cache_dtype = cache_dtype,
-                                 .absorb_error = arguments.absorb_error,
-                                 .attend = arguments.attend});
+  DecoderOptions decoding = arguments.decoder;
+  const bool goes_beyond = decoding.max_length > 0;
+  const int64_t limit = goes_beyond ? decoding.max_length : config.max_position_embeddings;
+  decoding.max_length = longest_sequence(ids, options, limit);
+  const Decoder decoder(*model, decoding);
 
   const bool to_stdout = arguments.json == "-";
   OnText on_text;
@@ -204,8 +204,7 @@ void run_generate(const GenerateArguments& arguments) {
     if (report.continuations[i].reason != StopReason::kMaxLength) continue;
     log_info("prompt " + std::to_string(i + 1) + ": ended at " + std::to_string(limit) +
              " tokens, the longest sequence (" +
-             (arguments.max_length > 0 ? "--max-length"
-                                       : "max_position_embeddings; --max-length goes beyond") +
+             (goes_beyond ? "--max-length" : "max_position_embeddings; --max-length goes beyond") +
              ")");
   }
   log_info(statistics(report, peak_bytes));
@@ -221,7 +220,8 @@ void add_generate(CLI::App& app) {
                    "Model folder, HF id in the local cache, or llama2.c file")
       ->required();
   CLI::Option* prompt =
-      command->add_option("--prompt", arguments->prompt, "Text to continue; default: stdin");
+      command->add_option("--prompt", arguments->prompt,
+                          "Text to continue; default: stdin, without a line end at its end");
   command
       ->add_option("--prompts", arguments->prompts,
                    "File with a prompt a line, continued in one batch; *.jsonl: a JSON string a "
@@ -254,7 +254,7 @@ void add_generate(CLI::App& app) {
       ->group(group);
   command
       ->add_option(
-          "--max-length", arguments->max_length,
+          "--max-length", arguments->decoder.max_length,
           "Longest sequence, prompt included; default: the model's "
           "max_position_embeddings, beyond which it was not trained. (Where RoPE is scaled "
           "by length, \"dynamic\" and \"longrope\", it is by the longest that a batch can reach)")
@@ -287,13 +287,12 @@ void add_generate(CLI::App& app) {
       ->capture_default_str()
       ->group(group);
   command->add_option("--seed", sampling.seed, "Of the random numbers")
+      ->needs(temperature)
       ->capture_default_str()
       ->group(group);
 
   add_device_options(*command, arguments->device);
-  add_cache_dtype_option(*command, arguments->cache_dtype);
-  add_attend_option(*command, arguments->attend);
-  add_absorb_error_option(*command, arguments->absorb_error);
+  add_decoder_options(*command, arguments->decoder);
   command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
   command->add_flag("--force", arguments->force, "Replace an existing output file");
   command->footer(

@@ -16,7 +16,9 @@
 #include "hla/core/cpu_features.h"
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
+#include "hla/core/join.h"
 #include "hla/core/log.h"
+#include "hla/core/nearest.h"
 #include "hla/core/version.h"
 #include "hla/model/device.h"
 #include "hla/model/onednn_products.h"
@@ -54,6 +56,40 @@ void refuse_empty_values(const CLI::App& app) {
   }
 }
 
+std::string did_you_mean(const std::string& name, const std::vector<std::string>& names) {
+  const std::string nearest = hla::nearest_name(name, names);
+  return nearest.empty() ? "" : "; did you mean " + nearest + "?";
+}
+
+// What CLI11 has no word of: which command there is not, or what an unknown option was to be.
+void refuse_unknown_names(CLI::App& app, const std::vector<std::string>& arguments) {
+  const std::vector<CLI::App*> given = app.get_subcommands();
+  if (given.empty()) {
+    std::vector<std::string> commands;
+    for (const CLI::App* command : app.get_subcommands({})) commands.push_back(command->get_name());
+    for (const std::string& argument : arguments) {
+      if (argument.starts_with('-')) continue;
+      const std::string meant = did_you_mean(argument, commands);
+      hla::throw_usage("unknown command " + argument +
+                       (meant.empty() ? "; there are: " + hla::join(commands, ", ") : meant));
+    }
+    return;
+  }
+  std::vector<std::string> options;
+  for (const CLI::App* of : {given.front(), &app}) {
+    for (const CLI::Option* option : of->get_options()) {
+      for (const std::string& name : option->get_lnames()) options.push_back("--" + name);
+    }
+  }
+  for (const std::string& argument : arguments) {
+    const std::string name = argument.substr(0, argument.find('='));
+    if (!name.starts_with("--") || name == "--") continue;
+    if (std::find(options.begin(), options.end(), name) != options.end()) continue;
+    const std::string meant = did_you_mean(name, options);
+    if (!meant.empty()) hla::throw_usage("unknown option " + name + meant);
+  }
+}
+
 int run(int argc, char** argv) {
   CLI::App app{"Converts Llama checkpoints to HLA, low-rank latent attention, and measures them."};
   app.name("hla");
@@ -88,6 +124,7 @@ int run(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() != 0) refuse_unknown_names(app, {argv + 1, argv + argc});
     const int code = app.exit(error, std::cout, std::cerr);
     return code == 0 ? 0 : static_cast<int>(ExitCode::kUsage);
   }

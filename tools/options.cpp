@@ -17,6 +17,7 @@
 #include "hla/core/error.h"
 #include "hla/io/atomic_file.h"
 #include "hla/io/json_file.h"
+#include "hla/io/work_dir.h"
 #include "hla/model/device.h"
 
 namespace hla::tools {
@@ -47,36 +48,47 @@ CLI::Validator at_least(int64_t least) {
       "");
 }
 
-void add_cache_dtype_option(CLI::App& command, std::string& target) {
-  command
-      .add_option("--cache-dtype", target, "Of the caches: auto (as the model), fp32, bf16 or fp16")
-      ->check(CLI::IsMember({"auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"}))
-      ->capture_default_str();
-}
-
-void add_attend_option(CLI::App& command, DecoderOptions::Attend& target) {
+std::vector<CLI::Option*> add_decoder_options(CLI::App& command, DecoderOptions& target) {
   const std::map<std::string, DecoderOptions::Attend> ways = {
       {"cheapest", DecoderOptions::Attend::kCheapest},
       {"decode", DecoderOptions::Attend::kDecode},
       {"rebuild", DecoderOptions::Attend::kRebuild}};
-  command
-      .add_option_function<std::string>(
-          "--attend", [ways, &target](const std::string& name) { target = ways.at(name); },
-          "How new tokens attend to the cache: decode (records are read as they are), rebuild "
-          "(keys and values of all tokens are made anew) or cheapest, by products and, without the "
-          "CPU's kernels, by how many operations have to be started")
-      ->check(CLI::IsMember({"cheapest", "decode", "rebuild"}))
-      ->default_str("cheapest");
-}
-
-void add_absorb_error_option(CLI::App& command, double& target) {
-  command
-      .add_option(
-          "--absorb-error", target,
-          "How far scores of cached keys that are not rebuilt may be off, relative to |q||k| "
-          "of a frequency; 0: all such keys are rebuilt, which takes longer")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str();
+  CLI::Option* cache_dtype =
+      command
+          .add_option_function<std::string>(
+              "--cache-dtype",
+              [&target](const std::string& name) { target.cache_dtype = parse_dtype(name); },
+              "Of the caches: auto (as the model), fp32, bf16 or fp16")
+          ->check(CLI::IsMember({"auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"}))
+          ->default_str("auto");
+  CLI::Option* attend =
+      command
+          .add_option_function<std::string>(
+              "--attend",
+              [ways, &target](const std::string& name) { target.attend = ways.at(name); },
+              "How new tokens attend to the cache: decode (records are read as they are), rebuild "
+              "(keys and values of all tokens are made anew) or cheapest, by products and, without "
+              "the CPU's kernels, by how many operations have to be started")
+          ->check(CLI::IsMember({"cheapest", "decode", "rebuild"}))
+          ->default_str("cheapest");
+  CLI::Option* absorb_error =
+      command
+          .add_option(
+              "--absorb-error", target.absorb_error,
+              "How far scores of cached keys that are not rebuilt may be off, relative to |q||k| "
+              "of a frequency; 0: all such keys are rebuilt, which takes longer")
+          ->check(CLI::Range(0.0, 1.0))
+          ->capture_default_str();
+  CLI::Option* amplification =
+      command
+          .add_option(
+              "--amplification", target.amplification,
+              "How many times as much as latents the coordinates that HLA is decoded in may "
+              "err where they are rounded: the more, the more of them are keys, which takes "
+              "fewer products; 0: none")
+          ->check(CLI::Range(0.0, 1e6))
+          ->default_str("50; 5 for caches of 16 bits, 0 for models of 16 bits or on a GPU");
+  return {cache_dtype, attend, absorb_error, amplification};
 }
 
 CLI::Option* add_list_option(CLI::App& command, const std::string& name,
@@ -156,9 +168,9 @@ std::string place_of(std::filesystem::path path) {
   return std::filesystem::weakly_canonical(path, error).string();
 }
 
-}  // namespace
-
-void check_output_target(const std::string& option, const std::string& target, bool force) {
+// Of one option, but for what it has to do with others.
+void check_output_target(const std::string& option, const std::string& target, bool force,
+                         const std::vector<std::string>& inputs) {
   if (target.empty() || target == "-" || is_standard_stream(target)) return;
   std::error_code error;
   const std::filesystem::path path(target);
@@ -180,18 +192,24 @@ void check_output_target(const std::string& option, const std::string& target, b
     throw_runtime("[" + option + "] " + target + ": cannot write in " + folder.string() + ": " +
                   std::strerror(errno));
   }
-  if (force) return;
-  if (std::filesystem::is_regular_file(target, error)) {
-    throw_usage("[" + option + "] " + target + " exists: use --force to replace it");
+  if (!std::filesystem::is_regular_file(target, error)) return;
+  for (const std::string& input : inputs) {
+    if (input.empty() || !is_within(path, input)) continue;
+    throw_usage("[" + option + "] " + target + " is " + (is_within(input, path) ? "" : "part of ") +
+                "what is read; it is not replaced, even with --force");
   }
+  if (!force) throw_usage("[" + option + "] " + target + " exists: use --force to replace it");
 }
 
+}  // namespace
+
 void check_output_targets(const std::vector<std::pair<std::string, std::string>>& targets,
-                          bool force, const std::string& folder) {
+                          bool force, const std::vector<std::string>& inputs,
+                          const std::string& folder) {
   std::vector<std::string> seen;
   if (!folder.empty()) seen.push_back(place_of(folder));
   for (const auto& [option, target] : targets) {
-    check_output_target(option, target, force);
+    check_output_target(option, target, force, inputs);
     if (target.empty()) continue;
     if (target == "-" && option != "--json" && option != "--csv") {
       throw_usage("[" + option + "] expected a file, got -");

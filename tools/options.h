@@ -39,12 +39,8 @@ void add_max_shard_size_option(CLI::App& command, uint64_t& target);
 // Applies --threads and resolves device and dtype.
 LoadOptions resolve(const DeviceOptions& options);
 
-// Registers --cache-dtype, for parse_dtype().
-void add_cache_dtype_option(CLI::App& command, std::string& target);
-
-// Registers --attend and --absorb-error, of DecoderOptions.
-void add_attend_option(CLI::App& command, DecoderOptions::Attend& target);
-void add_absorb_error_option(CLI::App& command, double& target);
+// Registers --cache-dtype, --attend, --absorb-error and --amplification.
+std::vector<CLI::Option*> add_decoder_options(CLI::App& command, DecoderOptions& target);
 
 // An option that takes a list in one argument, "a,b". (CLI11's own lists go on to take the
 // positional that comes after them.)
@@ -54,13 +50,14 @@ CLI::Option* add_list_option(CLI::App& command, const std::string& name,
                              std::vector<int64_t>& target, const std::string& description);
 
 // Writes a result for machines: to stdout for "-", else to a file, which --force may replace.
-// An existing file is refused before the work begins by check_output_target.
+// An existing file is refused before the work begins by check_output_targets.
 void write_json_result(const std::string& target, const nlohmann::json& value, bool force);
 void write_text_result(const std::string& target, const std::string& text, bool force);
-void check_output_target(const std::string& option, const std::string& target, bool force);
-// Of several options at once: no two may name the same place, and none but --json and --csv stdout.
-// Nor may one be `folder`, which the command makes.
+// A file that is among `inputs`, or in a folder of them, is not replaced even with force: it is
+// read. No two options may name the same place, and none but --json and --csv stdout. Nor may one
+// be `folder`, which the command makes.
 void check_output_targets(const std::vector<std::pair<std::string, std::string>>& targets,
-                          bool force, const std::string& folder = "");
+                          bool force, const std::vector<std::string>& inputs,
+                          const std::string& folder = "");
 
 }  // namespace hla::tools

@@ -9,6 +9,7 @@
 #include "hla/core/interrupt.h"
 #include "hla/eval/evaluation.h"
 #include "hla/io/svg_plot.h"
+#include "hla/model/device.h"
 #include "hla/text/corpus.h"
 #include "options.h"
 
@@ -18,6 +19,7 @@ namespace {
 struct PplArguments {
   EvaluationOptions evaluation;
   std::string reference;
+  std::string reference_dtype = "auto";
   std::string tokenizer;
   // The text.
   std::string text;
@@ -46,6 +48,7 @@ EvaluationOptions evaluation_options(const PplArguments& arguments) {
   EvaluationOptions options = arguments.evaluation;
   options.load = resolve(arguments.device);
   if (!arguments.reference.empty()) options.reference = arguments.reference;
+  options.reference_dtype = parse_dtype(arguments.reference_dtype);
   if (!arguments.tokenizer.empty()) options.tokenizer = arguments.tokenizer;
   std::vector<Protocol> protocols = all_protocols();
   if (!arguments.all_protocols) {
@@ -70,9 +73,11 @@ EvaluationOptions evaluation_options(const PplArguments& arguments) {
 }
 
 void run_ppl(const PplArguments& arguments) {
+  std::vector<std::string> inputs = arguments.evaluation.models;
+  inputs.insert(inputs.end(), {arguments.reference, arguments.text, arguments.tokenizer});
   check_output_targets(
       {{"--json", arguments.json}, {"--csv", arguments.csv}, {"--plot", arguments.plot}},
-      arguments.force);
+      arguments.force, inputs);
   const EvaluationOptions options = evaluation_options(arguments);
   const Corpus corpus = load_corpus(arguments);
   if (corpus.kind == Corpus::Kind::kText && arguments.corpus.max_documents) {
@@ -104,6 +109,10 @@ void add_ppl(CLI::App& app) {
       ->required();
   command->add_option("--reference", arguments->reference,
                       "A teacher to compare with: KL divergence, same top-1, paired ratio");
+  command
+      ->add_option("--reference-dtype", arguments->reference_dtype,
+                   "Of the teacher: auto (as --dtype), fp32, bf16, fp16 or fp64")
+      ->capture_default_str();
 
   std::string names;
   for (const std::string& name : dataset_names()) names += (names.empty() ? "" : ", ") + name;
@@ -151,15 +160,29 @@ void add_ppl(CLI::App& app) {
       ->add_option("--stride", arguments->windows.stride,
                    "hf-stride: tokens from window to window; default 512")
       ->group("Protocol");
-  command
-      ->add_option("--limit", arguments->windows.limit, "Only the first N windows (lm-eval: pages)")
-      ->group("Protocol");
+  CLI::Option* limit = command
+                           ->add_option("--limit", arguments->windows.limit,
+                                        "Only the first N windows (lm-eval: pages)")
+                           ->group("Protocol");
   add_list_option(*command, "--windows", arguments->windows.windows,
                   "Only these windows: 0,73,147; not for lm-eval")
+      ->excludes(limit)
       ->group("Protocol");
 
+  ScoreOptions& scoring = arguments->evaluation.scoring;
+  CLI::Option* decode =
+      command
+          ->add_option("--decode", scoring.decode_tokens,
+                       "Read windows N tokens at a time through the cache, as hla generate does, "
+                       "instead of at once; 1: as generated text is read")
+          ->check(at_least(1))
+          ->group("Decoding");
+  for (CLI::Option* option : add_decoder_options(*command, scoring.decoder)) {
+    option->needs(decode)->group("Decoding");
+  }
+
   command
-      ->add_flag("--by-position{16}", arguments->evaluation.scoring.position_buckets,
+      ->add_flag("--by-position{16}", scoring.position_buckets,
                  "Break down by position in the window, in 16 parts; --by-position=N: in N parts")
       ->check(CLI::Range(1, 4096))
       ->group("Report");
@@ -193,6 +216,8 @@ void add_ppl(CLI::App& app) {
       "  hla ppl models/latent-50 --reference models/SmolLM2-135M-Instruct --by-position --limit "
       "4\n"
       "  hla ppl models/SmolLM2-135M-Instruct models/latent-50 --csv table.csv --plot plot.svg\n"
+      "  hla ppl models/latent-50 --decode 8 --cache-dtype bf16 --reference models/latent-50 "
+      "--limit 1\n"
       "  hla ppl data/stories260K/stories260K.bin --text data/wikitext-2/wiki.test.raw --ctx 256 "
       "--limit 8 --json -");
   command->callback([arguments] { run_ppl(*arguments); });

@@ -23,7 +23,8 @@ struct TransferArguments {
 };
 
 void run_transfer(TransferArguments& arguments) {
-  check_output_targets({{"--json", arguments.json}}, arguments.options.force, arguments.out);
+  check_output_targets({{"--json", arguments.json}}, arguments.options.force,
+                       {arguments.conversion, arguments.base, arguments.tuned}, arguments.out);
   set_threads(arguments.threads);
   arguments.options.dtype = parse_dtype(arguments.dtype);
   const TransferReport report =

@@ -27,7 +27,8 @@ std::string nearest_name(const std::string& wanted, const std::vector<std::strin
   size_t least = std::max<size_t>(2, wanted.size() / 3) + 1;
   for (const std::string& name : names) {
     const size_t distance = edit_distance(wanted, name);
-    if (distance < least) {
+    const bool is_like = 2 * distance <= std::max(wanted.size(), name.size());
+    if (is_like && distance < least) {
       least = distance;
       nearest = name;
     }

@@ -9,12 +9,15 @@
 
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
+#include "hla/core/log.h"
 
 namespace hla {
 
 std::string read_standard_input() {
   // read(2) goes on after a signal, and one may come just before poll(2), so neither waits long.
   constexpr int kMilliseconds = 200;
+  if (::isatty(STDIN_FILENO) == 1)
+    log_info("reading from the terminal; Ctrl-D on a new line ends it");
   std::string text;
   std::array<char, 1 << 16> buffer;
   for (;;) {

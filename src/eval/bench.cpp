@@ -195,15 +195,18 @@ class Worker {
   bool is_on_gpu() const { return !model_->device().is_cpu(); }
 
   int64_t longest_sequence() const {
-    return *std::max_element(options_.depths.begin(), options_.depths.end()) +
-           std::max({options_.prompt_tokens, options_.generated_tokens, int64_t{1}});
+    constexpr int64_t kMost = int64_t{1} << 32;  // more than a decoder takes
+    const int64_t depth = *std::max_element(options_.depths.begin(), options_.depths.end());
+    const int64_t tokens =
+        std::max({options_.prompt_tokens, options_.generated_tokens, int64_t{1}});
+    return std::min(depth, kMost) + std::min(tokens, kMost);
   }
 
   // Of the CPU's memory, at the most.
   uint64_t cache_bytes() const {
     if (is_on_gpu()) return 0;
     const int64_t batch = *std::max_element(options_.batches.begin(), options_.batches.end());
-    const at::ScalarType dtype = options_.cache_dtype.value_or(model_->dtype());
+    const at::ScalarType dtype = options_.decoder.cache_dtype.value_or(model_->dtype());
     return static_cast<uint64_t>(batch) *
            sequence_cache_bytes(model_->config(), dtype, longest_sequence());
   }
@@ -211,10 +214,9 @@ class Worker {
   void open_decoder() {
     // What the model makes of positions that it was not trained on does not matter here, nor what
     // dynamic RoPE and longrope make of so long a sequence.
-    decoder_.emplace(*model_, DecoderOptions{.max_length = longest_sequence(),
-                                             .cache_dtype = options_.cache_dtype,
-                                             .absorb_error = options_.absorb_error,
-                                             .attend = options_.attend});
+    DecoderOptions options = options_.decoder;
+    options.max_length = longest_sequence();
+    decoder_.emplace(*model_, options);
   }
 
   // Ids without meaning, the same for all models.
@@ -604,6 +606,7 @@ nlohmann::json BenchReport::to_json() const {
           {"models", paths},
           {"cache_dtype", cache_dtype},
           {"absorb_error", absorb_error},
+          {"amplification", amplification ? nlohmann::json(*amplification) : nlohmann::json()},
           {"bandwidth", bandwidth()},
           {"bandwidths", bandwidths},
           {"results", std::move(list)},
@@ -653,8 +656,10 @@ BenchReport bench(const BenchOptions& options) {
   BenchReport report;
   report.models = static_cast<int64_t>(options.models.size());
   report.paths = options.models;
-  report.cache_dtype = options.cache_dtype ? dtype_label(*options.cache_dtype) : "auto";
-  report.absorb_error = options.absorb_error;
+  const DecoderOptions& decoder = options.decoder;
+  report.cache_dtype = decoder.cache_dtype ? dtype_label(*decoder.cache_dtype) : "auto";
+  report.absorb_error = decoder.absorb_error;
+  report.amplification = decoder.amplification;
   for (const std::string& name : names_of(options.models)) report.costs.push_back({.model = name});
   const size_t tests_a_depth = (options.prompt_tokens > 0 ? 1 : 0) +
                                (options.generated_tokens > 0 ? options.batches.size() : 0);

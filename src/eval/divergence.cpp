@@ -40,6 +40,7 @@ void DivergenceSum::add(const TokenScores& scores, size_t begin, size_t end) {
     teacher_nll_.push_back(static_cast<float>(scores.teacher_nll[i]));
     kl_.push_back(static_cast<float>(scores.kl[i]));
     same_top1_ += scores.same_top1[i];
+    logit_difference_ = std::max(logit_difference_, scores.logit_difference[i]);
   }
 }
 
@@ -86,6 +87,7 @@ Divergence DivergenceSum::result() const {
     result.same_top1_standard_error =
         std::sqrt(result.same_top1 * (1 - result.same_top1) / (n - 1));
   }
+  result.logit_difference = logit_difference_;
   result.delta_p = mean_estimate(dp, dp2, tokens);
   const Estimate mean_square = mean_estimate(dp2, dp4, tokens);
   result.delta_p_rms.value = std::sqrt(mean_square.value);
@@ -123,7 +125,8 @@ nlohmann::json Divergence::to_json() const {
           {"delta_p_mean", delta_p.value},
           {"delta_p_mean_standard_error", delta_p.standard_error},
           {"delta_p_rms", delta_p_rms.value},
-          {"delta_p_rms_standard_error", delta_p_rms.standard_error}};
+          {"delta_p_rms_standard_error", delta_p_rms.standard_error},
+          {"logit_difference", logit_difference}};
 }
 
 }  // namespace hla

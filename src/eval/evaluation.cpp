@@ -8,6 +8,7 @@
 
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
+#include "hla/core/join.h"
 #include "hla/core/log.h"
 #include "hla/core/memory.h"
 #include "hla/core/text_table.h"
@@ -61,6 +62,12 @@ class Evaluator {
     if (options.by_layer && !options.reference) {
       throw_usage("[--by-layer] needs --reference: layers are put into the teacher in turn");
     }
+    if (options.by_layer && options.scoring.decode_tokens > 0) {
+      throw_usage("[--by-layer] layers in turn are read at once; leave out --decode");
+    }
+    if (options.reference_dtype && !options.reference) {
+      throw_usage("[--reference-dtype] is of the teacher; give --reference too");
+    }
     if (options.profile && !options.load.device.is_cpu()) {
       throw_usage("[--profile] times operations on the CPU only; use --device cpu");
     }
@@ -85,7 +92,9 @@ class Evaluator {
         check_same_ids(model, prepared);
         if (options_.by_layer) check_same_layers(model.config, prepared.config);
       }
-      teacher = load_model(prepared.checkpoint, options_.load);
+      LoadOptions load = options_.load;
+      if (options_.reference_dtype) load.dtype = options_.reference_dtype;
+      teacher = load_model(prepared.checkpoint, load);
     }
     warn_of_differences(models);
     for (const Prepared& prepared : models) {
@@ -98,6 +107,9 @@ class Evaluator {
         result_.failure = std::current_exception();
         break;
       }
+    }
+    for (size_t i = result_.models.size(); i < models.size(); ++i) {
+      result_.missing.push_back(models[i].name);
     }
     result_.partial = interrupt_signal() != 0 || result_.failure;
     result_.peak_rss_bytes = peak_memory_bytes(options_.load.device);
@@ -170,14 +182,22 @@ class Evaluator {
     evaluation.device = model->device().str();
     evaluation.dtype = dtype_label(model->dtype());
     evaluation.parameters = model->parameter_count();
-    const auto element_size = static_cast<int64_t>(c10::elementSize(model->dtype()));
+    evaluation.decode_tokens = options_.scoring.decode_tokens;
+    const at::ScalarType cache = options_.scoring.decoder.cache_dtype.value_or(model->dtype());
+    evaluation.cache_dtype = dtype_label(cache);
+    const auto element_size = static_cast<int64_t>(c10::elementSize(cache));
     evaluation.cache_bytes_per_token = config.cache_bytes_per_token(element_size);
     evaluation.base_cache_bytes_per_token = config.base_cache_bytes_per_token(element_size);
     evaluation.weight_bytes = prepared.checkpoint.weight_bytes();
 
     std::optional<OpProfile> profile;
     if (options_.profile) profile.emplace();
-    evaluation.results = score(*model, prepared.plans, options_.scoring, teacher);
+    try {
+      evaluation.results = score(*model, prepared.plans, options_.scoring, teacher);
+    } catch (const Error& error) {
+      if (error.code() != ExitCode::kNonFinite) throw;
+      throw Error(error.code(), prepared.name + ": " + error.what());
+    }
     if (profile) {
       evaluation.profile = {profile->entries(), evaluation.results.front().seconds, 0};
       profile.reset();
@@ -213,6 +233,13 @@ std::string with_error(const Estimate& estimate, int decimals) {
 // Small values need more of them.
 int decimals_for(double value) { return std::abs(value) < 0.01 ? 6 : 4; }
 
+// Of logits: from what rounding makes of them to what another model does.
+std::string difference_text(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, value < 0.01 ? "%.1e" : "%.3f", value);
+  return text;
+}
+
 double kl_percentile(const Divergence& divergence, double wanted) {
   for (const Percentile& p : divergence.kl_percentiles) {
     if (p.percent == wanted) return p.value;
@@ -244,11 +271,24 @@ std::string windows_text(const PerplexityResult& result) {
   return std::to_string(result.windows.size()) + "/" + std::to_string(result.total_windows);
 }
 
+// The numbers of the windows where they are not the first ones; the first `most` of them.
+std::string chosen_windows(const PerplexityResult& result, const char* separator, size_t most) {
+  const std::vector<int64_t>& windows = result.windows;
+  if (windows.empty() || windows.back() == static_cast<int64_t>(windows.size()) - 1) return "";
+  std::string list;
+  for (size_t i = 0; i < std::min(windows.size(), most); ++i) {
+    list += (i == 0 ? "" : separator) + std::to_string(windows[i]);
+  }
+  return windows.size() > most ? list + separator + "…" : list;
+}
+
 std::string describe(const PerplexityResult& result) {
   std::string text = line(
       "protocol", to_string(result.protocol) + (result.partial ? ", PARTIAL: interrupted" : ""));
+  const std::string chosen = chosen_windows(result, ", ", 12);
   text += line("windows", windows_text(result) + " of " + with_thousands(result.context) +
-                              " tokens, stride " + with_thousands(result.stride));
+                              " tokens, stride " + with_thousands(result.stride) +
+                              (chosen.empty() ? "" : ": " + chosen));
   text += line("scored", with_thousands(result.tokens_scored) + " of " +
                              with_thousands(result.tokens) + " tokens");
   text += line("BOS", result.bos);
@@ -280,6 +320,7 @@ std::string describe(const Divergence& d) {
                      fixed(kl_percentile(d, 99.9), digits) + ", max " + fixed(d.kl_max, digits));
   text += line("same top-1", fixed(100 * d.same_top1, 3) + " ± " +
                                  fixed(100 * d.same_top1_standard_error, 3) + " %");
+  text += line("logits", "differ by at most " + difference_text(d.logit_difference));
   text += line("target prob.",
                "Δp mean " + with_error({100 * d.delta_p.value, 100 * d.delta_p.standard_error}, 3) +
                    " %, RMS " +
@@ -289,7 +330,8 @@ std::string describe(const Divergence& d) {
 }
 
 std::string position_table(const PerplexityResult& result) {
-  TextTable table({"position", "tokens", "perplexity", "teacher ppl", "ratio", "KL", "same top-1"});
+  TextTable table({"position", "tokens", "perplexity", "teacher ppl", "ratio", "KL", "same top-1",
+                   "logits differ"});
   for (const PositionBucket& b : result.by_position) {
     std::vector<std::string> row = {std::to_string(b.begin) + "…" + std::to_string(b.end - 1),
                                     with_thousands(b.tokens), fixed(std::exp(b.nll), 4)};
@@ -298,6 +340,7 @@ std::string position_table(const PerplexityResult& result) {
       row.push_back(fixed(std::exp(b.nll - b.teacher_nll), 5));
       row.push_back(fixed(b.kl, decimals_for(b.kl)));
       row.push_back(percent(b.same_top1));
+      row.push_back(difference_text(b.logit_difference));
     }
     table.add(std::move(row));
   }
@@ -388,6 +431,10 @@ std::string common_lines(const Evaluation& evaluation) {
   for (const ModelEvaluation& model : evaluation.models) {
     add(line("device", model.device + ", " + model.dtype + ", " +
                            std::to_string(evaluation.threads) + " threads"));
+    if (model.decode_tokens > 0) {
+      add(line("read", std::to_string(model.decode_tokens) +
+                           " tokens at a time, through a cache in " + model.cache_dtype));
+    }
   }
   if (!is_single(evaluation)) {
     for (const ModelEvaluation& model : evaluation.models) {
@@ -427,6 +474,8 @@ nlohmann::json result_json(const Evaluation& evaluation, const ModelEvaluation& 
   json["tokenizer"] = model.tokenizer;
   json["device"] = model.device;
   json["dtype"] = model.dtype;
+  json["decode_tokens"] = model.decode_tokens;
+  json["cache_dtype"] = model.cache_dtype;
   json["parameters"] = model.parameters;
   json["weight_bytes"] = model.weight_bytes;
   json["cache_bytes_per_token"] = model.cache_bytes_per_token;
@@ -480,6 +529,7 @@ nlohmann::json Evaluation::to_json() const {
        {{"name", text}, {"source", text_source}, {"format", text_format}, {"sha256", text_sha256}}},
       {"warnings", warnings},
       {"partial", partial},
+      {"missing", missing},
       {"threads", threads},
       {"peak_rss_bytes", peak_rss_bytes},
       {"hla_version", version()},
@@ -493,6 +543,7 @@ std::string Evaluation::to_csv() const {
                                              "stride",
                                              "windows",
                                              "total_windows",
+                                             "window_numbers",
                                              "tokens_scored",
                                              "perplexity",
                                              "standard_error",
@@ -507,6 +558,8 @@ std::string Evaluation::to_csv() const {
                                              "bos",
                                              "device",
                                              "dtype",
+                                             "decode_tokens",
+                                             "cache_dtype",
                                              "text",
                                              "text_sha256",
                                              "partial",
@@ -517,7 +570,8 @@ std::string Evaluation::to_csv() const {
                                                        "kl_mean",
                                                        "kl_standard_error",
                                                        "kl_max",
-                                                       "same_top1"};
+                                                       "same_top1",
+                                                       "logit_difference"};
   std::string csv;
   for (const char* column : kColumns) csv += (csv.empty() ? "" : ",") + std::string(column);
   for (const char* column : kDivergenceColumns) csv += "," + std::string(column);
@@ -528,7 +582,8 @@ std::string Evaluation::to_csv() const {
   };
   for (const ModelEvaluation& model : models) {
     for (const PerplexityResult& result : model.results) {
-      const nlohmann::json json = result_json(*this, model, result);
+      nlohmann::json json = result_json(*this, model, result);
+      json["window_numbers"] = chosen_windows(result, " ", result.windows.size());
       std::string row;
       for (const char* column : kColumns) {
         row += (column == kColumns[0] ? "" : ",") + csv_value(value_of(json, column));
@@ -571,7 +626,12 @@ std::string Evaluation::to_text() const {
     out += "\n" + comparison_table(*this);
   }
   for (const ModelEvaluation& model : models) out += details(model, single);
-  if (partial) out += "\nPARTIAL: ended before it was through; not comparable with a whole run\n";
+  const bool cut = std::any_of(models.begin(), models.end(), [](const ModelEvaluation& model) {
+    return std::any_of(model.results.begin(), model.results.end(),
+                       [](const PerplexityResult& result) { return result.partial; });
+  });
+  if (cut) out += "\nPARTIAL: ended before it was through; not comparable with a whole run\n";
+  if (!missing.empty()) out += "\nMISSING: " + join_some(missing) + "\n";
   return out;
 }
 

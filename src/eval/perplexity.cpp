@@ -16,6 +16,7 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/memory.h"
 #include "hla/core/progress.h"
+#include "hla/model/decode_kernels.h"
 #include "hla/model/llama.h"
 
 namespace hla {
@@ -83,10 +84,17 @@ std::vector<Unit> make_units(const std::vector<WindowPlan>& plans, const LlamaFo
   return units;
 }
 
+// Windows of so many tokens that are run together. Products of few tokens take as long as reading
+// the weights, so of windows that are read by few tokens at a time there are more.
+int64_t batch_windows(int64_t length, int64_t decode_tokens) {
+  const int64_t few = decode_tokens > 0 ? kFewRows / decode_tokens : 0;
+  return std::max({int64_t{1}, kBatchTokens / length, few});
+}
+
 // End of the batch that starts at `begin`: units of equal length.
-size_t batch_end(const std::vector<Unit>& units, size_t begin) {
+size_t batch_end(const std::vector<Unit>& units, size_t begin, int64_t decode_tokens) {
   const int64_t length = units[begin].length;
-  const auto most = static_cast<size_t>(std::max<int64_t>(1, kBatchTokens / length));
+  const auto most = static_cast<size_t>(batch_windows(length, decode_tokens));
   size_t end = begin + 1;
   while (end < units.size() && end - begin < most && units[end].length == length) ++end;
   return end;
@@ -115,6 +123,53 @@ std::optional<at::Tensor> run_model(const LlamaForCausalLM& model, const at::Ten
   }
   return model.final_norm(hidden);
 }
+
+// Reads windows by a decoder, so many tokens at a time.
+class WindowDecoder {
+ public:
+  WindowDecoder(const LlamaForCausalLM& model, const ScoreOptions& options, int64_t longest)
+      : model_(model),
+        options_(options.decoder),
+        tokens_(options.decode_tokens),
+        longest_(longest) {}
+
+  // As run_model().
+  std::optional<at::Tensor> run(const at::Tensor& ids) {
+    const int64_t batch = ids.size(0);
+    const int64_t length = ids.size(1);
+    Decoder& decoder = of_length(length);
+    std::vector<SequenceCache> caches;
+    for (int64_t b = 0; b < batch; ++b) caches.push_back(decoder.new_sequence());
+    std::vector<at::Tensor> parts;
+    for (int64_t begin = 0; begin < length; begin += tokens_) {
+      if (interrupt_signal() != 0) return std::nullopt;
+      const int64_t count = std::min(tokens_, length - begin);
+      std::vector<Decoder::Chunk> chunks;
+      for (int64_t b = 0; b < batch; ++b) {
+        const int64_t* first = ids.const_data_ptr<int64_t>() + b * length + begin;
+        chunks.push_back({&caches[static_cast<size_t>(b)], {first, first + count}});
+      }
+      parts.push_back(decoder.read(chunks).view({batch, count, -1}));
+    }
+    return at::cat(parts, 1);
+  }
+
+ private:
+  // One decoder serves all lengths, but where positions go by the longest.
+  Decoder& of_length(int64_t length) {
+    options_.max_length = looks_ahead(model_) ? length : longest_;
+    if (!decoder_ || decoder_->max_length() != options_.max_length) {
+      decoder_.emplace(model_, options_);
+    }
+    return *decoder_;
+  }
+
+  const LlamaForCausalLM& model_;
+  DecoderOptions options_;
+  int64_t tokens_;
+  int64_t longest_;  // window
+  std::optional<Decoder> decoder_;
+};
 
 // The rows that predict the scored tokens of the units, one under the other.
 at::Tensor scored_rows(const at::Tensor& hidden, const std::vector<Unit>& units, size_t begin,
@@ -156,10 +211,24 @@ bool all_finite(const std::vector<double>& values, size_t begin, size_t end) {
                      [](double x) { return std::isfinite(x); });
 }
 
+// Where the first NaN or Inf of a unit's scores, which are not all finite, came from.
+std::string blame(const LlamaForCausalLM& model, const std::vector<Unit>& units, size_t u,
+                  bool decoded) {
+  const at::Tensor ids = input_ids(units, u, u + 1);
+  if (decoded) {
+    const auto hidden = run_model(model, ids);
+    if (hidden && model.logits(*hidden).isfinite().all().item<bool>()) {
+      return "only where it is read through the cache";
+    }
+  }
+  return "first seen after " + first_non_finite(model, ids);
+}
+
 // The scores [begin, end) are those of unit `u`.
 void check_finite(const TokenScores& scores, size_t begin, size_t end,
                   const LlamaForCausalLM& model, const LlamaForCausalLM* teacher,
-                  const std::vector<Unit>& units, size_t u, const std::vector<WindowPlan>& plans) {
+                  const std::vector<Unit>& units, size_t u, const std::vector<WindowPlan>& plans,
+                  bool decodes) {
   const bool student_fine = all_finite(scores.nll, begin, end);
   const bool teacher_fine = teacher == nullptr || all_finite(scores.teacher_nll, begin, end);
   if (student_fine && teacher_fine && (teacher == nullptr || all_finite(scores.kl, begin, end))) {
@@ -171,8 +240,7 @@ void check_finite(const TokenScores& scores, size_t begin, size_t end,
   const std::string where =
       student_fine && teacher_fine
           ? "in the divergence: both models' losses are finite"
-          : "first seen after " +
-                first_non_finite(blame_teacher ? *teacher : model, input_ids(units, u, u + 1));
+          : blame(blame_teacher ? *teacher : model, units, u, decodes && !blame_teacher);
   throw Error(ExitCode::kNonFinite, std::string(blame_teacher ? "teacher" : "model") + ", " +
                                         to_string(plan.protocol) + " window " +
                                         std::to_string(plan.windows[use.window].index) +
@@ -287,6 +355,8 @@ class PlanSum {
       bucket.teacher_nll += scores.teacher_nll[i];
       bucket.kl += scores.kl[i];
       bucket.same_top1 += scores.same_top1[i];
+      bucket.logit_difference =
+          std::max(bucket.logit_difference, static_cast<double>(scores.logit_difference[i]));
     }
   }
 
@@ -342,6 +412,18 @@ int64_t longest_input(const std::vector<Unit>& units) {
   int64_t longest = 0;
   for (const Unit& unit : units) longest = std::max(longest, unit.input_length());
   return longest;
+}
+
+// Bytes on the CPU that reading the longest windows through caches takes beside what scoring needs.
+uint64_t decoding_bytes(const LlamaForCausalLM& model, int64_t longest,
+                        const ScoreOptions& options) {
+  if (options.decode_tokens == 0 || !model.device().is_cpu()) return 0;
+  const auto batch = static_cast<uint64_t>(batch_windows(longest, options.decode_tokens));
+  const uint64_t caches = sequence_cache_bytes(
+      model.config(), options.decoder.cache_dtype.value_or(model.dtype()), longest);
+  const uint64_t states = 2 * static_cast<uint64_t>(longest * model.config().hidden_size) *
+                          c10::elementSize(model.dtype());
+  return batch * (caches + states);
 }
 
 // `extra`: bytes of the CPU's memory beside what scoring needs.
@@ -421,16 +503,19 @@ std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
   const auto start = std::chrono::steady_clock::now();
   if (teacher != nullptr) check_same_vocabulary(model.config(), teacher->config());
   const std::vector<Unit> units = make_units(plans, model, teacher);
-  preflight(model, teacher, longest_input(units));
+  const int64_t longest = longest_input(units);
+  preflight(model, teacher, longest, decoding_bytes(model, longest, options));
+  WindowDecoder decoder(model, options, longest);
+  const bool decodes = options.decode_tokens > 0;
   std::vector<PlanSum> sums;
   for (const WindowPlan& plan : plans) sums.emplace_back(plan, options, teacher != nullptr);
 
   Progress progress("scoring windows", static_cast<int64_t>(units.size()), options.progress);
   for (size_t begin = 0, end = 0; begin < units.size(); begin = end) {
-    end = batch_end(units, begin);
+    end = batch_end(units, begin, options.decode_tokens);
     const at::Tensor ids = input_ids(units, begin, end);
     const at::Tensor targets = scored_targets(units, begin, end);
-    const auto hidden = run_model(model, ids);
+    const auto hidden = decodes ? decoder.run(ids) : run_model(model, ids);
     const auto teacher_hidden = teacher != nullptr ? run_model(*teacher, ids) : std::nullopt;
     if (interrupt_signal() != 0) break;
     const at::Tensor rows = scored_rows(*hidden, units, begin, end);
@@ -442,7 +527,7 @@ std::vector<PerplexityResult> score(const LlamaForCausalLM& model,
     size_t offset = 0;
     for (size_t u = begin; u < end; ++u) {
       const size_t next = offset + static_cast<size_t>(units[u].scored());
-      check_finite(scores, offset, next, model, teacher, units, u, plans);
+      check_finite(scores, offset, next, model, teacher, units, u, plans, decodes);
       for (const Use& use : units[u].uses) sums[use.plan].add(use.window, units[u], scores, offset);
       offset = next;
     }
@@ -546,6 +631,7 @@ nlohmann::json PerplexityResult::to_json() const {
         entry["teacher_nll"] = bucket.teacher_nll;
         entry["kl_mean"] = bucket.kl;
         entry["same_top1"] = bucket.same_top1;
+        entry["logit_difference"] = bucket.logit_difference;
       }
       list.push_back(std::move(entry));
     }

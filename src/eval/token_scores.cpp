@@ -89,18 +89,19 @@ TokenScores compare_blocks(const LlamaForCausalLM& student, const at::Tensor& st
     scores.kl.push_back(state.cross / state.teacher.sum - log_sum(state.teacher) +
                         log_sum(state.student));
     scores.same_top1.push_back(state.teacher.argmax == state.student.argmax ? 1 : 0);
+    scores.logit_difference.push_back(state.difference);
   }
   return scores;
 }
 
-at::Tensor wide_log_softmax(const LlamaForCausalLM& model, const at::Tensor& hidden) {
-  const at::Tensor logits = model.logits(hidden);
-  return logits.to(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).log_softmax(-1);
-}
+// At least fp32: in 16 bits the sum over a vocabulary is worth little.
+at::ScalarType wide(at::ScalarType dtype) { return at::promote_types(dtype, at::kFloat); }
 
-void append(std::vector<double>& to, const at::Tensor& values) {
-  const at::Tensor cpu = values.to(at::kCPU, at::kDouble).contiguous();
-  to.insert(to.end(), cpu.const_data_ptr<double>(), cpu.const_data_ptr<double>() + cpu.numel());
+template <typename Number>
+void append(std::vector<Number>& to, const at::Tensor& values) {
+  const at::Tensor cpu = values.to(at::kCPU, c10::CppTypeToScalarType<Number>::value).contiguous();
+  const auto* data = cpu.template const_data_ptr<Number>();
+  to.insert(to.end(), data, data + cpu.numel());
 }
 
 // Calls action(begin, end) for chunks of rows whose logits are held whole.
@@ -120,8 +121,11 @@ TokenScores score_tokens(const LlamaForCausalLM& model, const at::Tensor& hidden
   TokenScores scores;
   for_chunks(hidden.size(0), model.config().vocab_size, [&](int64_t begin, int64_t end) {
     const at::Tensor target = targets.slice(0, begin, end).to(hidden.device()).unsqueeze(1);
-    append(scores.nll,
-           -wide_log_softmax(model, hidden.slice(0, begin, end)).gather(1, target).squeeze(1));
+    append(scores.nll, -model.logits(hidden.slice(0, begin, end))
+                            .to(wide(model.dtype()))
+                            .log_softmax(-1)
+                            .gather(1, target)
+                            .squeeze(1));
   });
   return scores;
 }
@@ -134,11 +138,15 @@ TokenScores compare_tokens(const LlamaForCausalLM& student, const at::Tensor& st
   if (!naive && blocks_apply(student, student_hidden) && blocks_apply(teacher, teacher_hidden)) {
     return compare_blocks(student, student_hidden, teacher, teacher_hidden, targets);
   }
+  // Of both the wider one: what fp32 loses in such a sum is more than what divides like models.
+  const at::ScalarType dtype = wide(at::promote_types(student.dtype(), teacher.dtype()));
   TokenScores scores;
   for_chunks(student_hidden.size(0), vocab, [&](int64_t begin, int64_t end) {
-    const at::Tensor q = wide_log_softmax(student, student_hidden.slice(0, begin, end));
-    const at::Tensor p =
-        wide_log_softmax(teacher, teacher_hidden.slice(0, begin, end)).to(q.device());
+    const at::Tensor s = student.logits(student_hidden.slice(0, begin, end)).to(dtype);
+    const at::Tensor t = teacher.logits(teacher_hidden.slice(0, begin, end)).to(s.device(), dtype);
+    append(scores.logit_difference, (t - s).abs().amax(-1));
+    const at::Tensor q = s.log_softmax(-1);
+    const at::Tensor p = t.log_softmax(-1);
     const at::Tensor target = targets.slice(0, begin, end).to(q.device()).unsqueeze(1);
     append(scores.nll, -q.gather(1, target).squeeze(1));
     append(scores.teacher_nll, -p.gather(1, target).squeeze(1));

@@ -9,6 +9,7 @@
 
 #include "hla/core/error.h"
 #include "hla/core/interrupt.h"
+#include "hla/core/log.h"
 #include "hla/core/memory.h"
 #include "hla/factorize/scratch_tensors.h"
 #include "hla/factorize/statistics.h"
@@ -149,6 +150,15 @@ void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tok
       ids_.push_back(sequences[turn]);
       more = true;
     }
+  }
+  // Every text gives whole sequences.
+  const auto missing = options.calib_tokens - tokens();
+  if (missing >= static_cast<int64_t>(texts) * length) {
+    log_warning("the calibration texts have " + std::to_string(tokens()) + " tokens of the " +
+                std::to_string(options.calib_tokens) + " of --calib-tokens");
+  } else if (missing < 0) {
+    log_info("calibration takes " + std::to_string(tokens()) +
+             " tokens: " + std::to_string(length) + " of each text (--calib-length) at least");
   }
   if (options.target_ppl_increase && options.valid) {
     held_out_ = calibration_sequences(read(*options.valid), kHeldOutSequences, length);

@@ -406,7 +406,7 @@ class Conversion {
     const std::filesystem::path& folder = work_.output();
     report_.base_parameters = parameter_count(report_.base);
     report_.hla_parameters = parameter_count(report_.hla);
-    if (options_.dtype) set_config_dtype(report_.hla.raw, dtype_);
+    set_config_dtype(report_.hla.raw, dtype_);
     const nlohmann::json json = report_.to_json(options_, /*measured=*/false);
     write_json_file(folder / "hla_report.json", json, /*force=*/false);
     AtomicFile card(folder / "README.md", /*force=*/false);

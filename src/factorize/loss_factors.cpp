@@ -265,6 +265,10 @@ LossCurve predict_loss(const ModelConfig& config, const AttentionWeights& weight
       if (values[shared] < best.loss) best = {rank, shared, values[shared]};
     }
   }
+  // Numbers of floats that no rank which was tried comes to: fewer are used there.
+  for (size_t i = 1; i < curve.points.size(); ++i) {
+    if (!std::isfinite(curve.points[i].loss)) curve.points[i] = curve.points[i - 1];
+  }
   return curve;
 }
 

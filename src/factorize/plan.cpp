@@ -100,7 +100,8 @@ LayerPlan plan_layer(const ModelConfig& base, const ConvertOptions& options, int
                                 : nearest_share(part, whole);
   };
 
-  if (!(ratio > 0 && ratio <= 1)) {
+  // Bytes have been looked at as such.
+  if (!(ratio > 0 && ratio <= 1) && !options.target_bytes) {
     problems.add(std::string(options.target_ratio ? "--target-ratio" : "--kv-ratio") +
                  ": expected a number above 0 and at most 1, got " + std::to_string(ratio));
   }

@@ -500,7 +500,7 @@ class Transfer {
     report["hla_version"] = version();
     report["hla_commit"] = version_commit();
     write_json_file(folder / "transfer.json", report, /*force=*/false);
-    if (options_.dtype) set_config_dtype(hla_.raw, *options_.dtype);
+    set_config_dtype(hla_.raw, options_.dtype.value_or(stored_dtype(tuned_)));
     write_model_files(tuned_, hla_config_json(hla_), folder);
   }
 

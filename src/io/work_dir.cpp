@@ -22,6 +22,8 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 constexpr const char* kStepsName = "steps.json";
+constexpr const char* kOutputName = "output";
+constexpr const char* kScratchName = "scratch";
 constexpr int kFormat = 1;
 // The last step: the output is about to get its name. Its result says which folder that is.
 constexpr const char* kCommitStep = "commit";
@@ -34,14 +36,9 @@ json inode(const fs::path& folder) {
   return static_cast<uint64_t>(info.st_ino);
 }
 
-// Whether a path is in a folder that is there, or is it.
-bool is_within(const fs::path& path, const fs::path& folder) {
-  std::error_code error;
-  for (fs::path place = fs::weakly_canonical(path, error); place.has_relative_path();
-       place = place.parent_path()) {
-    if (fs::equivalent(place, folder, error)) return true;
-  }
-  return false;
+// Whether the output has got its name: what lies here now is the old one, or nothing.
+bool is_finished(const json& steps, const fs::path& root) {
+  return steps.contains(kCommitStep) && steps[kCommitStep] != inode(root / kOutputName);
 }
 
 // Of an unfinished run, where it can be read.
@@ -74,8 +71,42 @@ std::string differences(const json& before, const json& now) {
 
 }  // namespace
 
+bool is_within(const fs::path& path, const fs::path& folder) {
+  std::error_code error;
+  for (fs::path place = fs::weakly_canonical(path, error); place.has_relative_path();
+       place = place.parent_path()) {
+    if (fs::equivalent(place, folder, error)) return true;
+  }
+  return false;
+}
+
 void WorkDir::check_target(const fs::path& target, bool force) {
-  detail::require_replaceable(detail::folder_target(target), target, force);
+  const fs::path folder = detail::folder_target(target);
+  remove_finished(root_of(folder));
+  detail::require_replaceable(folder, target, force);
+}
+
+// What is left where a process was killed after its output got its name: gigabytes that nobody
+// would look for, as the same command is refused since.
+void WorkDir::remove_finished(const fs::path& root) {
+  const int fd = ::open(root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+  if (fd < 0) return;
+  std::error_code ignored;
+  if (detail::try_lock(fd) && fs::exists(root / kStepsName, ignored)) {
+    try {
+      const json state = read_json_file(root / kStepsName);
+      if (is_state(state) && is_finished(state["steps"], root)) {
+        // Last of all what says so.
+        for (const char* part : {kOutputName, kScratchName, kStepsName}) {
+          fs::remove_all(root / part, ignored);
+        }
+        fs::remove(root, ignored);
+      }
+    } catch (const Error&) {
+      // begin() says so.
+    }
+  }
+  ::close(fd);
 }
 
 void WorkDir::check_inputs(const fs::path& target, const std::vector<fs::path>& inputs) {
@@ -102,8 +133,8 @@ WorkDir::WorkDir(const fs::path& target, bool force)
     : shown_(target), target_(detail::folder_target(target)), force_(force) {
   check_target(shown_, force_);
   root_ = root_of(target_);
-  output_ = root_ / "output";
-  scratch_ = root_ / "scratch";
+  output_ = root_ / kOutputName;
+  scratch_ = root_ / kScratchName;
   lock();
 }
 
@@ -141,6 +172,8 @@ WorkDir::~WorkDir() {
   if (!begun_) {
     fs::remove(root_, ignored);  // if it is empty: what an earlier run left is not ours to judge
   } else if (!keep_ || steps_.empty()) {
+    // Last of all what says which steps are complete, by which remove_finished() knows it.
+    for (const fs::path& part : {output_, scratch_}) fs::remove_all(part, ignored);
     fs::remove_all(root_, ignored);
   } else {
     log_info("kept what is complete in " + root_.string() + "; the same command goes on there");
@@ -188,11 +221,8 @@ bool WorkDir::take_up(Others others) {
     if (others == Others::kRefuse) refuse(reason, kGiveThose);
     return start_over(reason);
   }
-  // A run that was killed just after the output got its name: what lies here now is the old one.
   const json& steps = state["steps"];
-  if (steps.contains(kCommitStep) && steps[kCommitStep] != inode(output_)) {
-    return start_over("what was begun there is finished");
-  }
+  if (is_finished(steps, root_)) return start_over("what was begun there is finished");
   steps_ = steps;
   log_info(root_.string() + ": going on after " + std::to_string(steps_.size()) +
            (steps_.size() == 1 ? " complete part" : " complete parts"));

@@ -177,6 +177,17 @@ float row_max(const float* x, int64_t n) {
   return max;
 }
 
+HLA_MULTIVERSION
+float largest_difference(const float* a, const float* b, int64_t n) {
+  float largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const float difference = __builtin_fabsf(a[i] - b[i]);
+    largest = difference > largest ? difference : largest;
+  }
+  return largest;
+}
+
 // Stands in for columns that are not there: weight e^-87 and no difference.
 constexpr float kPadding = -1e30F;
 
@@ -517,6 +528,7 @@ void update_pair(const at::Tensor& teacher, const at::Tensor& student, int64_t f
     const WeightedSums sums = weighted_sums(t, s, n, state.teacher.max);
     state.teacher.sum = state.teacher.sum * teacher_scale + sums.sum;
     state.cross = state.cross * teacher_scale + sums.cross;
+    state.difference = std::max(state.difference, largest_difference(t, s, n));
     state.student.sum *= raise_max(state.student, s, n, first_column);
     state.student.sum += sum_of_exp(s, n, state.student.max);
     take_target(state.teacher, t, n, first_column, targets[row]);

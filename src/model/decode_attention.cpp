@@ -38,6 +38,19 @@ at::Tensor columns(const at::Tensor& x, const Ranges& ranges) {
   return at::cat(parts, 1);
 }
 
+// As at::linear of fp32 (N, D), but summed up in parts, and these in fp64: one product after the
+// other errs more than rounding does, which in some coordinates is too much.
+at::Tensor linear_in_parts(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  constexpr int64_t kPart = 128;
+  at::Tensor sum = at::zeros({x.size(0), weight.size(0)}, x.options().dtype(at::kDouble));
+  for (int64_t begin = 0; begin < x.size(1); begin += kPart) {
+    const int64_t end = std::min(begin + kPart, x.size(1));
+    sum.add_(at::linear(x.slice(1, begin, end), weight.slice(1, begin, end)));
+  }
+  if (bias.defined()) sum.add_(bias);
+  return sum.to(at::kFloat);
+}
+
 constexpr int64_t kTurnOperations = 14;  // of LibTorch, by DecodeAttention::turn()
 
 // Writes the columns of `from` (N, …) over those of `to` in these ranges.
@@ -603,9 +616,12 @@ class DecodeAttention::Builder {
     return make_basis(std::move(best), rows, bias, first);
   }
 
-  // The coordinates that any of the rows reads, in stretches.
+  // The coordinates that any of the rows reads, in stretches; of pairs that turn both.
   Ranges columns_read(const at::Tensor& rows) const {
     const at::Tensor used = rows.abs().amax(0).gt(0);
+    const auto pairs = static_cast<int64_t>(maps_.unrotated.size());
+    const at::Tensor turning = used.slice(0, 0, 2 * pairs).view({pairs, 2});
+    turning.copy_(turning.any(1, /*keepdim=*/true).expand_as(turning));
     Ranges ranges;
     for (int64_t i = 0; i < maps_.floats; ++i) {
       if (!used[i].item<bool>()) continue;
@@ -768,8 +784,12 @@ DecodeAttention::Projected DecodeAttention::project(const at::Tensor& x,
     const at::Tensor records = attention_.records(x.unsqueeze(0), rope).squeeze(0);
     return {records, records};
   }
-  const at::Tensor plain = is_few_rows(x, down_) ? few_rows_linear(x, down_, down_bias_)
-                                                 : at::linear(x, down_, down_bias_);
+  const auto product = [&] {
+    if (is_few_rows(x, down_)) return few_rows_linear(x, down_, down_bias_);
+    return cancels_ && cpu::applies(x) ? linear_in_parts(x, down_, down_bias_)
+                                       : at::linear(x, down_, down_bias_);
+  };
+  const at::Tensor plain = product();
   return {plain, turn(plain, rotation_.numel(), rope, /*back=*/false)};
 }
 

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <limits>
+
 #include "hla/core/error.h"
 #include "hla/core/memory.h"
 #include "hla/model/device.h"
@@ -22,6 +24,11 @@ Decoder::Decoder(const LlamaForCausalLM& model, const DecoderOptions& options)
       max_length_(options.max_length > 0 ? options.max_length
                                          : model.config().max_position_embeddings),
       cache_dtype_(options.cache_dtype.value_or(model.dtype())) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (max_length_ > kMost) {
+    throw_usage("[decoder] expected a sequence of at most " + std::to_string(kMost) +
+                " tokens, got " + std::to_string(max_length_));
+  }
   const ModelConfig& config = model.config();
   const RopeFrequencies frequencies =
       rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings, max_length_);

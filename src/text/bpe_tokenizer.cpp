@@ -393,11 +393,12 @@ class AddedTokenFinder {
  public:
   void add(AddedToken token) {
     if (token.content.empty()) return;
-    auto& list = by_first_byte_[static_cast<unsigned char>(token.content[0])];
-    list.push_back(std::move(token));
-    std::stable_sort(list.begin(), list.end(), [](const AddedToken& a, const AddedToken& b) {
-      return a.content.size() > b.content.size();
-    });
+    auto& lengths = lengths_[static_cast<unsigned char>(token.content[0])];
+    const size_t length = token.content.size();
+    const auto place = std::lower_bound(lengths.begin(), lengths.end(), length, std::greater<>());
+    if (place == lengths.end() || *place != length) lengths.insert(place, length);
+    std::string content = token.content;
+    tokens_.try_emplace(std::move(content), std::move(token));
   }
 
   // Calls text(begin, end) and token(id) in order.
@@ -428,8 +429,10 @@ class AddedTokenFinder {
 
  private:
   const AddedToken* longest_at(std::string_view text, size_t i) const {
-    for (const AddedToken& token : by_first_byte_[static_cast<unsigned char>(text[i])]) {
-      if (text.compare(i, token.content.size(), token.content) == 0) return &token;
+    for (const size_t length : lengths_[static_cast<unsigned char>(text[i])]) {
+      if (length > text.size() - i) continue;
+      const auto found = tokens_.find(text.substr(i, length));
+      if (found != tokens_.end()) return &found->second;
     }
     return nullptr;
   }
@@ -464,8 +467,16 @@ class AddedTokenFinder {
     return i;
   }
 
-  std::array<std::vector<AddedToken>, 256> by_first_byte_;
-  Regex word_{R"(\w)"};
+  struct Hash {
+    using is_transparent = void;
+    size_t operator()(std::string_view text) const { return std::hash<std::string_view>()(text); }
+  };
+
+  std::unordered_map<std::string, AddedToken, Hash, std::equal_to<>> tokens_;
+  std::array<std::vector<size_t>, 256> lengths_;  // of tokens by first byte, longest first
+  // \w of Rust's regex, which this is matched by there.
+  Regex word_{R"([\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{200C}\x{200D}\x{24B6}-\x{24E9}\x{1F130}-\x{1F149})"
+              R"(\x{1F150}-\x{1F169}\x{1F170}-\x{1F189}])"};
   Regex space_{R"(\s)"};
 };
 

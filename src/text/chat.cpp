@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string_view>
 
 #include "hla/core/error.h"
@@ -41,6 +42,32 @@ bool for_characters(const std::string& jinja, const Action& action) {
     }
   }
   return true;
+}
+
+constexpr char kQuote = '\1';  // where a string of Jinja begins or ends
+
+std::string quoted(std::string text) {
+  std::replace(text.begin(), text.end(), '\'', kQuote);
+  return text;
+}
+
+// A template without what says nothing: white space and "-" at tags outside of strings; and with
+// strings that are put together as one. Absent where it cannot be read.
+std::optional<std::string> compacted(const std::string& jinja) {
+  std::string compact;
+  const bool is_read = for_characters(jinja, [&](char c, bool in_string) {
+    if (!in_string) {
+      if (c == ' ' || c == '\n' || c == '\t') return;
+      const bool opens = compact.ends_with("{%") || compact.ends_with("{{");
+      if (c == '-' && opens) return;
+      if ((c == '%' || c == '}') && compact.ends_with('-')) compact.pop_back();
+    }
+    compact += !in_string && c == '\'' ? kQuote : c;
+  });
+  if (!is_read) return std::nullopt;
+  const std::string seam = quoted("'+'");
+  for (size_t at = 0; (at = compact.find(seam, at)) != std::string::npos;) compact.erase(at, 3);
+  return compact;
 }
 
 // Whether something between its tags is written out, as transformers has Jinja read them
@@ -91,36 +118,30 @@ ChatTemplate ChatTemplate::parse(const std::string& jinja, const std::string& na
                     "write the prompt out, without the token that the tokenizer puts in front, and "
                     "use --prompt");
   };
-  std::string text;
-  std::string compact;  // without white space, which outside of strings says nothing
-  const bool is_read = for_characters(jinja, [&](char c, bool in_string) {
-    text += c;
-    if (in_string || (c != ' ' && c != '\n')) compact += c;
-  });
-  // The message of every turn, and the start of the answer.
-  const std::string turn =
-      "{{'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>'+'\n'}}";
-  if (!is_read || has_text_between_tags(jinja) || compact.find(turn) == std::string::npos ||
-      compact.find("{%ifadd_generation_prompt%}{{'<|im_start|>assistant\n'}}{%endif%}") ==
-          std::string::npos ||
-      compact.find("bos_token") != std::string::npos) {  // none is put in front
-    refuse();
-  }
+  const std::optional<std::string> compact =
+      has_text_between_tags(jinja) ? std::nullopt : compacted(jinja);
+  if (!compact) refuse();
+  std::string_view rest = *compact;
+  const auto take = [&rest](const std::string& part) {
+    const bool is_next = rest.starts_with(quoted(part));
+    if (is_next) rest.remove_prefix(quoted(part).size());
+    return is_next;
+  };
   ChatTemplate result;
-  const std::string system = std::string("{{ '") + kStart + "system\n";
-  const size_t begin = text.find(system);
-  if (begin == std::string::npos) {
-    // A system message that is made in another way must not get lost.
-    if (compact.find("system") != std::string::npos) refuse();
-    return result;
+  take("{%ifnotadd_generation_promptisdefined%}{%setadd_generation_prompt=false%}{%endif%}");
+  if (!take("{%formessageinmessages%}")) refuse();
+  if (take("{%ifloop.firstandmessages[0]['role']!='system'%}{{'<|im_start|>system\n")) {
+    result.default_system_ =
+        std::string(rest.substr(0, std::min(rest.find(kQuote), rest.find(kEnd))));
+    rest.remove_prefix(result.default_system_.size());
+    if (!take("<|im_end|>\n'}}{%endif%}")) refuse();
   }
-  const size_t content = begin + system.size();
-  const size_t end = text.find(kEnd, content);
-  if (end == std::string::npos ||
-      compact.find("{%ifloop.firstandmessages[0]['role']!='system'%}") == std::string::npos) {
+  // The message of every turn, and the start of the answer; and nothing else.
+  if (!take("{{'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>\n'}}{%endfor%}"
+            "{%ifadd_generation_prompt%}{{'<|im_start|>assistant\n'}}{%endif%}") ||
+      !rest.empty()) {
     refuse();
   }
-  result.default_system_ = text.substr(content, end - content);
   return result;
 }
 

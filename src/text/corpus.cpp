@@ -17,6 +17,7 @@
 #include "hla/core/interrupt.h"
 #include "hla/core/join.h"
 #include "hla/core/log.h"
+#include "hla/core/nearest.h"
 #include "hla/core/sha256.h"
 #include "hla/io/folder.h"
 #include "hla/io/hub_cache.h"
@@ -498,6 +499,12 @@ Search find_dataset(const Dataset& dataset, const std::string& split) {
 Source source_of_path(const fs::path& path, const CorpusOptions& options) {
   Source source;
   std::error_code error;
+  if (!fs::exists(path, error) && !error) {
+    const std::string name = path.string();
+    const std::string like = nearest_name(name.substr(0, name.find(':')), dataset_names());
+    throw_bad_input(name + ": no such file or folder" +
+                    (like.empty() ? "" : "\n  hint: did you mean the dataset " + like + "?"));
+  }
   source.text_documents = fs::is_directory(path, error);
   if (!source.text_documents && path.extension() == ".json") {
     throw_bad_input(

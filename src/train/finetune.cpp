@@ -4,6 +4,7 @@
 #include <cmath>
 #include <fstream>
 #include <functional>
+#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -73,6 +74,7 @@ class Run {
                     config_.distill.attention_steps > 0 || config_.distill.hidden > 0);
     }
     check_tuned(*model_, config_);
+    warn_of_no_effect();
     plan_evaluation();
     settings_ = settings();
     work_.emplace(config_.output, options_.force);
@@ -115,6 +117,16 @@ class Run {
       throw_if_interrupted();
     }
     progress.finish();
+    const FinetuneEvaluation& before = report_.evaluations.front();
+    if (!(measure(evaluation(best())) < measure(before))) {
+      const bool by_kl = measures_kl(before);
+      const auto value = [&](const FinetuneEvaluation& one) {
+        return by_kl ? fixed(*one.kl, 5) : fixed(one.perplexity, 4);
+      };
+      log_warning("no model was better than the one before the first step: " +
+                  std::string(by_kl ? "KL to the teacher " : "perplexity ") + value(before) +
+                  " before, " + value(evaluation(best())) + " of what is written");
+    }
     report_.skipped_steps = trainer.skipped_steps();
     report_.seconds += seconds_since(start_);
     report_.peak_bytes = peak_memory_bytes(model_->device());
@@ -148,6 +160,16 @@ class Run {
     inputs.insert(inputs.end(), {config.model, config.distill.teacher, config.data.valid});
     WorkDir::check_inputs(config.output, inputs);
     return config;
+  }
+
+  // A teacher that was forgotten makes plain tuning of distillation.
+  void warn_of_no_effect() const {
+    if (!config_.distill.teacher.empty()) return;
+    for (const auto& [key, origin] : resolved_.origin) {
+      if (key.starts_with("distill.") && key != "distill.attention_steps" && origin != "default") {
+        log_warning("[" + key + "] has no effect without distill.teacher");
+      }
+    }
   }
 
   // Of what the trainer will hold, that is in memory already: weights that were converted when they
@@ -214,6 +236,13 @@ class Run {
                       " in " + config_.data.valid);
     }
     plan_ = plan_windows(valid_tokens_, model_->config(), windows);
+    const int64_t most = model_->config().max_position_embeddings;
+    for (const std::string& prompt : config_.eval.prompts) {
+      const auto length = static_cast<int64_t>(tokenizer_->encode(prompt).size());
+      if (length > 0 && length < most) continue;
+      throw_usage("[eval.prompts] expected texts of 1 to " + std::to_string(most - 1) +
+                  " tokens, got " + std::to_string(length) + " in " + json_excerpt(prompt));
+    }
   }
 
   void load_teacher(const LoadOptions& load) {
@@ -513,9 +542,10 @@ class Run {
   // What is least for the best model. Where the text itself is not learnt, what is said of it is no
   // measure: of two models that are equally near to the teacher either may have the luck.
   double measure(const FinetuneEvaluation& one) const {
-    const bool learns_teacher_alone =
-        one.kl.has_value() && (config_.distill.text == 0 || steps_.loss == 0);
-    return learns_teacher_alone ? *one.kl : one.nll;
+    return measures_kl(one) ? *one.kl : one.nll;
+  }
+  bool measures_kl(const FinetuneEvaluation& one) const {
+    return one.kl.has_value() && (config_.distill.text == 0 || steps_.loss == 0);
   }
 
   const FinetuneEvaluation& evaluation(int64_t number) const {
@@ -674,7 +704,10 @@ class Run {
 }  // namespace
 
 FinetuneEvaluation FinetuneEvaluation::from_json(const nlohmann::json& json) {
-  FinetuneEvaluation result = {json.at("step"), json.at("nll"), json.at("perplexity")};
+  FinetuneEvaluation result = {json.at("step"), json.at("nll"), 0};
+  const nlohmann::json& perplexity = json.at("perplexity");  // null where it is infinite
+  result.perplexity =
+      perplexity.is_null() ? std::numeric_limits<double>::infinity() : perplexity.get<double>();
   if (json.contains("kl")) result.kl = json.at("kl").get<double>();
   if (json.contains("samples")) json.at("samples").get_to(result.samples);
   return result;

@@ -93,6 +93,8 @@ void set(const ConfigField& field, const json& value, Problems& problems) {
     set_text(field, **text, value, problems);
   } else if (const auto* list = std::get_if<std::vector<std::string>*>(&field.target)) {
     set_list(field, **list, value, problems);
+  } else if (value.is_null()) {
+    problems.add(field.key + ": expected a number, got null");
   } else if (const auto* number = std::get_if<double*>(&field.target)) {
     const json object = {{field.key, value}};
     **number = get_double(object, field.key, **number, problems, field.min, field.max);
@@ -140,8 +142,8 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
       {"data.text_field", "the field of JSONL objects, the column of Parquet files",
        &c.data.text_field},
       {"data.rows",
-       "packed: one stream of tokens, cut; padded: a line or document a row, what is longer than "
-       "data.context left out, padding not learnt; padded-unmasked: padding learnt, as "
+       "packed: one stream of tokens, cut; padded: a line or document a row, of longer ones the "
+       "first data.context tokens, padding not learnt; padded-unmasked: padding learnt, as "
        "sodabreak/MHA2HLA has it",
        &c.data.rows,
        {"packed", "padded", "padded-unmasked"}},
@@ -168,8 +170,8 @@ std::vector<ConfigField> config_fields(FinetuneConfig& c) {
        &c.train.max_steps,
        {},
        0},
-      {"train.batch_rows", "rows that are read at once", &c.train.batch_rows, {}, 1},
-      {"train.accumulate", "batches whose gradients make a step", &c.train.accumulate, {}, 1},
+      {"train.batch_rows", "rows that are read at once", &c.train.batch_rows, {}, 1, 1e9},
+      {"train.accumulate", "batches whose gradients make a step", &c.train.accumulate, {}, 1, 1e9},
       {"train.parameters",
        "what is tuned: all; attention (self_attn of every layer); factors (latents' down and up "
        "matrices)",

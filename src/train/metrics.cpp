@@ -15,12 +15,17 @@ namespace {
 
 constexpr size_t kMostPoints = 200;  // of a curve
 
+// Numbers that are not finite are null in JSON.
+bool has_value(const nlohmann::json& line, const std::string& key) {
+  return line.contains(key) && !line[key].is_null();
+}
+
 // By step, the numbers of a key in the lines that have it.
 PlotSeries series_of(const std::vector<nlohmann::json>& lines, const char* key, std::string label) {
   PlotSeries series;
   series.label = std::move(label);
   for (const nlohmann::json& line : lines) {
-    if (!line.contains(key)) continue;
+    if (!has_value(line, key)) continue;
     series.x.push_back(line["step"]);
     series.y.push_back(line[key]);
   }
@@ -66,21 +71,24 @@ PlotSpec training_plot(const std::vector<nlohmann::json>& lines, const char* key
 }  // namespace
 
 Metrics::Metrics(std::filesystem::path file, uint64_t bytes) : path_(std::move(file)) {
-  std::string kept;
-  if (bytes > 0) {
-    std::ifstream old(path_, std::ios::binary);
-    kept.resize(bytes);
-    old.read(kept.data(), static_cast<std::streamsize>(bytes));
-    if (static_cast<uint64_t>(old.gcount()) < bytes) {
-      kept.resize(static_cast<size_t>(old.gcount()));
-      kept.resize(kept.rfind('\n') + 1);  // npos + 1 is 0
-      log_warning(path_.string() + ": is shorter than it was; some steps have no metrics");
-    }
-  }
-  // Without lines of steps that are now done again.
-  file_.open(path_, std::ios::trunc | std::ios::binary);
-  file_ << kept << std::flush;
+  // Cut, not written anew: what is kept is on disk at every moment.
+  file_.open(path_, std::ios::app | std::ios::binary);
   if (!file_) throw_runtime(path_.string() + ": cannot be written");
+  uint64_t kept = std::filesystem::file_size(path_);
+  if (kept < bytes) {
+    kept = whole_lines();
+    log_warning(path_.string() + ": is shorter than it was; some steps have no metrics");
+  } else {
+    kept = bytes;  // without lines of steps that are now done again
+  }
+  std::filesystem::resize_file(path_, kept);
+}
+
+// Bytes up to the end of the last line that has one.
+uint64_t Metrics::whole_lines() const {
+  std::ifstream file(path_, std::ios::binary);
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  return text.rfind('\n') + 1;  // npos + 1 is 0
 }
 
 void Metrics::add(const nlohmann::json& line) {
@@ -90,7 +98,7 @@ void Metrics::add(const nlohmann::json& line) {
 
 int64_t Metrics::bytes() {
   detail::sync_file(path_);
-  return static_cast<int64_t>(file_.tellp());
+  return static_cast<int64_t>(std::filesystem::file_size(path_));
 }
 
 std::vector<nlohmann::json> Metrics::lines() {
@@ -112,7 +120,7 @@ std::string metrics_csv(const std::vector<nlohmann::json>& lines) {
   for (const nlohmann::json& line : lines) {
     std::vector<std::string> cells;
     for (const std::string& column : columns) {
-      cells.push_back(line.contains(column) ? line[column].dump() : "");
+      cells.push_back(has_value(line, column) ? line[column].dump() : "");
     }
     csv += join(cells, ",") + "\n";
   }

@@ -9,6 +9,7 @@
 #include "hla/core/error.h"
 #include "hla/core/log.h"
 #include "hla/core/progress.h"
+#include "hla/core/text_table.h"
 #include "hla/io/spill_file.h"
 #include "hla/text/wikitext.h"
 
@@ -94,6 +95,8 @@ TrainingRows::TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64
   const bool packed = options.kind == RowsOptions::Kind::kPacked;
   SpillFile stream(folder);
   int32_t largest = pad_;
+  int64_t cut_rows = 0;
+  int64_t cut_tokens = 0;
   Progress progress("reading texts", most, options.progress && most > 0);
   // Returns how many there was room for.
   const auto append = [&](const std::vector<int32_t>& ids, int64_t longest) {
@@ -114,6 +117,9 @@ TrainingRows::TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64
     } else {
       const int64_t begin = tokens_;
       const int64_t count = append(ids, options.context);
+      const int64_t beyond = static_cast<int64_t>(ids.size()) - options.context;
+      cut_rows += beyond > 0 ? 1 : 0;
+      cut_tokens += std::max<int64_t>(beyond, 0);
       if (count > 1) rows_.push_back({begin, count, count - 1});
     }
     return most == 0 || tokens_ < most;
@@ -131,6 +137,11 @@ TrainingRows::TrainingRows(const Texts& texts, const Tokenizer& tokenizer, int64
     log_warning(
         "[data.train] there is no EOS token, neither the tokenizer's nor an eos_token_id: nothing "
         "is put between documents");
+  }
+  if (cut_rows > 0) {
+    log_info("[data.rows] " + with_thousands(cut_rows) + " of " + with_thousands(size()) +
+             " rows were longer than data.context: " + with_thousands(cut_tokens) +
+             " tokens are left out");
   }
   stream_ = stream.finish();
   for (int64_t begin = 0; packed && begin + 1 < tokens_; begin += options.context) {

@@ -33,6 +33,7 @@ TEST(DivergenceTest, StatisticsOfFourTokens) {
   scores.teacher_nll = {0.9, 2.2, 0.5, 2.0};
   scores.kl = {0.1, 0.2, 0.0, 0.7};
   scores.same_top1 = {1, 0, 1, 1};
+  scores.logit_difference = {0.25F, 2, 0.5F, 1};
   DivergenceSum sum;
   sum.add(scores, 0, 1);
   sum.add(scores, 1, 4);
@@ -42,6 +43,7 @@ TEST(DivergenceTest, StatisticsOfFourTokens) {
   EXPECT_NEAR(d.kl_max, 0.7, 1e-7);
   EXPECT_EQ(d.kl_min, 0);
   EXPECT_DOUBLE_EQ(d.same_top1, 0.75);
+  EXPECT_DOUBLE_EQ(d.logit_difference, 2);
   EXPECT_DOUBLE_EQ(d.same_top1_standard_error, std::sqrt(0.75 * 0.25 / 3));
   EXPECT_NEAR(d.teacher_perplexity.value, std::exp(1.4), 1e-6);
   // Differences 0.1, -0.2, 0, 1: mean 0.225, population variance 0.211875.

@@ -72,6 +72,12 @@ TEST(EvaluationTest, OptionsThatDoNotGoTogether) {
   EvaluationOptions layers = options({stories()});
   layers.by_layer = true;
   EXPECT_EQ(error_of([&] { evaluate(story(), layers); }).code(), ExitCode::kUsage);
+  layers.reference = stories();
+  layers.scoring.decode_tokens = 1;
+  EXPECT_EQ(error_of([&] { evaluate(story(), layers); }).code(), ExitCode::kUsage);
+  EvaluationOptions teacher = options({stories()});
+  teacher.reference_dtype = at::kDouble;
+  EXPECT_EQ(error_of([&] { evaluate(story(), teacher); }).code(), ExitCode::kUsage);
 }
 
 TEST(EvaluationTest, ProfileCountsTheProducts) {

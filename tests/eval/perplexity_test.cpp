@@ -245,6 +245,82 @@ TEST(PerplexityTest, ByPosition) {
   EXPECT_NEAR(kl / static_cast<double>(tokens), result.divergence->kl.value, 1e-6);
 }
 
+// Windows of several lengths and beginnings, some of them parts of others.
+std::vector<WindowPlan> mixed_plans(int64_t vocab) {
+  const auto ids = std::make_shared<std::vector<int32_t>>(random_ids(150, vocab));
+  return {stride_plan(ids, 38, 20), disjoint_plan(*ids, 10)};
+}
+
+TEST(PerplexityTest, ReadThroughCachesEqualsReadAtOnce) {
+  const c10::InferenceMode guard;
+  ModelConfig config = stories_model()->config();
+  config.max_position_embeddings = 64;
+  std::vector<std::shared_ptr<LlamaForCausalLM>> models = {
+      stories_model(),
+      // The angles of positions go by a window's length.
+      load_model(Checkpoint::open(source_path("tests/data/models/rope_dynamic").string())),
+      load_model(Checkpoint::open(source_path("tests/data/models/rope_longrope").string()))};
+  for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent, HlaRope::kPaper}) {
+    HlaLayerConfig layer;
+    layer.kv_rank = 24;
+    layer.fast_frequencies = 2;
+    if (rope == HlaRope::kLatent) layer.k_ranks = {3, 3};
+    if (rope != HlaRope::kLatent) layer.k_rank = 8;
+    if (rope == HlaRope::kPaper) {
+      layer.fast_frequencies = 4;
+      layer.q_rank = 32;
+    }
+    config.hla = HlaConfig{rope, 1.0, std::vector<HlaLayerConfig>(5, layer)};
+    testing::RandomSource source(at::kFloat);
+    models.push_back(std::make_shared<LlamaForCausalLM>(source, config));
+  }
+  for (size_t m = 0; m < models.size(); ++m) {
+    const LlamaForCausalLM& model = *models[m];
+    const auto plans = mixed_plans(model.config().vocab_size);
+    const auto at_once = score(model, plans, {.progress = false});
+    for (const int64_t tokens : {1, 7, 1000}) {
+      for (const auto attend :
+           {DecoderOptions::Attend::kDecode, DecoderOptions::Attend::kRebuild}) {
+        ScoreOptions options = {.decode_tokens = tokens, .progress = false};
+        options.decoder.attend = attend;
+        const auto decoded = score(model, plans, options, &model);
+        for (size_t p = 0; p < plans.size(); ++p) {
+          EXPECT_EQ(decoded[p].tokens_scored, at_once[p].tokens_scored);
+          EXPECT_NEAR(decoded[p].nll, at_once[p].nll, 1e-5) << m << ", " << tokens;
+          EXPECT_LE(decoded[p].divergence->logit_difference, 1e-3) << m << ", " << tokens;
+        }
+      }
+    }
+  }
+}
+
+TEST(PerplexityTest, WhatRoundsInACacheShows) {
+  const auto model = stories_model();
+  const WindowPlan plan = disjoint_plan(random_ids(120), 40);
+  ScoreOptions options = {.position_buckets = 3, .decode_tokens = 4, .progress = false};
+  const auto difference = [&] {
+    const PerplexityResult result = score(*model, {plan}, options, model.get()).front();
+    double largest = 0;
+    for (const PositionBucket& bucket : result.by_position) {
+      largest = std::max(largest, bucket.logit_difference);
+    }
+    EXPECT_EQ(largest, result.divergence->logit_difference);
+    return largest;
+  };
+  const double plain = difference();
+  EXPECT_GT(plain, 0);
+  options.decoder.cache_dtype = at::kBFloat16;
+  EXPECT_GT(difference(), 10 * plain);
+  // Numbers that fp16 has not.
+  model->named_parameters()["model.layers.1.self_attn.v_proj.weight"].mul_(1e7);
+  options.decoder.cache_dtype = at::kHalf;
+  const Error error = error_of([&] { score(*model, {plan}, options); });
+  EXPECT_EQ(error.code(), ExitCode::kNonFinite);
+  EXPECT_NE(std::string(error.what()).find("only where it is read through the cache"),
+            std::string::npos)
+      << error.what();
+}
+
 TEST(PerplexityTest, OneLayerOfTheStudentAtATime) {
   const auto teacher = stories_model();
   const auto student = noisy_stories_model(0.2, /*layer=*/2);

@@ -77,6 +77,11 @@ TEST_F(TokenScoresTest, ComparisonEqualsADirectComputation) {
     const at::Tensor teacher_nll = -p.gather(1, targets.unsqueeze(1)).squeeze(1);
     EXPECT_LE(max_abs_difference(at::tensor(fast.teacher_nll, at::kDouble), teacher_nll), 3e-5);
     expect_near(fast.kl, naive.kl, 1e-4);  // both in fp32, of values up to 20
+    const at::Tensor difference = (teacher->logits(p_hidden) - model->logits(q_hidden)).abs();
+    for (const TokenScores* scores : {&fast, &naive}) {
+      EXPECT_LE(max_abs_difference(at::tensor(scores->logit_difference), difference.amax(-1)),
+                1e-5);
+    }
     EXPECT_EQ(fast.same_top1, naive.same_top1);
   }
 }
@@ -102,6 +107,23 @@ TEST_F(TokenScoresTest, OtherDtypesTakeWholeRows) {
   EXPECT_LE(
       max_abs_difference(at::tensor(score_tokens(*model, hidden, targets).nll, at::kDouble), loss),
       1e-12);
+}
+
+TEST_F(TokenScoresTest, ATeacherMayBeOfAnotherDtype) {
+  const auto teacher = random_model(700, at::kDouble);
+  const at::Tensor hidden = at::randn({20, 32}, at::kDouble);
+  const at::Tensor targets = at::randint(700, {20}, at::kLong);
+  at::manual_seed(9);
+  const auto student = random_model(700);
+  const TokenScores scores =
+      compare_tokens(*student, hidden.to(at::kFloat), *teacher, hidden, targets);
+  const at::Tensor t = teacher->logits(hidden);
+  const at::Tensor s = student->logits(hidden.to(at::kFloat)).to(at::kDouble);
+  EXPECT_LE(max_abs_difference(at::tensor(scores.logit_difference), (t - s).abs().amax(-1)), 1e-6);
+  // As in fp64, though the student is not.
+  const at::Tensor p = t.log_softmax(-1);
+  const at::Tensor kl = (p.exp() * (p - s.log_softmax(-1))).sum(-1);
+  EXPECT_LE(max_abs_difference(at::tensor(scores.kl, at::kDouble), kl), 1e-12);
 }
 
 TEST_F(TokenScoresTest, VocabulariesMustAgree) {

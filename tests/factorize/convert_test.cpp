@@ -439,6 +439,23 @@ TEST(ConvertTest, PaperConvertsAndKeepsEverythingAtFullRankButTheRope) {
             1e-4);
 }
 
+// transformers loads what config.json says.
+TEST(ConvertTest, ConfigNamesTheDtypeThatIsWritten) {
+  const TempDir folder;
+  // A checkpoint that says otherwise than it is.
+  const std::filesystem::path wrong = folder / "wrong";
+  std::filesystem::copy(source_path("tests/data/models/gqa"), wrong,
+                        std::filesystem::copy_options::recursive);
+  nlohmann::json other = read_json_file(wrong / "config.json");
+  other["dtype"] = "bfloat16";
+  other["torch_dtype"] = "float16";
+  write_json_file(wrong / "config.json", other, /*force=*/true);
+  convert(Checkpoint::open(wrong.string()), folder / "out", quiet());
+  const nlohmann::json made = read_json_file(folder / "out" / "config.json");
+  EXPECT_EQ(made["dtype"], "float32");
+  EXPECT_EQ(made["torch_dtype"], "float32");
+}
+
 TEST(ConvertTest, DtypeIsThatOfTheWholeFolder) {
   const TempDir folder;
   ConvertOptions options = quiet();

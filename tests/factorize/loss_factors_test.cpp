@@ -221,6 +221,31 @@ TEST_F(LossFactorsTest, CurveHasNoGaps) {
   }
 }
 
+// Where hidden_size is far below the kv width the shared latent does not reach from one rank of the
+// fast keys that is tried to the next.
+TEST_F(LossFactorsTest, CurveHasNoGapsOfNarrowModels) {
+  config_.num_key_value_heads = 8;
+  config_.num_attention_heads = 8;
+  config_.head_dim = 16;
+  config_.hidden_size = 8;
+  const auto random = [](int64_t rows, int64_t cols) {
+    return at::randn({rows, cols}, at::kDouble);
+  };
+  weights_ = {random(128, 8), random(128, 8), random(128, 8), random(8, 128), {}, {}, {}, {}};
+  statistics_.loss_output = random_positive(256);
+  statistics_.loss_input = random_positive(8);
+  statistics_.sample_input = random(9, 8);
+  statistics_.sample_gradient = random(9, 256);
+  const LossCurve curve = predict_loss(config_, weights_, statistics_, HlaRope::kLatent, 8);
+  EXPECT_EQ(curve.max_floats(), 136);
+  for (int64_t floats = 1; floats <= 136; ++floats) {
+    const LossCurve::Point& point = curve.at(floats);
+    EXPECT_TRUE(std::isfinite(point.loss)) << floats;
+    EXPECT_LE(2 * point.fast_rank + point.shared_rank, floats);
+    EXPECT_GE(point.shared_rank, 1) << floats;
+  }
+}
+
 // A fast latent of rank 0 loses the keys' biases, so it is left to where there is no other.
 TEST_F(LossFactorsTest, BiasesKeepTheFastLatent) {
   statistics_.sample_input = at::randn({9, 12}, at::kDouble);

@@ -201,6 +201,25 @@ TEST(WorkDirTest, WhatIsFinishedIsNotTakenUp) {
   }
 }
 
+// Killed while it removed what it had worked with: the target is there, so that nobody begins it
+// again.
+TEST(WorkDirTest, WhatIsFinishedIsRemovedWhereItsTargetIsRefused) {
+  const TempDir folder;
+  const fs::path out = folder / "out";
+  const fs::path root = folder / ".out.hla-partial";
+  leave_two_steps(out);
+  fs::create_directory(out);
+  EXPECT_EQ(error_of([&] { WorkDir::check_target(out, false); }).code(), ExitCode::kUsage);
+  EXPECT_TRUE(fs::exists(root / "steps.json")) << "it may go on with --force";
+  json state = json::parse(read_file(root / "steps.json"));
+  state["steps"]["commit"] = 1;  // no folder has that number
+  fs::remove(root / "steps.json");
+  write_file(root / "steps.json", state.dump());
+  EXPECT_EQ(error_of([&] { WorkDir::check_target(out, false); }).code(), ExitCode::kUsage);
+  EXPECT_FALSE(fs::exists(root));
+  EXPECT_TRUE(fs::exists(out));
+}
+
 // What can be wrong before the steps are looked at must not cost them.
 TEST(WorkDirTest, StepsAreKeptUntilItBegins) {
   const TempDir folder;

@@ -187,6 +187,7 @@ TEST_F(CpuKernelsTest, PairsInBlocks) {
   const at::Tensor p = teacher.to(at::kDouble).log_softmax(-1);
   const at::Tensor q = student.to(at::kDouble).log_softmax(-1);
   const at::Tensor expected = (p.exp() * (p - q)).sum(-1);
+  const at::Tensor differences = (teacher - student).abs().amax(-1);
   for (const int64_t width : {1, 50, 333}) {
     std::vector<kernels::PairState> rows(4, kernels::kEmptyPair);
     for (int64_t begin = 0; begin < vocab; begin += width) {
@@ -201,6 +202,7 @@ TEST_F(CpuKernelsTest, PairsInBlocks) {
                         (state.teacher.max + std::log(state.teacher.sum)) +
                         (state.student.max + std::log(state.student.sum));
       EXPECT_NEAR(kl, expected[row].item<double>(), 1e-5) << width;
+      EXPECT_EQ(state.difference, differences[row].item<float>()) << width;
     }
   }
 }

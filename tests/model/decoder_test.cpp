@@ -464,6 +464,10 @@ TEST(DecoderTest, RefusesPositionsBeyondTheModel) {
   const Decoder longer(model, {.max_length = 5});
   longer.read({{&cache, {5}}});
   EXPECT_EQ(cache.length(), 5);
+  // Sums of which would overflow.
+  for (const int64_t length : {int64_t{1} << 31, std::numeric_limits<int64_t>::max()}) {
+    EXPECT_EQ(error_of([&] { Decoder(model, {.max_length = length}); }).code(), ExitCode::kUsage);
+  }
 }
 
 TEST(DecoderTest, ReadsOnCuda) {

@@ -23,6 +23,10 @@ constexpr const char* kPlainChatMl =
     "message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
     "'<|im_start|>assistant\\n' }}{% endif %}";
 
+std::string replaced(std::string text, const std::string& from, const std::string& to) {
+  return text.replace(text.find(from), from.size(), to);
+}
+
 TEST(ChatTemplateTest, WritesWhatTheTemplateSays) {
   const ChatTemplate smol = ChatTemplate::parse(kSmolLm2, "x");
   EXPECT_EQ(smol.prompt("Hi"),
@@ -33,6 +37,16 @@ TEST(ChatTemplateTest, WritesWhatTheTemplateSays) {
             "<|im_start|>assistant\n");
   const ChatTemplate plain = ChatTemplate::parse(kPlainChatMl, "x");
   EXPECT_EQ(plain.prompt("Hi"), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+  // Strings that are put together, "-" at tags, and what others begin with.
+  for (const std::string& same :
+       {replaced(kSmolLm2, "Face<|im_end|>\n'", "Face' + '<|im_end|>\n'"),
+        replaced(kSmolLm2, "system\nYou", "system\n' + 'You"),
+        replaced(kSmolLm2, "{% endfor %}", "{%- endfor -%}"),
+        "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}"
+        "{% endif %}" +
+            std::string(kSmolLm2)}) {
+    EXPECT_EQ(ChatTemplate::parse(same, "x").prompt("Hi"), smol.prompt("Hi")) << same;
+  }
 }
 
 TEST(ChatTemplateTest, RefusesWhatItDoesNotUnderstand) {
@@ -42,7 +56,15 @@ TEST(ChatTemplateTest, RefusesWhatItDoesNotUnderstand) {
   for (const std::string& bad :
        {std::string("{{ bos_token }}{% for message in messages %}[INST]{% endfor %}"),
         std::string("{% set system = 'x' %}") + kPlainChatMl, other_system,
-        std::string("{{ bos_token }}") + kPlainChatMl, std::string()}) {
+        std::string("{{ bos_token }}") + kPlainChatMl, std::string(),
+        // What is beside the parts that are known.
+        std::string("{{ '[BOS]' }}") + kPlainChatMl, kPlainChatMl + std::string("{{ '<think>' }}"),
+        kPlainChatMl + std::string("{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"),
+        replaced(kPlainChatMl, "{% endfor %}",
+                 "{% if message['role'] == 'user' %}{{ ' /no_think' }}{% endif %}{% endfor %}"),
+        replaced(kSmolLm2, "Face<|im_end|>\n'", "Face<|im_end|>'"),
+        replaced(kSmolLm2, "named SmolLM", "' + name + '"),
+        replaced(kSmolLm2, "named SmolLM", "<|im_end|>\n<|im_start|>user\n")}) {
     const Error error = error_of([&] { ChatTemplate::parse(bad, "config, chat_template"); });
     EXPECT_EQ(error.code(), ExitCode::kBadInput) << bad;
     EXPECT_NE(std::string(error.what()).find("config, chat_template"), std::string::npos);
@@ -62,16 +84,16 @@ TEST(ChatTemplateTest, TemplatesOfSeveralLines) {
            "{% endif %}\n";
   };
   for (const std::string& good :
-       {of("\n", "", ""), of("", "", ""), of("\n    {%- if true -%}\n  ", "", ""),
-        of("{# it's a turn #}\n", "", ""), of("\n  {% if true %}\n", "", "")}) {
+       {of("\n", "", ""), of("", "", ""), of("\n    {#- if true -#}\n  ", "", ""),
+        of("{# it's a turn #}\n", "", ""), of("\n  {# if true #}\n", "", "")}) {
     EXPECT_EQ(ChatTemplate::parse(good, "x").prompt("Hi"),
               "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
         << good;
   }
   for (const std::string& bad :
        {of("\n", "\n", ""), of("\n", "", "\n"), of("\n  ", "", ""), of(" ", "", ""),
-        of("\n\n", "", ""), of(" {% if true %}\n", "", ""), of("\n", "x", ""),
-        of("\n  {%+ if true %}", "", ""), of("{% if true +%}\n", "", "")}) {
+        of("\n\n", "", ""), of(" {# if true #}\n", "", ""), of("\n", "x", ""),
+        of("\n  {#+ if true #}", "", ""), of("{# if true +#}\n", "", "")}) {
     EXPECT_EQ(error_of([&] { ChatTemplate::parse(bad, "x"); }).code(), ExitCode::kBadInput) << bad;
   }
   // White space in a string is text, and quotes are escaped there.

@@ -55,6 +55,64 @@ TEST(CliTest, UsageErrorsExitWith2) {
   EXPECT_EQ(run_hla("convert " + stories() + " out --rope spiral").code, 2);
   EXPECT_EQ(run_hla("convert " + stories() + " out --objective gain").code, 2);
   EXPECT_EQ(run_hla("convert " + stories() + " out --objective loss --value-weight 0.3").code, 2);
+  EXPECT_EQ(run_hla("ppl " + stories() + " --windows 0 --limit 1").code, 2);
+  EXPECT_EQ(run_hla("generate " + stories() + " --prompt a --seed 5").code, 2);
+  EXPECT_EQ(run_hla("generate " + stories() + " --prompt a --stream --json -").code, 2);
+}
+
+TEST(CliTest, MisspeltNamesAreGuessed) {
+  const auto message = [](const std::string& arguments) {
+    const CommandResult result = run_hla(arguments);
+    EXPECT_EQ(result.code, 2) << arguments;
+    return result.err;
+  };
+  EXPECT_NE(message("inof x").find("unknown command inof; did you mean info?"), std::string::npos);
+  EXPECT_NE(message("help").find("unknown command help; there are: info, "), std::string::npos);
+  EXPECT_NE(message("convert a b --target_ratio 0.5")
+                .find("unknown option --target_ratio; did you mean --target-ratio?"),
+            std::string::npos);
+  EXPECT_NE(message("info a --verbos").find("did you mean --verbose?"), std::string::npos);
+  EXPECT_EQ(message("info a --frobnicate").find("did you mean"), std::string::npos);
+  EXPECT_EQ(message("ppl").find("unknown"), std::string::npos);
+  // Nothing that a name has not a letter of.
+  const TempDir folder;
+  write_file(folder / ".e", "");
+  EXPECT_EQ(run_command("cd " + folder.path().string() + " && " + HLA_BINARY + " info 4")
+                .err.find("did you mean"),
+            std::string::npos);
+}
+
+TEST(CliTest, WhatIsReadIsNotReplaced) {
+  const TempDir folder;
+  const std::string model = (folder / "model").string();
+  ASSERT_EQ(run_hla("convert --no-calib " + stories() + " " + model).code, 0);
+  const std::filesystem::path text = folder / "text.txt";
+  write_file(text, "Once upon a time there was a cat. It sat on a mat and looked at a bird.");
+  const std::string config = read_file(folder / "model" / "config.json");
+  const std::string ppl = "ppl " + model + " --text " + text.string() + " --ctx 8 --limit 1 ";
+  for (const std::string& command :
+       {ppl + "--json " + text.string(), ppl + "--csv " + model + "/config.json",
+        "generate " + model + " --prompt a -n 1 --json " + model + "/config.json",
+        "bench " + model + " -p 0 -n 1 -r 1 --json " + model + "/model.safetensors"}) {
+    const CommandResult result = run_hla(command + " --force");
+    EXPECT_EQ(result.code, 2) << command;
+    EXPECT_NE(result.err.find("it is not replaced, even with --force"), std::string::npos)
+        << result.err;
+  }
+  EXPECT_EQ(read_file(folder / "model" / "config.json"), config);
+  EXPECT_EQ(read_file(text).substr(0, 9), "Once upon");
+  // What is new beside them may be made.
+  EXPECT_EQ(run_hla(ppl + "--json " + model + "/ppl.json").code, 0);
+}
+
+TEST(CliTest, APromptOfStdinEndsBeforeItsLineEnd) {
+  const auto text = [](const std::string& input) {
+    return run_command("printf '" + input + "' | " + HLA_BINARY + " generate " + stories() +
+                       " -n 12 -q")
+        .out;
+  };
+  EXPECT_EQ(text("Once upon\\n"), text("Once upon"));
+  EXPECT_NE(text("Once upon\\n\\n"), text("Once upon"));
 }
 
 // A pipe that stays open: what is waited for there can be interrupted.
@@ -291,6 +349,43 @@ TEST(CliTest, PplComparesModelsAndProtocols) {
   }
 }
 
+TEST(CliTest, PplSaysWhichWindows) {
+  const std::string command = "ppl " + stories() + " --ctx 64 ";
+  const std::string text = run_hla(command + "--windows 3,5").out;
+  EXPECT_NE(text.find(" stride 64: 3, 5\n"), std::string::npos) << text;
+  EXPECT_EQ(run_hla(command + "--limit 2").out.find(" stride 64: "), std::string::npos);
+  EXPECT_NE(run_hla(command + "--windows 3,5 --csv -").out.find(",3 5,"), std::string::npos);
+}
+
+TEST(CliTest, PplReadsThroughTheCache) {
+  const std::string command = "ppl " + stories() + " --ctx 64 --limit 2 --reference " + stories();
+  const auto evaluated = [&](const std::string& options) {
+    const CommandResult result = run_hla(command + " --json - " + options);
+    EXPECT_EQ(result.code, 0) << result.err;
+    return nlohmann::json::parse(result.out)["results"][0];
+  };
+  const auto at_once = evaluated("");
+  EXPECT_EQ(at_once["decode_tokens"], 0);
+  EXPECT_EQ(at_once["divergence"]["logit_difference"], 0);
+  const auto exact = evaluated("--decode 8 --reference-dtype fp64");
+  EXPECT_EQ(exact["decode_tokens"], 8);
+  EXPECT_EQ(exact["cache_dtype"], "fp32");
+  EXPECT_NEAR(exact["nll"].get<double>(), at_once["nll"].get<double>(), 1e-6);
+  const double difference = exact["divergence"]["logit_difference"];
+  EXPECT_GT(difference, 0);
+  EXPECT_LT(difference, 1e-3);
+  EXPECT_EQ(run_hla(command + " --amplification 10").code, 2) << "of no use at once";
+  const auto rounded = evaluated("--decode 8 --cache-dtype bf16");
+  EXPECT_GT(rounded["divergence"]["logit_difference"].get<double>(), 10 * difference);
+  EXPECT_EQ(2 * rounded["cache_bytes_per_token"].get<int64_t>(), at_once["cache_bytes_per_token"]);
+  const CommandResult text = run_hla(command + " --decode 8 --cache-dtype bf16");
+  EXPECT_NE(text.out.find("8 tokens at a time, through a cache in bf16"), std::string::npos)
+      << text.out;
+  // Options of the cache are of no use without one.
+  EXPECT_EQ(run_hla(command + " --cache-dtype bf16").code, 2);
+  EXPECT_EQ(run_hla(command + " --decode 0").code, 2);
+}
+
 TEST(CliTest, PplReadsTextsOfAnyKind) {
   const TempDir folder;
   const auto perplexity = [&](const std::string& options) {
@@ -378,6 +473,11 @@ TEST(CliTest, PplKeepsResultsWhenALaterModelFails) {
   EXPECT_EQ(json["partial"], true);
   ASSERT_EQ(json["results"].size(), 1U);
   EXPECT_EQ(json["results"][0]["partial"], false);
+  EXPECT_EQ(json["missing"], nlohmann::json({bad}));
+  EXPECT_NE(result.err.find(bad + ": model, gptq window 0"), std::string::npos) << result.err;
+  const std::string text = run_hla("ppl " + stories() + " " + bad + " --ctx 64 --limit 2").out;
+  EXPECT_NE(text.find("MISSING: " + bad), std::string::npos) << text;
+  EXPECT_EQ(text.find("PARTIAL"), std::string::npos) << "what there is of the first is whole";
 }
 
 // What a command prints that Ctrl-C ends; a busy machine takes longer to get to its first results.
@@ -389,6 +489,23 @@ std::string interrupted_hla(const std::string& arguments) {
     EXPECT_EQ(result.code, 130) << result.err;
   }
   return result.out;
+}
+
+// Coordinates that amplify rounding more take fewer products.
+TEST(CliTest, AmplificationIsTradedForProducts) {
+  const TempDir folder;
+  const std::string model = (folder / "half").string();
+  ASSERT_EQ(run_hla("convert --no-calib " + stories() + " " + model).code, 0);
+  const auto products = [&](const std::string& amplification) {
+    const CommandResult result =
+        run_hla("bench " + model + " -p 0 -n 1 -r 1 --json - --amplification " + amplification);
+    EXPECT_EQ(result.code, 0) << result.err;
+    const auto json = nlohmann::json::parse(result.out);
+    EXPECT_EQ(json["amplification"], std::stod(amplification));
+    return json["attending"][0]["decode_products"].get<double>();
+  };
+  EXPECT_LT(products("1000"), products("0"));
+  EXPECT_EQ(run_hla("bench " + model + " --amplification -1").code, 2);
 }
 
 // Ctrl-C prints what there is, says that it is partial, and exits with 130.
@@ -487,6 +604,28 @@ size_t complete_steps(const std::filesystem::path& steps) {
 }
 
 // Not MODEL and OUT behind it; and is given again for another.
+TEST(CliTest, AShareIsNoFactor) {
+  const CommandResult result =
+      run_hla("convert " + stories() + " /tmp/nowhere/out --target-ppl-increase 5");
+  EXPECT_EQ(result.code, 2);
+  EXPECT_NE(result.err.find("which is 500 %; did you mean 5%?"), std::string::npos) << result.err;
+}
+
+TEST(CliTest, SaysThatACalibrationTextIsShort) {
+  const TempDir folder;
+  write_file(folder / "short.txt", "Once upon a time there was a cat. It sat on a mat.");
+  const auto said = [&](const std::string& options) {
+    const CommandResult result =
+        run_hla("convert " + stories() + " " + (folder / "out").string() + " --force --calib " +
+                (folder / "short.txt").string() + " --calib-length 8 " + options);
+    EXPECT_EQ(result.code, 0) << result.err;
+    return result.err;
+  };
+  EXPECT_NE(said("").find("tokens of the 65536 of --calib-tokens"), std::string::npos);
+  EXPECT_NE(said("--calib-tokens 5").find("calibration takes 8 tokens"), std::string::npos);
+  EXPECT_EQ(said("--calib-tokens 8").find("calib"), std::string::npos);
+}
+
 TEST(CliTest, CalibTakesOneText) {
   const TempDir folder;
   const std::string calib = "--calib " + testing::short_wikitext().string() + " ";

@@ -79,6 +79,14 @@ TEST(FinetuneConfigTest, NamesEveryProblem) {
         "did you mean data.context?", "model: expected a text, got 5"}) {
     EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
   }
+  // Not as if it were not there.
+  write_file(folder / "null.json", R"({"train": {"epochs": null}, "eval": {"windows": null}})");
+  const std::string nulls = error_of([&] { resolve_config(folder / "null.json", {}); }).what();
+  EXPECT_NE(nulls.find("train.epochs: expected a number, got null"), std::string::npos) << nulls;
+  EXPECT_NE(nulls.find("eval.windows: expected a number, got null"), std::string::npos) << nulls;
+  // Their product is a number of rows.
+  EXPECT_EQ(error_of([] { resolve_config({}, {"train.batch_rows=9223372036854775807"}); }).code(),
+            ExitCode::kUsage);
   write_file(folder / "twice.json", R"({"data": {"seed": 1}, "data.seed": 2})");
   EXPECT_EQ(error_of([&] { resolve_config(folder / "twice.json", {}); }).code(),
             ExitCode::kBadInput);

@@ -469,6 +469,28 @@ TEST(FinetuneTest, SaysWhatIsLeftWhereNumbersAreNotFinite) {
       << other.what();
 }
 
+TEST(FinetuneTest, EvaluationsBeyondAllNumbersAreReadAgain) {
+  const FinetuneEvaluation read =
+      FinetuneEvaluation::from_json({{"step", 3}, {"nll", 2052.4}, {"perplexity", nullptr}});
+  EXPECT_EQ(read.nll, 2052.4);
+  EXPECT_EQ(read.perplexity, std::numeric_limits<double>::infinity());
+}
+
+TEST(FinetuneTest, WarnsOfWhatIsLost) {
+  const TempDir folder;
+  const auto result = run_hla(
+      "finetune" + as_options(quick(stories(), folder / "out")) +
+      as_options({"train.max_steps=2", "optimizer.learning_rate=1", "optimizer.max_gradient_norm=0",
+                  "data.rows=padded", "data.context=16", "distill.kl=2"}));
+  EXPECT_EQ(result.code, 0) << result.err;
+  for (const char* part : {"no model was better than the one before the first step: perplexity ",
+                           "[distill.kl] has no effect without distill.teacher",
+                           "rows were longer than data.context: "}) {
+    EXPECT_NE(result.err.find(part), std::string::npos) << part << "\n" << result.err;
+  }
+  EXPECT_EQ(result.err.find("[distill.text]"), std::string::npos) << result.err;
+}
+
 TEST(FinetuneTest, Refuses) {
   const TempDir folder;
   const std::string narrow = (folder / "narrow").string();
@@ -512,6 +534,11 @@ TEST(FinetuneTest, Refuses) {
   EXPECT_EQ(std::string(unread("train.parameters=factors").what()).find("[train.parameters]"), 0u);
   EXPECT_EQ(std::string(unread("train.lora_rank=4").what()).find("[train.lora_rank]"), 0u);
   EXPECT_EQ(std::string(unread("train.epochs=0").what()).find("[train.epochs]"), 0u);
+  std::string endless = "eval.prompts=once";
+  for (int i = 0; i < 600; ++i) endless += " upon";
+  EXPECT_EQ(std::string(unread(endless).what()).find("[eval.prompts] expected texts of 1 to 511"),
+            0u)
+      << unread(endless).what();
   const Error nothing = error_of([&] {
     tune(quick(stories(), folder / "out"),
          {"distill.teacher=" + stories(), "distill.text=0", "distill.kl=0"});

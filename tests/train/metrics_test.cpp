@@ -45,6 +45,11 @@ TEST(MetricsTest, GoesOnBehindWholeLinesOfWhatIsLeft) {
 TEST(MetricsTest, TableHasAColumnForEveryKey) {
   EXPECT_EQ(metrics_csv({{{"step", 0}, {"eval_loss", 2.5}}, {{"step", 1}, {"loss", 2.0}}}),
             "step,eval_loss,loss\n0,2.5,\n1,,2.0\n");
+  // What is not finite.
+  const std::vector<nlohmann::json> lines = {{{"step", 1}, {"loss", nullptr}},
+                                             {{"step", 2}, {"loss", 3.0}}};
+  EXPECT_EQ(metrics_csv(lines), "step,loss\n1,\n2,3.0\n");
+  EXPECT_EQ(loss_plot(lines, "run").series[0].y, std::vector<double>{3.0});
 }
 
 TEST(MetricsTest, PlotHasMeansOfManySteps) {

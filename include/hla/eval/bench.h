@@ -27,9 +27,7 @@ struct BenchOptions {
   std::vector<int64_t> depths = {0};   // tokens in the cache before the test
   std::vector<int64_t> batches = {1};  // sequences that are decoded at once
   int64_t repetitions = 3;
-  std::optional<at::ScalarType> cache_dtype = {};
-  double absorb_error = DecoderOptions{}.absorb_error;
-  DecoderOptions::Attend attend = DecoderOptions::Attend::kCheapest;
+  DecoderOptions decoder = {};  // max_length is the longest test's
 };
 
 // One model's test.
@@ -73,7 +71,8 @@ struct BenchReport {
   std::vector<std::string> paths;  // of the models, as they were given
   std::string cache_dtype;
   double absorb_error = 0;
-  std::exception_ptr failure;  // what ended it before the depths that are missing
+  std::optional<double> amplification;  // absent: by the types of model and cache
+  std::exception_ptr failure;           // what ended it before the depths that are missing
 
   double bandwidth() const;  // the median
   // Median over the turns of the first model's time over a row's.

@@ -36,6 +36,7 @@ struct Divergence {
   double nll_correlation = 0;  // of the two models' token losses
   Estimate delta_p;            // mean of q(target) - p(target)
   Estimate delta_p_rms;
+  double logit_difference = 0;  // the largest of any token and id
 
   nlohmann::json to_json() const;
 };
@@ -53,6 +54,7 @@ class DivergenceSum {
   std::vector<float> teacher_nll_;
   std::vector<float> kl_;
   int64_t same_top1_ = 0;
+  float logit_difference_ = 0;
 };
 
 // Mean and standard error √(variance / (n - 1)) of n values.

@@ -20,6 +20,7 @@ namespace hla {
 struct EvaluationOptions {
   std::vector<std::string> models;                 // folders, HF ids or llama2.c files
   std::optional<std::string> reference;            // the teacher
+  std::optional<at::ScalarType> reference_dtype;   // absent: as `load` has it
   std::optional<std::filesystem::path> tokenizer;  // of all models; absent: each model's own
   std::vector<ProtocolOptions> protocols;
   ScoreOptions scoring;
@@ -39,8 +40,10 @@ struct ModelEvaluation {
   std::string tokenizer;  // kind
   std::string device;
   std::string dtype;
+  int64_t decode_tokens = 0;  // read at a time through caches; 0: windows at once
+  std::string cache_dtype;    // of caches, or what they would have
   int64_t parameters = 0;
-  int64_t cache_bytes_per_token = 0;  // at the dtype evaluated in
+  int64_t cache_bytes_per_token = 0;  // of that
   int64_t base_cache_bytes_per_token = 0;
   uint64_t weight_bytes = 0;
   std::vector<PerplexityResult> results;  // one per protocol
@@ -58,6 +61,7 @@ struct Evaluation {
   std::vector<ModelEvaluation> models;
   std::vector<std::string> warnings;  // what may make the numbers incomparable
   bool partial = false;               // interrupted, or ended by `failure`
+  std::vector<std::string> missing;   // models of which there is nothing then
   std::exception_ptr failure;         // what ended it after at least one model was scored
   uint64_t peak_rss_bytes = 0;        // of the process; on a GPU of LibTorch's allocator there
   int threads = 0;

@@ -10,6 +10,7 @@
 #include "hla/eval/divergence.h"
 #include "hla/eval/protocol.h"
 #include "hla/model/config.h"
+#include "hla/model/decoder.h"
 
 namespace hla {
 
@@ -25,6 +26,7 @@ struct PositionBucket {
   double teacher_nll = 0;
   double kl = 0;  // mean
   double same_top1 = 0;
+  double logit_difference = 0;  // the largest
 };
 
 // lm-eval's metrics, over whole pages; words and bytes of the pages before detokenising.
@@ -63,6 +65,10 @@ struct PerplexityResult {
 
 struct ScoreOptions {
   int64_t position_buckets = 0;  // 0: no breakdown by position
+  // The model reads so many tokens at a time, with what it has read in caches, as `hla generate`
+  // does; 0: windows at once. A teacher reads windows at once.
+  int64_t decode_tokens = 0;
+  DecoderOptions decoder = {};  // of decode_tokens > 0; max_length is the windows'
   bool progress = true;
 };
 

@@ -17,9 +17,10 @@ class LlamaForCausalLM;
 struct TokenScores {
   std::vector<double> nll;  // -ln q(target), nats
   // With a teacher only:
-  std::vector<double> teacher_nll;  // -ln p(target)
-  std::vector<double> kl;           // KL(p‖q) = Σ p (ln p - ln q), nats
-  std::vector<char> same_top1;      // whether both give the same id the largest logit
+  std::vector<double> teacher_nll;      // -ln p(target)
+  std::vector<double> kl;               // KL(p‖q) = Σ p (ln p - ln q), nats
+  std::vector<char> same_top1;          // whether both give the same id the largest logit
+  std::vector<float> logit_difference;  // the largest between any two logits of one id
 };
 
 // hidden (R, D) after the final norm, targets (R) int64 on the CPU.

@@ -21,9 +21,13 @@
 
 namespace hla {
 
+// Whether a path is in a folder that is there, or is it; of a file: whether it is that.
+bool is_within(const std::filesystem::path& path, const std::filesystem::path& folder);
+
 class WorkDir {
  public:
-  // Throws what the constructor would throw for the target. Makes nothing.
+  // Throws what the constructor would throw for the target. Makes nothing, but removes the work
+  // folder of a run that is finished, which a kill just then has left.
   static void check_target(const std::filesystem::path& target, bool force);
 
   // Throws kUsage where one of the inputs is the target or its work folder, or lies in one of them:
@@ -88,6 +92,7 @@ class WorkDir {
 
  private:
   static std::filesystem::path root_of(const std::filesystem::path& target);
+  static void remove_finished(const std::filesystem::path& root);
   void lock();
   void make_folders() const;
   bool take_up(Others others);

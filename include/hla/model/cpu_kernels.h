@@ -77,8 +77,9 @@ struct PairState {
   LogSumExp student;
   double cross;  // Σ exp(t - teacher.max) · (t - s), so that KL(p‖q) = cross/teacher.sum - lse_t +
                  // lse_s
+  float difference;  // the largest |t - s|
 };
-inline constexpr PairState kEmptyPair = {kEmptyLogSumExp, kEmptyLogSumExp, 0.0};
+inline constexpr PairState kEmptyPair = {kEmptyLogSumExp, kEmptyLogSumExp, 0.0, 0.0F};
 
 // As update_log_sum_exp, for two blocks of logits (R, n) at once.
 void update_pair(const at::Tensor& teacher, const at::Tensor& student, int64_t first_column,

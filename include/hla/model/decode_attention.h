@@ -105,7 +105,7 @@ class DecodeAttention {
   KeyTensors rebuilt_, absorbed_;
   at::Tensor constant_keys_;         // (K·d) the same for all tokens: no score feels it
   at::Tensor values_, values_bias_;  // (context of a head, K, d), (K, d)
-  bool cancels_ = false;             // what values are summed up of
+  bool cancels_ = false;             // coordinates, in what values are summed up of them
   // For LibTorch's operations: keys before rotation, then values, of records before rotation; and
   // what keys take from records as they are cached, if they do.
   at::Tensor rebuild_, rebuild_bias_;  // (2·K·d, n), (2·K·d)

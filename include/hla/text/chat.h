@@ -11,7 +11,7 @@ namespace hla {
 
 // A conversation's layout, out of a model's chat template. Templates are Jinja programs; those are
 // understood that write ChatML, <|im_start|>role\ncontent<|im_end|>\n, with or without a system
-// message of their own, as SmolLM2's and many others do.
+// message of their own, as SmolLM2's and many others do, and nothing else: all others are refused.
 class ChatTemplate {
  public:
   // Of chat_template.jinja, or of tokenizer_config.json, in a model folder. Throws kBadInput where

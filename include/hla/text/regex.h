@@ -9,8 +9,9 @@
 
 namespace hla {
 
-// A pattern in the dialect of the `tokenizers` library (Oniguruma), matched with Unicode classes.
-// `\s` means Unicode White_Space there, which PCRE2's own `\s` does not. Thread-safe.
+// A pattern in the dialect of the `tokenizers` library (Oniguruma's Ruby syntax), matched with
+// Unicode classes. There \s is Unicode White_Space, \w has marks, \h is a hexadecimal digit, ^ and
+// $ are of lines, and (?m) is for the dot, all of which PCRE2 has otherwise. Thread-safe.
 class Regex {
  public:
   // Throws kBadInput for a pattern that PCRE2 does not take.
@@ -20,10 +21,11 @@ class Regex {
   Regex& operator=(Regex&&) noexcept;
 
   // Calls `match(begin, end)` for each match from left to right, byte offsets; empty matches are
-  // left out. The text must be valid UTF-8. Throws kRuntime when PCRE2 gives up.
+  // left out. The text must be valid UTF-8. Throws kRuntime when PCRE2 gives up, for want of
+  // memory.
   void find_all(std::string_view text, const std::function<void(size_t, size_t)>& match) const;
 
-  // The pattern with \s and \S written out; public for the tests.
+  // The pattern as PCRE2 has to read it; public for the tests.
   static std::string translate(const std::string& pattern);
 
  private:

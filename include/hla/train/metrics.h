@@ -24,11 +24,14 @@ class Metrics {
   std::vector<nlohmann::json> lines();
 
  private:
+  uint64_t whole_lines() const;
+
   std::filesystem::path path_;
   std::ofstream file_;
 };
 
-// A column for every key that any line has, in alphabetical order behind "step".
+// A column for every key that any line has, in alphabetical order behind "step". Cells of null,
+// which numbers that are not finite are, are empty.
 std::string metrics_csv(const std::vector<nlohmann::json>& lines);
 
 // Training and evaluation loss against the step. Of many steps, means of as many neighbours.
