@@ -195,11 +195,8 @@ class Worker {
   bool is_on_gpu() const { return !model_->device().is_cpu(); }
 
   int64_t longest_sequence() const {
-    constexpr int64_t kMost = int64_t{1} << 32;  // more than a decoder takes
-    const int64_t depth = *std::max_element(options_.depths.begin(), options_.depths.end());
-    const int64_t tokens =
-        std::max({options_.prompt_tokens, options_.generated_tokens, int64_t{1}});
-    return std::min(depth, kMost) + std::min(tokens, kMost);
+    return *std::max_element(options_.depths.begin(), options_.depths.end()) +
+           std::max({options_.prompt_tokens, options_.generated_tokens, int64_t{1}});
   }
 
   // Of the CPU's memory, at the most.
@@ -454,6 +451,13 @@ void check(const BenchOptions& options) {
            std::all_of(values.begin(), values.end(), [&](int64_t x) { return x >= least; });
   };
   if (options.models.empty()) throw_usage("[bench] expected a model");
+  std::vector<int64_t> lengths = options.depths;
+  lengths.insert(lengths.end(), {options.prompt_tokens, options.generated_tokens});
+  for (const int64_t length : lengths) {
+    if (length <= kLongestSequence) continue;
+    throw_usage("[bench] expected at most " + std::to_string(kLongestSequence) +
+                " tokens of a sequence, got " + std::to_string(length));
+  }
   if (!all_at_least(options.depths, 0)) throw_usage("[bench] expected depths of at least 0");
   if (!all_at_least(options.batches, 1)) throw_usage("[bench] expected batches of at least 1");
   if (options.repetitions < 1) throw_usage("[bench] expected at least 1 repetition");

@@ -47,6 +47,25 @@ bool is_state(const json& state) {
          state.value("steps", json()).is_object() && state.value("fingerprint", json()).is_object();
 }
 
+// What an unfinished run left in its work folder; null where nothing can be made of it.
+json readable_state(const fs::path& root) {
+  std::error_code error;
+  if (!fs::exists(root / kStepsName, error)) return nullptr;
+  try {
+    json state = read_json_file(root / kStepsName);
+    return is_state(state) ? state : nullptr;
+  } catch (const Error&) {
+    return nullptr;
+  }
+}
+
+// Last of all what says which steps are complete, by which a finished run is known.
+void remove_work(const fs::path& root) {
+  std::error_code ignored;
+  for (const char* part : {kOutputName, kScratchName}) fs::remove_all(root / part, ignored);
+  fs::remove_all(root, ignored);
+}
+
 [[noreturn]] void throw_left_behind(const fs::path& root, const std::string& reason,
                                     const std::string& way_on) {
   throw_usage(root.string() + ": " + reason + "; " + way_on + "--restart to throw it away");
@@ -91,20 +110,9 @@ void WorkDir::check_target(const fs::path& target, bool force) {
 void WorkDir::remove_finished(const fs::path& root) {
   const int fd = ::open(root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
   if (fd < 0) return;
-  std::error_code ignored;
-  if (detail::try_lock(fd) && fs::exists(root / kStepsName, ignored)) {
-    try {
-      const json state = read_json_file(root / kStepsName);
-      if (is_state(state) && is_finished(state["steps"], root)) {
-        // Last of all what says so.
-        for (const char* part : {kOutputName, kScratchName, kStepsName}) {
-          fs::remove_all(root / part, ignored);
-        }
-        fs::remove(root, ignored);
-      }
-    } catch (const Error&) {
-      // begin() says so.
-    }
+  if (detail::try_lock(fd)) {
+    const json state = readable_state(root);
+    if (!state.is_null() && is_finished(state["steps"], root)) remove_work(root);
   }
   ::close(fd);
 }
@@ -172,9 +180,7 @@ WorkDir::~WorkDir() {
   if (!begun_) {
     fs::remove(root_, ignored);  // if it is empty: what an earlier run left is not ours to judge
   } else if (!keep_ || steps_.empty()) {
-    // Last of all what says which steps are complete, by which remove_finished() knows it.
-    for (const fs::path& part : {output_, scratch_}) fs::remove_all(part, ignored);
-    fs::remove_all(root_, ignored);
+    remove_work(root_);
   } else {
     log_info("kept what is complete in " + root_.string() + "; the same command goes on there");
   }
@@ -240,15 +246,8 @@ void WorkDir::begin(json fingerprint, bool restart, Others others) {
 }
 
 void WorkDir::check_settings(const json& settings) const {
-  std::error_code error;
-  if (!fs::exists(root_ / kStepsName, error)) return;
-  json state;
-  try {
-    state = read_json_file(root_ / kStepsName);
-  } catch (const Error&) {
-    return;  // begin() says so
-  }
-  if (!is_state(state)) return;
+  const json state = readable_state(root_);
+  if (state.is_null()) return;  // begin() says so
   const json& before = state["fingerprint"];
   if (before.value("command", json()) != settings.value("command", json())) return;
   json now = before;

@@ -2,8 +2,6 @@
 
 #include <ATen/ATen.h>
 
-#include <limits>
-
 #include "hla/core/error.h"
 #include "hla/core/memory.h"
 #include "hla/model/device.h"
@@ -24,9 +22,8 @@ Decoder::Decoder(const LlamaForCausalLM& model, const DecoderOptions& options)
       max_length_(options.max_length > 0 ? options.max_length
                                          : model.config().max_position_embeddings),
       cache_dtype_(options.cache_dtype.value_or(model.dtype())) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  if (max_length_ > kMost) {
-    throw_usage("[decoder] expected a sequence of at most " + std::to_string(kMost) +
+  if (max_length_ > kLongestSequence) {
+    throw_usage("[decoder] expected a sequence of at most " + std::to_string(kLongestSequence) +
                 " tokens, got " + std::to_string(max_length_));
   }
   const ModelConfig& config = model.config();

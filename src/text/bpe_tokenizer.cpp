@@ -391,14 +391,13 @@ size_t character_length(std::string_view text, size_t i) {
 // Finds the longest added token at each place, from left to right.
 class AddedTokenFinder {
  public:
-  void add(AddedToken token) {
+  void add(const AddedToken& token) {
     if (token.content.empty()) return;
     auto& lengths = lengths_[static_cast<unsigned char>(token.content[0])];
     const size_t length = token.content.size();
     const auto place = std::lower_bound(lengths.begin(), lengths.end(), length, std::greater<>());
     if (place == lengths.end() || *place != length) lengths.insert(place, length);
-    std::string content = token.content;
-    tokens_.try_emplace(std::move(content), std::move(token));
+    tokens_.try_emplace(token.content, token);
   }
 
   // Calls text(begin, end) and token(id) in order.
@@ -713,7 +712,7 @@ class BpeTokenizer : public Tokenizer {
       // As the reference decodes it.
       bytes_[static_cast<size_t>(token.id)] =
           byte_level_ ? token.content : bytes_of(token.content).value_or(token.content);
-      (normalized ? normalized_finder_ : plain_finder_).add(std::move(token));
+      (normalized ? normalized_finder_ : plain_finder_).add(token);
     }
   }
 

@@ -124,7 +124,7 @@ ChatTemplate ChatTemplate::parse(const std::string& jinja, const std::string& na
   std::string_view rest = *compact;
   const auto take = [&rest](const std::string& part) {
     const bool is_next = rest.starts_with(quoted(part));
-    if (is_next) rest.remove_prefix(quoted(part).size());
+    if (is_next) rest.remove_prefix(part.size());
     return is_next;
   };
   ChatTemplate result;

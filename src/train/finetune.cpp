@@ -117,16 +117,7 @@ class Run {
       throw_if_interrupted();
     }
     progress.finish();
-    const FinetuneEvaluation& before = report_.evaluations.front();
-    if (!(measure(evaluation(best())) < measure(before))) {
-      const bool by_kl = measures_kl(before);
-      const auto value = [&](const FinetuneEvaluation& one) {
-        return by_kl ? fixed(*one.kl, 5) : fixed(one.perplexity, 4);
-      };
-      log_warning("no model was better than the one before the first step: " +
-                  std::string(by_kl ? "KL to the teacher " : "perplexity ") + value(before) +
-                  " before, " + value(evaluation(best())) + " of what is written");
-    }
+    warn_of_no_gain();
     report_.skipped_steps = trainer.skipped_steps();
     report_.seconds += seconds_since(start_);
     report_.peak_bytes = peak_memory_bytes(model_->device());
@@ -170,6 +161,19 @@ class Run {
         log_warning("[" + key + "] has no effect without distill.teacher");
       }
     }
+  }
+
+  void warn_of_no_gain() const {
+    const FinetuneEvaluation& before = report_.evaluations.front();
+    const FinetuneEvaluation& written = evaluation(best());
+    if (measure(written) < measure(before)) return;
+    const bool by_kl = measures_kl(before);
+    const auto value = [&](const FinetuneEvaluation& one) {
+      return by_kl ? fixed(*one.kl, 5) : fixed(one.perplexity, 4);
+    };
+    log_warning("no model was better than the one before the first step: " +
+                std::string(by_kl ? "KL to the teacher " : "perplexity ") + value(before) +
+                " before, " + value(written) + " of what is written");
   }
 
   // Of what the trainer will hold, that is in memory already: weights that were converted when they
@@ -238,7 +242,8 @@ class Run {
     plan_ = plan_windows(valid_tokens_, model_->config(), windows);
     const int64_t most = model_->config().max_position_embeddings;
     for (const std::string& prompt : config_.eval.prompts) {
-      const auto length = static_cast<int64_t>(tokenizer_->encode(prompt).size());
+      prompts_.push_back(tokenizer_->encode(prompt));
+      const auto length = static_cast<int64_t>(prompts_.back().size());
       if (length > 0 && length < most) continue;
       throw_usage("[eval.prompts] expected texts of 1 to " + std::to_string(most - 1) +
                   " tokens, got " + std::to_string(length) + " in " + json_excerpt(prompt));
@@ -588,20 +593,16 @@ class Run {
   }
 
   std::vector<std::string> continuations() const {
-    if (config_.eval.prompts.empty()) return {};
-    std::vector<std::vector<int32_t>> prompts;
-    for (const std::string& prompt : config_.eval.prompts) {
-      prompts.push_back(tokenizer_->encode(prompt));
-    }
+    if (prompts_.empty()) return {};
     GenerateOptions options;
     options.max_new_tokens = config_.eval.prompt_tokens;
     options.sampling.temperature = 0;
     options.end_of_text = end_of_text_ids(checkpoint_, *tokenizer_);
     const at::NoGradGuard no_gradients;
     const int64_t limit = model_->config().max_position_embeddings;
-    const Decoder decoder(*model_, {.max_length = longest_sequence(prompts, options, limit)});
+    const Decoder decoder(*model_, {.max_length = longest_sequence(prompts_, options, limit)});
     std::vector<std::string> texts;
-    for (Continuation& one : generate(decoder, *tokenizer_, prompts, options).continuations) {
+    for (Continuation& one : generate(decoder, *tokenizer_, prompts_, options).continuations) {
       texts.push_back(sanitize_utf8(one.text));  // of a model that is far off
     }
     return texts;
@@ -689,6 +690,7 @@ class Run {
   std::optional<Checkpoint> teacher_checkpoint_;
   std::shared_ptr<LlamaForCausalLM> teacher_;
   WindowPlan plan_;
+  std::vector<std::vector<int32_t>> prompts_;  // of eval.prompts
   std::optional<TrainingRows> rows_;
   std::optional<WorkDir> work_;
   std::string train_sha256_;    // of what was read of the texts

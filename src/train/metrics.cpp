@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <system_error>
 #include <utility>
 
 #include "hla/core/error.h"
@@ -68,27 +69,34 @@ PlotSpec training_plot(const std::vector<nlohmann::json>& lines, const char* key
   return plot;
 }
 
+// Bytes up to the end of the last line that has one.
+uint64_t whole_lines(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  return text.rfind('\n') + 1;  // npos + 1 is 0
+}
+
+uint64_t size_of(const std::filesystem::path& path) {
+  std::error_code error;
+  const uint64_t size = std::filesystem::file_size(path, error);
+  if (error) throw_runtime(path.string() + ": cannot be read: " + error.message());
+  return size;
+}
+
 }  // namespace
 
 Metrics::Metrics(std::filesystem::path file, uint64_t bytes) : path_(std::move(file)) {
   // Cut, not written anew: what is kept is on disk at every moment.
   file_.open(path_, std::ios::app | std::ios::binary);
   if (!file_) throw_runtime(path_.string() + ": cannot be written");
-  uint64_t kept = std::filesystem::file_size(path_);
-  if (kept < bytes) {
-    kept = whole_lines();
+  uint64_t kept = bytes;  // without lines of steps that are now done again
+  if (size_of(path_) < bytes) {
+    kept = whole_lines(path_);
     log_warning(path_.string() + ": is shorter than it was; some steps have no metrics");
-  } else {
-    kept = bytes;  // without lines of steps that are now done again
   }
-  std::filesystem::resize_file(path_, kept);
-}
-
-// Bytes up to the end of the last line that has one.
-uint64_t Metrics::whole_lines() const {
-  std::ifstream file(path_, std::ios::binary);
-  const std::string text{std::istreambuf_iterator<char>(file), {}};
-  return text.rfind('\n') + 1;  // npos + 1 is 0
+  std::error_code error;
+  std::filesystem::resize_file(path_, kept, error);
+  if (error) throw_runtime(path_.string() + ": cannot be cut: " + error.message());
 }
 
 void Metrics::add(const nlohmann::json& line) {
@@ -98,7 +106,7 @@ void Metrics::add(const nlohmann::json& line) {
 
 int64_t Metrics::bytes() {
   detail::sync_file(path_);
-  return static_cast<int64_t>(std::filesystem::file_size(path_));
+  return static_cast<int64_t>(size_of(path_));
 }
 
 std::vector<nlohmann::json> Metrics::lines() {

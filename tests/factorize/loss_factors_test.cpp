@@ -32,6 +32,29 @@ class LossFactorsTest : public ::testing::Test {
     statistics_.loss_input = random_positive(12);
   }
 
+  // As many query heads as kv heads, and 9 drawn tokens.
+  void reshape(int64_t heads, int64_t head_dim, int64_t hidden_size) {
+    config_.num_key_value_heads = config_.num_attention_heads = heads;
+    config_.head_dim = head_dim;
+    config_.hidden_size = hidden_size;
+    const auto random = [](int64_t rows, int64_t cols) {
+      return at::randn({rows, cols}, at::kDouble);
+    };
+    const int64_t kv = heads * head_dim;
+    weights_ = {random(kv, hidden_size),
+                random(kv, hidden_size),
+                random(kv, hidden_size),
+                random(hidden_size, kv),
+                {},
+                {},
+                {},
+                {}};
+    statistics_.loss_output = random_positive(2 * kv);
+    statistics_.loss_input = random_positive(hidden_size);
+    statistics_.sample_input = random(9, hidden_size);
+    statistics_.sample_gradient = random(9, 2 * kv);
+  }
+
   LayerFactors factors(HlaRope rope, const LayerPlan& plan) const {
     return factorize_layer(config_, weights_, statistics_, rope, plan, {});
   }
@@ -201,18 +224,7 @@ TEST_F(LossFactorsTest, PredictsTheLossOfItsFactors) {
 
 // Every number of floats from 1 on has a division, whatever ranks of the fast keys are tried.
 TEST_F(LossFactorsTest, CurveHasNoGaps) {
-  config_.num_key_value_heads = 3;
-  config_.num_attention_heads = 3;
-  config_.head_dim = 8;
-  config_.hidden_size = 50;
-  const auto random = [](int64_t rows, int64_t cols) {
-    return at::randn({rows, cols}, at::kDouble);
-  };
-  weights_ = {random(24, 50), random(24, 50), random(24, 50), random(50, 24), {}, {}, {}, {}};
-  statistics_.loss_output = random_positive(48);
-  statistics_.loss_input = random_positive(50);
-  statistics_.sample_input = random(9, 50);
-  statistics_.sample_gradient = random(9, 48);
+  reshape(/*heads=*/3, /*head_dim=*/8, /*hidden_size=*/50);
   const LossCurve curve = predict_loss(config_, weights_, statistics_, HlaRope::kLatent, 3);
   EXPECT_EQ(curve.max_floats(), 48);
   for (int64_t floats = 1; floats <= 48; ++floats) {
@@ -224,18 +236,7 @@ TEST_F(LossFactorsTest, CurveHasNoGaps) {
 // Where hidden_size is far below the kv width the shared latent does not reach from one rank of the
 // fast keys that is tried to the next.
 TEST_F(LossFactorsTest, CurveHasNoGapsOfNarrowModels) {
-  config_.num_key_value_heads = 8;
-  config_.num_attention_heads = 8;
-  config_.head_dim = 16;
-  config_.hidden_size = 8;
-  const auto random = [](int64_t rows, int64_t cols) {
-    return at::randn({rows, cols}, at::kDouble);
-  };
-  weights_ = {random(128, 8), random(128, 8), random(128, 8), random(8, 128), {}, {}, {}, {}};
-  statistics_.loss_output = random_positive(256);
-  statistics_.loss_input = random_positive(8);
-  statistics_.sample_input = random(9, 8);
-  statistics_.sample_gradient = random(9, 256);
+  reshape(/*heads=*/8, /*head_dim=*/16, /*hidden_size=*/8);
   const LossCurve curve = predict_loss(config_, weights_, statistics_, HlaRope::kLatent, 8);
   EXPECT_EQ(curve.max_floats(), 136);
   for (int64_t floats = 1; floats <= 136; ++floats) {

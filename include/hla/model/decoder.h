@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -16,6 +17,9 @@
 namespace hla {
 
 class LlamaForCausalLM;
+
+// Tokens of a sequence, at the most.
+constexpr int64_t kLongestSequence = std::numeric_limits<int32_t>::max();
 
 struct DecoderOptions {
   // Longest sequence. Beyond max_position_embeddings a model was not trained.

@@ -24,8 +24,6 @@ class Metrics {
   std::vector<nlohmann::json> lines();
 
  private:
-  uint64_t whole_lines() const;
-
   std::filesystem::path path_;
   std::ofstream file_;
 };
