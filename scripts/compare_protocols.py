@@ -8,8 +8,8 @@
 Prints a Markdown table, and writes it to --out with the same rows as JSON beside it. The exit status is 1 where a
 difference is above the tolerance or where hla failed.
 
-Needs (not installed by scripts/setup.sh):
-    pip install torch==2.10.0 transformers lm_eval datasets accelerate sentencepiece protobuf gguf safetensors
+Needs, beside what scripts/setup.sh installs:
+    .venv/bin/pip install lm_eval datasets accelerate sentencepiece protobuf
 and, for the protocol llama.cpp, a llama-perplexity of https://github.com/ggml-org/llama.cpp, named by
 --llama-perplexity. Without it those rows are left out. The Hugging Face Hub is not used.
 """

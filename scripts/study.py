@@ -280,7 +280,7 @@ model; tuning moves all of them away from the base, so KL to it says how far, no
 
 ## Inference
 
-Tokens per second, and how many times the base's; `pp` is a prompt, `tg` decoding. Tuning changes numbers, not shapes: models are as fast and as large after it.
+Tokens per second, and how many times the base's (median over turns, not the quotient of the means); `pp` is a prompt, `tg` decoding. Tuning changes numbers, not shapes: models are as fast and as large after it.
 {SEED_NOTE}
 
 {inference(study, bench)}

@@ -25,8 +25,11 @@ struct BenchArguments {
 void run_bench(const BenchArguments& arguments) {
   check_output_targets(
       {{"--json", arguments.json}, {"--csv", arguments.csv}, {"--plot", arguments.plot}},
-      arguments.force, arguments.bench.models);
+      arguments.force, with_files_of(arguments.bench.models));
   BenchOptions options = arguments.bench;
+  if (!arguments.plot.empty() && options.generated_tokens == 0) {
+    throw_usage("[--plot] draws decoding, and -n 0 has none");
+  }
   options.load = [&arguments] { return resolve(arguments.device); };
   const BenchReport report = bench(options);
   if (arguments.json != "-" && arguments.csv != "-") std::cout << report.to_markdown();
@@ -68,9 +71,10 @@ void add_bench(CLI::App& app) {
       ->capture_default_str();
   add_decoder_options(*command, bench.decoder);
   add_device_options(*command, arguments->device);
-  command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
-  command->add_option("--csv", arguments->csv,
-                      "Write every repetition to FILE as CSV; - for stdout");
+  add_report_option(*command, "--json", arguments->json,
+                    "Write the results to FILE as JSON; - for stdout");
+  add_report_option(*command, "--csv", arguments->csv,
+                    "Write every repetition to FILE as CSV; - for stdout");
   command->add_option("--plot", arguments->plot, "Draw tokens/s against depth into FILE.svg");
   command->add_flag("--force", arguments->force, "Replace existing output files");
   command->footer(

@@ -1,5 +1,7 @@
 #include "hla/factorize/convert.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -49,7 +51,8 @@ double parse_share(const char* option, const std::string& text) {
   }
   if (!percent && value >= 1) {
     throw_usage(std::string("[") + option + "] expected a share like 5% or 0.05, got " + text +
-                ", which is " + text + "00 %; did you mean " + text + "%?");
+                ", which is " + std::to_string(std::llround(100 * std::min(value, 1e9))) +
+                " %; did you mean " + text + "%?");
   }
   return percent ? value / 100 : value;
 }
@@ -126,11 +129,12 @@ void refuse_without_effect(const ConvertArguments& arguments, const CLI::App& co
   };
   const std::vector<std::string> of_weighting = {"--key-weighting", "--value-weighting",
                                                  "--value-weight"};
+  if (arguments.dry_run) refuse("--dry-run", {"--restart"});
   const bool loss = arguments.objective == to_string(Objective::kLoss);
   if (!loss) refuse("--objective attention", {"--low-memory"});
   if (arguments.no_calib) {
     if (loss) refuse("--no-calib", {"--objective"});
-    refuse("--no-calib", {"--calib-tokens", "--calib-length", "--low-memory"});
+    refuse("--no-calib", {"--calib-tokens", "--calib-length", "--low-memory", "--no-refit-output"});
   }
   if (arguments.rope == to_string(HlaRope::kPaper)) {
     refuse("--rope paper", of_weighting);
@@ -167,13 +171,17 @@ void run_convert(ConvertArguments& arguments) {
   if (!value_weighting)
     throw_usage("[--value-weighting] expected plain, input, output or averaged, got " +
                 arguments.value_weighting);
+  if (!(options.factors.value_weight >= 1e-6 && options.factors.value_weight <= 1e6)) {
+    throw_usage("[--value-weight] expected a number from 1e-6 to 1e6, got " +
+                std::to_string(options.factors.value_weight));
+  }
   options.factors.objective = *objective;
   options.factors.key_weighting = *key_weighting;
   options.factors.value_weighting = *value_weighting;
   if (arguments.no_calib && !arguments.calib.empty()) {
     throw_usage("--calib and --no-calib exclude each other");
   }
-  if (!arguments.no_calib) {
+  if (!arguments.no_calib && options.rope != HlaRope::kPaper) {
     options.calib.assign(arguments.calib.begin(), arguments.calib.end());
     if (options.calib.empty()) {
       options.calib = {data_file("wikitext-2/wiki.valid.txt"),
@@ -196,10 +204,10 @@ void run_convert(ConvertArguments& arguments) {
   if (!has_size(options) && options.objective() == Objective::kLoss) {
     options.target_ratio = kDefaultRatio;
   }
-  std::vector<std::string> inputs = arguments.calib;
-  inputs.insert(inputs.end(), {arguments.model, arguments.valid, arguments.plan});
+  std::vector<std::string> inputs = {arguments.model};
+  for (const std::filesystem::path& input : options.inputs()) inputs.push_back(input.string());
   check_output_targets({{"--json", arguments.json}, {"--plot", arguments.plot}}, options.force,
-                       inputs, arguments.out);
+                       with_files_of(inputs), arguments.out);
   if (arguments.dry_run && !arguments.plot.empty()) {
     throw_usage("--plot and --dry-run exclude each other: nothing is converted");
   }
@@ -305,8 +313,7 @@ void add_convert(CLI::App& app) {
           ->capture_default_str(),
       command
           ->add_option("--value-weight", options.factors.value_weight,
-                       "Weight of the values against the keys in a joint basis")
-          ->check(CLI::PositiveNumber)
+                       "Weight of the values against the keys in a joint basis, 1e-6 to 1e6")
           ->capture_default_str()};
   CLI::Option* refit =
       command->add_flag("--refit-output", arguments->refit_output,
@@ -319,7 +326,8 @@ void add_convert(CLI::App& app) {
   command->add_flag("--dry-run", arguments->dry_run,
                     "Only say what would be made: plan, cache, disk, memory and time; before ranks "
                     "are measured, where they are");
-  command->add_option("--json", arguments->json, "Write the report to FILE as JSON; - for stdout");
+  add_report_option(*command, "--json", arguments->json,
+                    "Write the report to FILE as JSON; - for stdout");
   command->add_option("--plot", arguments->plot,
                       "Write errors and ranks by layer, of latent also by frequency, to FILE as "
                       "SVG");
@@ -350,7 +358,6 @@ void add_convert(CLI::App& app) {
       "  hla convert models/SmolLM2-135M-Instruct models/out --dry-run\n"
       "  hla convert org/name out --k-rank 96 --v-rank 128 --calib my.txt --calib-tokens 32768");
   command->callback([arguments, objective, of_attention, command, &app] {
-    refuse_without_effect(*arguments, *command);
     for (const CLI::Option* option : of_attention) {
       if (option->count() == 0) continue;
       if (objective->count() > 0 && arguments->objective != to_string(Objective::kAttention)) {
@@ -358,6 +365,7 @@ void add_convert(CLI::App& app) {
       }
       arguments->objective = to_string(Objective::kAttention);
     }
+    refuse_without_effect(*arguments, *command);
     arguments->verbose = app.count("--verbose") > 0;
     run_convert(*arguments);
   });

@@ -29,13 +29,15 @@ void run_finetune(const FinetuneArguments& arguments) {
                                : std::optional<std::filesystem::path>(arguments.config);
   const ResolvedConfig config = resolve_config(file, arguments.assignments);
   if (arguments.print_config) {
+    if (!arguments.json.empty()) throw_usage("[--json] has no effect with --print-config");
     std::cout << to_commented_json(config);
     return;
   }
   std::vector<std::string> inputs = config.config.data.train;
   inputs.insert(inputs.end(), {config.config.model, config.config.distill.teacher,
                                config.config.data.valid, arguments.config});
-  check_output_targets({{"--json", arguments.json}}, arguments.force, inputs, config.config.output);
+  check_output_targets({{"--json", arguments.json}}, arguments.force, with_files_of(inputs),
+                       config.config.output);
   keep_freed_memory();  // every step takes the same
   const FinetuneReport report = finetune(
       config,
@@ -63,7 +65,8 @@ void add_finetune(CLI::App& app) {
   command->add_flag("--print-config", arguments->print_config,
                     "Show every key with its documentation and value, and stop");
   add_device_options(*command, arguments->device);
-  command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
+  add_report_option(*command, "--json", arguments->json,
+                    "Write the results to FILE as JSON; - for stdout");
   command->add_flag("--force", arguments->force, "Replace existing outputs");
   command->add_flag("--restart", arguments->restart,
                     "Begin anew instead of going on with an unfinished run");

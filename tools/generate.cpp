@@ -9,6 +9,7 @@
 
 #include "commands.h"
 #include "hla/core/error.h"
+#include "hla/core/interrupt.h"
 #include "hla/core/log.h"
 #include "hla/core/memory.h"
 #include "hla/core/standard_input.h"
@@ -50,6 +51,8 @@ std::vector<std::string> read_prompts(const std::string& path) {
   int64_t number = 0;
   for (std::string line; std::getline(lines, line);) {
     ++number;
+    constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
+    if (number == 1 && line.starts_with(kByteOrderMark)) line.erase(0, kByteOrderMark.size());
     if (line.ends_with('\r')) line.pop_back();
     if (line.empty()) continue;
     require_utf8(line, path + ", line " + std::to_string(number));
@@ -97,6 +100,7 @@ nlohmann::json to_json(const GenerateReport& report, const std::vector<std::stri
   }
   const SamplingOptions& sampling = arguments.generate.sampling;
   return {{"model", arguments.model},
+          {"partial", report.partial},
           {"device", report.device},
           {"dtype", report.dtype},
           {"cache_dtype", report.cache_dtype},
@@ -143,9 +147,12 @@ void warn_of_two_bos(const std::vector<std::vector<int32_t>>& prompts, const Tok
 
 void run_generate(const GenerateArguments& arguments) {
   check_output_targets({{"--json", arguments.json}}, arguments.force,
-                       {arguments.model, arguments.prompts});
+                       with_files_of({arguments.model, arguments.prompts}));
   if (arguments.stream && arguments.json == "-") {
     throw_usage("--stream and --json - exclude each other: both are for stdout");
+  }
+  if (arguments.echo && arguments.json == "-") {
+    throw_usage("[--echo] has no effect with --json -, which has the prompts");
   }
   validate(arguments.generate.sampling);
   const std::vector<std::string> prompts = prompts_of(arguments);
@@ -208,6 +215,7 @@ void run_generate(const GenerateArguments& arguments) {
              ")");
   }
   log_info(statistics(report, peak_bytes));
+  if (report.partial) throw_if_interrupted();
 }
 
 }  // namespace
@@ -293,7 +301,8 @@ void add_generate(CLI::App& app) {
 
   add_device_options(*command, arguments->device);
   add_decoder_options(*command, arguments->decoder);
-  command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout");
+  add_report_option(*command, "--json", arguments->json,
+                    "Write the results to FILE as JSON; - for stdout");
   command->add_flag("--force", arguments->force, "Replace an existing output file");
   command->footer(
       "Sampling applies, in this order: repetition penalty, temperature, top-k, top-p, min-p.\n\n"

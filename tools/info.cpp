@@ -4,6 +4,7 @@
 
 #include "commands.h"
 #include "hla/core/error.h"
+#include "hla/io/json_file.h"
 #include "hla/model/summary.h"
 
 namespace hla::tools {
@@ -16,7 +17,7 @@ struct InfoArguments {
 
 void run_info(const InfoArguments& arguments) {
   const ModelSummary summary = summarize(Checkpoint::open(arguments.path));
-  std::cout << (arguments.json ? summary.to_json().dump(2) + "\n" : summary.to_text());
+  std::cout << (arguments.json ? json_text(summary.to_json()) : summary.to_text());
   if (!summary.problems.empty()) {
     std::cout.flush();
     throw_bad_input(summary.path + ": the tensors do not fit config.json, see the problems listed");

@@ -1,7 +1,9 @@
 // hla: parses the command line, runs one subcommand and turns errors into exit codes.
 #include <c10/util/Exception.h>
+#include <fcntl.h>
 #include <malloc.h>
 #include <torch/version.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -10,6 +12,7 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "commands.h"
@@ -22,6 +25,7 @@
 #include "hla/core/version.h"
 #include "hla/model/device.h"
 #include "hla/model/onednn_products.h"
+#include "options.h"
 
 namespace {
 
@@ -98,8 +102,8 @@ int run(int argc, char** argv) {
   app.fallthrough();
   bool verbose = false;
   bool quiet = false;
-  app.add_flag("-v,--verbose", verbose, "More messages on stderr");
-  app.add_flag("-q,--quiet", quiet, "Only warnings and errors on stderr");
+  CLI::Option* more = app.add_flag("-v,--verbose", verbose, "More messages on stderr");
+  app.add_flag("-q,--quiet", quiet, "Only warnings and errors on stderr")->excludes(more);
   app.parse_complete_callback([&] {
     refuse_empty_values(app);
     hla::init_logging(verbose ? hla::LogLevel::kVerbose
@@ -114,6 +118,7 @@ int run(int argc, char** argv) {
   hla::tools::add_generate(app);
   hla::tools::add_bench(app);
   hla::tools::add_tokenize(app);
+  for (CLI::App* command : app.get_subcommands({})) hla::tools::take_decimal_integers(*command);
   app.footer(
       "Exit codes: 0 ok, 1 runtime, 2 usage, 3 bad input, 4 out of memory, 5 non-finite numbers,\n"
       "130 and 143 interrupted.\n\n"
@@ -134,6 +139,12 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  // A file that is opened in the place of a closed stderr would get what is logged. What stdout is
+  // to get fails as before.
+  for (const auto& [fd, mode] :
+       {std::pair(STDIN_FILENO, O_WRONLY), {STDOUT_FILENO, O_RDONLY}, {STDERR_FILENO, O_WRONLY}}) {
+    if (::fcntl(fd, F_GETFD) < 0 && ::open("/dev/null", mode) != fd) return 1;
+  }
   hla::install_interrupt_handlers();
   // A forward pass frees and allocates large tensors all the time: kept in the heap, their pages
   // need not be given back and zeroed by the kernel again.

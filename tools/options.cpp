@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <cstring>
 #include <filesystem>
 #include <iostream>
@@ -16,9 +17,12 @@
 
 #include "hla/core/error.h"
 #include "hla/io/atomic_file.h"
+#include "hla/io/checkpoint.h"
+#include "hla/io/hub_cache.h"
 #include "hla/io/json_file.h"
 #include "hla/io/work_dir.h"
 #include "hla/model/device.h"
+#include "hla/text/corpus.h"
 
 namespace hla::tools {
 namespace {
@@ -30,12 +34,79 @@ std::vector<std::string> split(const std::string& text) {
   return parts;
 }
 
-std::optional<int64_t> integer_of(const std::string& text) {
-  int64_t number = 0;
-  return CLI::detail::lexical_cast(text, number) ? std::optional(number) : std::nullopt;
+template <typename T>
+std::optional<T> decimal_of(const std::string& text) {
+  T number = 0;
+  const char* end = text.data() + text.size();
+  const auto [read, error] = std::from_chars(text.data(), end, number);
+  return error == std::errc() && read == end ? std::optional(number) : std::nullopt;
+}
+
+std::optional<int64_t> integer_of(const std::string& text) { return decimal_of<int64_t>(text); }
+
+CLI::Validator number_between(double least, double most) {
+  return CLI::Validator(
+      [least, most](std::string& text) {
+        double number = 0;
+        const bool is_number = CLI::detail::lexical_cast(text, number);
+        if (!is_number || (number >= least && number <= most)) return std::string();
+        std::ostringstream message;  // NaN, too
+        message << "expected " << least << " to " << most << ", got " << text;
+        return message.str();
+      },
+      "");
 }
 
 }  // namespace
+
+void take_decimal_integers(CLI::App& command) {
+  const auto take = []<typename T>(CLI::Option& option, const char* expected, T) {
+    option.transform(CLI::Validator(
+        [expected](std::string& text) {
+          const std::optional<T> number = decimal_of<T>(text);
+          if (!number) return std::string("expected ") + expected + ", got " + text;
+          text = std::to_string(*number);  // without leading zeros
+          return std::string();
+        },
+        ""));
+  };
+  for (CLI::Option* option : command.get_options()) {
+    if (option->get_type_name() == "INT") {
+      take(*option, "an integer", int64_t{});
+    } else if (option->get_type_name() == "UINT") {
+      take(*option, "an integer of at least 0", uint64_t{});
+    }
+  }
+}
+
+CLI::Option* add_report_option(CLI::App& command, const std::string& name, std::string& target,
+                               const std::string& description) {
+  return command.add_option(name, target, description)
+      ->transform(CLI::Validator(
+          [](std::string& text) {
+            for (const char* stdout_ : {"/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}) {
+              if (text == stdout_) text = "-";
+            }
+            return std::string();
+          },
+          ""));
+}
+
+std::vector<std::string> with_files_of(std::vector<std::string> inputs) {
+  const size_t given = inputs.size();
+  for (size_t i = 0; i < given; ++i) {
+    if (inputs[i].empty()) continue;
+    try {
+      for (const auto& file : corpus_files(inputs[i])) inputs.push_back(file.string());
+      const auto path = resolve_model_path(inputs[i]);
+      inputs.push_back(path.string());
+      const auto tokenizer = Checkpoint::open(path.string()).tokenizer_path();
+      if (tokenizer) inputs.push_back(tokenizer->string());
+    } catch (const Error&) {  // neither; or it is refused when it is opened
+    }
+  }
+  return inputs;
+}
 
 CLI::Validator at_least(int64_t least) {
   return CLI::Validator(
@@ -49,15 +120,18 @@ CLI::Validator at_least(int64_t least) {
 }
 
 std::vector<CLI::Option*> add_decoder_options(CLI::App& command, DecoderOptions& target) {
-  const std::map<std::string, DecoderOptions::Attend> ways = {
-      {"cheapest", DecoderOptions::Attend::kCheapest},
-      {"decode", DecoderOptions::Attend::kDecode},
-      {"rebuild", DecoderOptions::Attend::kRebuild}};
+  std::map<std::string, DecoderOptions::Attend> ways;
+  for (const auto way : {DecoderOptions::Attend::kCheapest, DecoderOptions::Attend::kDecode,
+                         DecoderOptions::Attend::kRebuild}) {
+    ways.emplace(to_string(way), way);
+  }
   CLI::Option* cache_dtype =
       command
           .add_option_function<std::string>(
               "--cache-dtype",
-              [&target](const std::string& name) { target.cache_dtype = parse_dtype(name); },
+              [&target](const std::string& name) {
+                target.cache_dtype = parse_dtype(name, "--cache-dtype");
+              },
               "Of the caches: auto (as the model), fp32, bf16 or fp16")
           ->check(CLI::IsMember({"auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"}))
           ->default_str("auto");
@@ -77,7 +151,7 @@ std::vector<CLI::Option*> add_decoder_options(CLI::App& command, DecoderOptions&
               "--absorb-error", target.absorb_error,
               "How far scores of cached keys that are not rebuilt may be off, relative to |q||k| "
               "of a frequency; 0: all such keys are rebuilt, which takes longer")
-          ->check(CLI::Range(0.0, 1.0))
+          ->check(number_between(0, 1))
           ->capture_default_str();
   CLI::Option* amplification =
       command
@@ -86,7 +160,7 @@ std::vector<CLI::Option*> add_decoder_options(CLI::App& command, DecoderOptions&
               "How many times as much as latents the coordinates that HLA is decoded in may "
               "err where they are rounded: the more, the more of them are keys, which takes "
               "fewer products; 0: none")
-          ->check(CLI::Range(0.0, 1e6))
+          ->check(number_between(0, 1e6))
           ->default_str("50; 5 for caches of 16 bits, 0 for models of 16 bits or on a GPU");
   return {cache_dtype, attend, absorb_error, amplification};
 }
@@ -216,6 +290,10 @@ void check_output_targets(const std::vector<std::pair<std::string, std::string>>
     }
     const bool is_stream = target == "-" || is_standard_stream(target);
     const std::string place = is_stream ? target : place_of(target);
+    if (!folder.empty() && place.starts_with(place_of(folder) + '/')) {
+      throw_usage("[" + option + "] " + target + " would lie in " + folder +
+                  ", which is made anew\n  hint: another place for it");
+    }
     if (std::find(seen.begin(), seen.end(), place) != seen.end()) {
       throw_usage("[" + option + "] expected a target of its own, got " + target +
                   " a second time");
@@ -226,7 +304,7 @@ void check_output_targets(const std::vector<std::pair<std::string, std::string>>
 
 void write_json_result(const std::string& target, const nlohmann::json& value, bool force) {
   if (target == "-") {
-    std::cout << value.dump(2) << "\n";
+    std::cout << json_text(value);
   } else {
     write_json_file(target, value, force);
   }

@@ -21,6 +21,18 @@ struct DeviceOptions {
 // Refuses integers below `least`, saying so.
 CLI::Validator at_least(int64_t least);
 
+// Integers are decimal and within their range: CLI11 alone takes 010 for 8, and clamps. To be
+// called when all options are registered.
+void take_decimal_integers(CLI::App& command);
+
+// Registers --json or --csv; however stdout is spelt, `target` is "-" then.
+CLI::Option* add_report_option(CLI::App& command, const std::string& name, std::string& target,
+                               const std::string& description);
+
+// Also what is read of those that are models (the folder of an id, a tokenizer beside a file) or
+// datasets.
+std::vector<std::string> with_files_of(std::vector<std::string> inputs);
+
 // Registers --device, --dtype and --threads; `auto_dtype` says what the dtype is by default.
 void add_device_options(
     CLI::App& command, DeviceOptions& options,
@@ -55,7 +67,7 @@ void write_json_result(const std::string& target, const nlohmann::json& value, b
 void write_text_result(const std::string& target, const std::string& text, bool force);
 // A file that is among `inputs`, or in a folder of them, is not replaced even with force: it is
 // read. No two options may name the same place, and none but --json and --csv stdout. Nor may one
-// be `folder`, which the command makes.
+// be `folder`, which the command makes, or in it.
 void check_output_targets(const std::vector<std::pair<std::string, std::string>>& targets,
                           bool force, const std::vector<std::string>& inputs,
                           const std::string& folder = "");

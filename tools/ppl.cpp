@@ -38,17 +38,20 @@ struct PplArguments {
   DeviceOptions device;
 };
 
+std::string dataset_of(const PplArguments& arguments) {
+  return arguments.dataset.empty() ? "wikitext-2-raw" : arguments.dataset;
+}
+
 Corpus load_corpus(const PplArguments& arguments) {
   if (!arguments.text.empty()) return read_corpus(arguments.text, arguments.corpus);
-  return load_dataset(arguments.dataset.empty() ? "wikitext-2-raw" : arguments.dataset,
-                      arguments.split, arguments.corpus);
+  return load_dataset(dataset_of(arguments), arguments.split, arguments.corpus);
 }
 
 EvaluationOptions evaluation_options(const PplArguments& arguments) {
   EvaluationOptions options = arguments.evaluation;
   options.load = resolve(arguments.device);
   if (!arguments.reference.empty()) options.reference = arguments.reference;
-  options.reference_dtype = parse_dtype(arguments.reference_dtype);
+  options.reference_dtype = parse_dtype(arguments.reference_dtype, "--reference-dtype");
   if (!arguments.tokenizer.empty()) options.tokenizer = arguments.tokenizer;
   std::vector<Protocol> protocols = all_protocols();
   if (!arguments.all_protocols) {
@@ -75,13 +78,20 @@ EvaluationOptions evaluation_options(const PplArguments& arguments) {
 void run_ppl(const PplArguments& arguments) {
   std::vector<std::string> inputs = arguments.evaluation.models;
   inputs.insert(inputs.end(), {arguments.reference, arguments.text, arguments.tokenizer});
+  if (arguments.text.empty()) {
+    inputs.push_back(dataset_of(arguments) +
+                     (arguments.split.empty() ? "" : ":" + arguments.split));
+  }
   check_output_targets(
       {{"--json", arguments.json}, {"--csv", arguments.csv}, {"--plot", arguments.plot}},
-      arguments.force, inputs);
+      arguments.force, with_files_of(inputs));
   const EvaluationOptions options = evaluation_options(arguments);
   const Corpus corpus = load_corpus(arguments);
   if (corpus.kind == Corpus::Kind::kText && arguments.corpus.max_documents) {
     throw_usage("[--documents] " + corpus.name + " is one text, not documents; use --limit");
+  }
+  if (corpus.format == "text" && arguments.corpus.text_field != CorpusOptions().text_field) {
+    throw_usage("[--text-field] " + corpus.name + " is plain text, which has no fields");
   }
   const Evaluation result = evaluate(corpus, options);
   if (result.models.empty()) throw_if_interrupted();
@@ -158,7 +168,7 @@ void add_ppl(CLI::App& app) {
       ->group("Protocol");
   command
       ->add_option("--stride", arguments->windows.stride,
-                   "hf-stride: tokens from window to window; default 512")
+                   "hf-stride: tokens from window to window; default 512, at most the context")
       ->group("Protocol");
   CLI::Option* limit = command
                            ->add_option("--limit", arguments->windows.limit,
@@ -195,9 +205,10 @@ void add_ppl(CLI::App& app) {
       ->add_flag("--profile", arguments->evaluation.profile,
                  "Where the time goes, by kind of operation (CPU)")
       ->group("Report");
-  command->add_option("--json", arguments->json, "Write the results to FILE as JSON; - for stdout")
+  add_report_option(*command, "--json", arguments->json,
+                    "Write the results to FILE as JSON; - for stdout")
       ->group("Report");
-  command->add_option("--csv", arguments->csv, "Write a table to FILE as CSV; - for stdout")
+  add_report_option(*command, "--csv", arguments->csv, "Write a table to FILE as CSV; - for stdout")
       ->group("Report");
   command
       ->add_option("--plot", arguments->plot, "Write perplexity against cache bytes to FILE as SVG")

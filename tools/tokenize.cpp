@@ -8,6 +8,7 @@
 
 #include "commands.h"
 #include "hla/core/error.h"
+#include "hla/core/interrupt.h"
 #include "hla/core/log.h"
 #include "hla/core/standard_input.h"
 #include "hla/io/checkpoint.h"
@@ -166,7 +167,7 @@ void run_check(const TokenizeArguments& arguments) {
     json["goldens"] = file.string();
     json["source"] = goldens.source;
     json["warnings"] = warnings;
-    std::cout << json.dump(2) << "\n";
+    std::cout << json_text(json);
   } else {
     std::cout << "tokenizer      " << tokenizer->kind() << ", " << tokenizer->vocab_size()
               << " ids\ngoldens        " << file.string()
@@ -195,6 +196,7 @@ void run_tokenize(const TokenizeArguments& arguments) {
     text = MappedFile::open(arguments.text)->text();
   }
   const std::vector<int32_t> ids = tokenizer->encode(text);
+  throw_if_interrupted();
   const double speed = arguments.bench ? best_speed(*tokenizer, text) : 0;
   if (arguments.json) {
     nlohmann::json json = {{"tokenizer", tokenizer->kind()},
@@ -207,7 +209,7 @@ void run_tokenize(const TokenizeArguments& arguments) {
       for (const int32_t id : ids) json["pieces"].push_back(piece_json(*tokenizer, id));
     }
     if (arguments.bench) json["megabytes_per_second"] = speed;
-    std::cout << json.dump(2) << "\n";
+    std::cout << json_text(json);
     return;
   }
   if (arguments.ids) {

@@ -24,7 +24,8 @@ struct TransferArguments {
 
 void run_transfer(TransferArguments& arguments) {
   check_output_targets({{"--json", arguments.json}}, arguments.options.force,
-                       {arguments.conversion, arguments.base, arguments.tuned}, arguments.out);
+                       with_files_of({arguments.conversion, arguments.base, arguments.tuned}),
+                       arguments.out);
   set_threads(arguments.threads);
   arguments.options.dtype = parse_dtype(arguments.dtype);
   const TransferReport report =
@@ -53,7 +54,8 @@ void add_transfer(CLI::App& app) {
   command->add_option("TUNED", arguments->tuned, "A fine-tune of BASE")->required();
   command->add_option("OUT", arguments->out, "Folder to make: TUNED as CONVERSION is of BASE")
       ->required();
-  command->add_option("--json", arguments->json, "Write the report to FILE as JSON; - for stdout");
+  add_report_option(*command, "--json", arguments->json,
+                    "Write the report to FILE as JSON; - for stdout");
   add_dtype_option(*command, arguments->dtype, "CONVERSION's for attention, TUNED's for the rest");
   add_threads_option(*command, arguments->threads);
   add_max_shard_size_option(*command, arguments->options.max_shard_bytes);

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -204,8 +205,11 @@ class Worker {
     if (is_on_gpu()) return 0;
     const int64_t batch = *std::max_element(options_.batches.begin(), options_.batches.end());
     const at::ScalarType dtype = options_.decoder.cache_dtype.value_or(model_->dtype());
-    return static_cast<uint64_t>(batch) *
-           sequence_cache_bytes(model_->config(), dtype, longest_sequence());
+    const uint64_t one = sequence_cache_bytes(model_->config(), dtype, longest_sequence());
+    uint64_t all = 0;
+    constexpr uint64_t kMost = uint64_t{1} << 56;  // more than there is, but sums are numbers
+    const bool is_more = __builtin_mul_overflow(one, static_cast<uint64_t>(batch), &all);
+    return is_more ? kMost : std::min(all, kMost);
   }
 
   void open_decoder() {
@@ -265,7 +269,10 @@ class Worker {
   void hold(int64_t batch) {
     const auto wanted = static_cast<size_t>(batch);
     caches_.resize(std::min(caches_.size(), wanted), decoder_->new_sequence());
-    while (caches_.size() < wanted) caches_.push_back(caches_[0].clone());
+    while (caches_.size() < wanted) {
+      throw_if_interrupted();
+      caches_.push_back(caches_[0].clone());
+    }
     release_free_memory();
     synchronize(model_->device());  // copies are not to be timed
     reset_peak_memory(model_->device());
@@ -382,14 +389,23 @@ class Process {
   ~Process() {
     if (id_ <= 0) return;
     ::close(file_);
-    if (std::uncaught_exceptions() > 0) ::kill(id_, SIGTERM);
+    // It has nothing to put in order, and may be far from the end of what it does.
+    if (std::uncaught_exceptions() > 0) ::kill(id_, SIGKILL);
     while (::waitpid(id_, nullptr, 0) < 0 && errno == EINTR) {
     }
   }
 
   Reply run(const Command& command) const {
     Reply reply;
-    if (!write_all(file_, &command, sizeof command) || !read_all(file_, &reply, sizeof reply)) {
+    if (!write_all(file_, &command, sizeof command)) {
+      throw_if_interrupted();
+      throw_ended();
+    }
+    // A signal to this process alone does not end the other's work.
+    pollfd answer = {file_, POLLIN, 0};
+    constexpr int kPoll = 100;  // milliseconds
+    while (::poll(&answer, 1, kPoll) <= 0) throw_if_interrupted();
+    if (!read_all(file_, &reply, sizeof reply)) {
       throw_if_interrupted();
       throw_ended();
     }
@@ -609,6 +625,7 @@ nlohmann::json BenchReport::to_json() const {
           {"threads", threads},
           {"models", paths},
           {"cache_dtype", cache_dtype},
+          {"attend", attend},
           {"absorb_error", absorb_error},
           {"amplification", amplification ? nlohmann::json(*amplification) : nlohmann::json()},
           {"bandwidth", bandwidth()},
@@ -662,6 +679,7 @@ BenchReport bench(const BenchOptions& options) {
   report.paths = options.models;
   const DecoderOptions& decoder = options.decoder;
   report.cache_dtype = decoder.cache_dtype ? dtype_label(*decoder.cache_dtype) : "auto";
+  report.attend = to_string(decoder.attend);
   report.absorb_error = decoder.absorb_error;
   report.amplification = decoder.amplification;
   for (const std::string& name : names_of(options.models)) report.costs.push_back({.model = name});

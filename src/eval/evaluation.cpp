@@ -79,6 +79,7 @@ class Evaluator {
     result_.text_format = corpus_.format;
     result_.text_sha256 = corpus_.sha256;
     result_.reference = options_.reference;
+    result_.decoder = options_.scoring.decoder;
     result_.threads = at::get_num_threads();
     for (const std::string& warning : text_warnings(corpus_.raw())) warn(warning);
     // Everything that can be wrong with the input shows before the first window is scored.
@@ -95,6 +96,7 @@ class Evaluator {
       LoadOptions load = options_.load;
       if (options_.reference_dtype) load.dtype = options_.reference_dtype;
       teacher = load_model(prepared.checkpoint, load);
+      result_.reference_dtype = dtype_label(teacher->dtype());
     }
     warn_of_differences(models);
     for (const Prepared& prepared : models) {
@@ -196,7 +198,9 @@ class Evaluator {
       evaluation.results = score(*model, prepared.plans, options_.scoring, teacher);
     } catch (const Error& error) {
       if (error.code() != ExitCode::kNonFinite) throw;
-      throw Error(error.code(), prepared.name + ": " + error.what());
+      const std::string text = error.what();
+      const bool of_teacher = options_.reference && text.starts_with("teacher");
+      throw Error(error.code(), (of_teacher ? *options_.reference : prepared.name) + ": " + text);
     }
     if (profile) {
       evaluation.profile = {profile->entries(), evaluation.results.front().seconds, 0};
@@ -480,7 +484,17 @@ nlohmann::json result_json(const Evaluation& evaluation, const ModelEvaluation& 
   json["weight_bytes"] = model.weight_bytes;
   json["cache_bytes_per_token"] = model.cache_bytes_per_token;
   json["base_cache_bytes_per_token"] = model.base_cache_bytes_per_token;
-  if (evaluation.reference) json["reference"] = *evaluation.reference;
+  if (model.decode_tokens > 0) {
+    const DecoderOptions& decoder = evaluation.decoder;
+    json["attend"] = to_string(decoder.attend);
+    json["absorb_error"] = decoder.absorb_error;
+    json["amplification"] =
+        decoder.amplification ? nlohmann::json(*decoder.amplification) : nlohmann::json();
+  }
+  if (evaluation.reference) {
+    json["reference"] = *evaluation.reference;
+    json["reference_dtype"] = evaluation.reference_dtype;
+  }
   return json;
 }
 

@@ -94,6 +94,10 @@ class Sequence {
     if (static_cast<int64_t>(history_.size()) >= max_length_) finish(StopReason::kMaxLength);
   }
 
+  void interrupt() {
+    if (!done) finish(StopReason::kInterrupted);
+  }
+
   SequenceCache cache;
   std::vector<int32_t> pending;  // to be read next
   Continuation result;
@@ -185,6 +189,8 @@ std::string to_string(StopReason reason) {
       return "max new tokens";
     case StopReason::kMaxLength:
       return "max length";
+    case StopReason::kInterrupted:
+      return "interrupted";
   }
   return "";
 }
@@ -220,7 +226,10 @@ GenerateReport generate(const Decoder& decoder, const Tokenizer& tokenizer,
   release_free_memory();  // steps take far less than prompts
   start = Clock::now();
   for (;;) {
-    throw_if_interrupted();
+    report.partial = interrupt_signal() != 0;
+    for (Sequence& sequence : sequences) {
+      if (report.partial) sequence.interrupt();
+    }
     std::vector<Decoder::Chunk> chunks;
     std::vector<Sequence*> active;
     for (Sequence& sequence : sequences) {

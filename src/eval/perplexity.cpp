@@ -256,11 +256,12 @@ class PlanSum {
  public:
   PlanSum(const WindowPlan& plan, const ScoreOptions& options, bool with_teacher)
       : plan_(plan), with_teacher_(with_teacher), window_sums_(plan.windows.size()) {
-    const int64_t positions = plan.context + 1;
-    const int64_t buckets = std::min(options.position_buckets, positions - 1);
+    int64_t longest = 0;  // lm-eval's windows have a token more than the context
+    for (const Window& window : plan.windows) longest = std::max(longest, window.length);
+    const int64_t buckets = std::min(options.position_buckets, plan.context);
     for (int64_t i = 0; i < buckets; ++i) {
-      buckets_.push_back({.begin = 1 + (positions - 1) * i / buckets,
-                          .end = 1 + (positions - 1) * (i + 1) / buckets});
+      buckets_.push_back({.begin = 1 + plan.context * i / buckets,
+                          .end = std::min(1 + plan.context * (i + 1) / buckets, longest)});
     }
   }
 

@@ -119,6 +119,15 @@ void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tok
     const int64_t rest = count % number;
     return count / number + (static_cast<int64_t>(part) < rest ? 1 : 0);
   };
+  const auto sequences_of = [&](const std::vector<int32_t>& ids, int64_t number,
+                                const std::filesystem::path& path) {
+    if (static_cast<int64_t>(ids.size()) < length) {
+      throw_bad_input(path.string() + ": expected at least " + std::to_string(length) +
+                      " tokens, a sequence, got " + std::to_string(ids.size()) +
+                      "\n  hint: a longer text, or --calib-length");
+    }
+    return calibration_sequences(ids, number, length);
+  };
   const auto texts = options.calib.size();
   const int64_t count =
       std::max<int64_t>(static_cast<int64_t>(texts), options.calib_tokens / length);
@@ -140,7 +149,7 @@ void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tok
       }
       ids.erase(begin, ids.end());
     }
-    of_text.push_back(calibration_sequences(ids, share(count, i, texts), length));
+    of_text.push_back(sequences_of(ids, share(count, i, texts), options.calib[i]));
   }
   bool more = true;
   for (size_t turn = 0; more; ++turn) {
@@ -161,7 +170,7 @@ void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tok
              " tokens: " + std::to_string(length) + " of each text (--calib-length) at least");
   }
   if (options.target_ppl_increase && options.valid) {
-    held_out_ = calibration_sequences(read(*options.valid), kHeldOutSequences, length);
+    held_out_ = sequences_of(read(*options.valid), kHeldOutSequences, *options.valid);
   }
 }
 

@@ -30,6 +30,7 @@
 #include "hla/io/safetensors.h"
 #include "hla/io/work_dir.h"
 #include "hla/model/attention.h"
+#include "hla/model/device.h"
 #include "hla/model/llama.h"
 #include "hla/model/load.h"
 #include "hla/model/save.h"
@@ -174,6 +175,10 @@ class Conversion {
     report_.perplexity_tokens = calibration_->followed_tokens();
     // The loss pass leaves the inputs of every layer.
     if (by_loss()) calibration_->follow_only();
+    preflight_memory(calibration_->state_bytes(),
+                     "the hidden states of " + std::to_string(report_.calib_tokens) +
+                         " tokens (fewer --calib-tokens need less)",
+                     available_memory_bytes(calibration_->device()));
   }
 
   bool by_loss() const { return options_.objective() == Objective::kLoss; }

@@ -130,6 +130,16 @@ uint64_t estimated_peak_memory(const Checkpoint& base, const ModelConfig& hla,
   }
   double by_loss = 0;
   if (calibrated && options.objective() == Objective::kLoss) {
+    // The norm's side of keys and values, its roots, and eigenvectors; and where ranks are measured
+    // samples (kept in 16 bits) with what is lost of them by rank.
+    const double rows = 2 * s.kv;
+    layer += 5 * kWide * rows * rows;
+    if (options.measures_ranks()) {
+      const double read = s.hidden + rows;
+      const double losses = std::max(2 * rows, 6 * std::min(rows, s.hidden));
+      forward = std::max(
+          forward, static_cast<double>(kSampledTokens) * (kWide * (read + losses) + 2 * read));
+    }
     // Every layer takes part, and the output matrix.
     const auto layers = static_cast<double>(hla.num_hidden_layers);
     const double held = options.low_memory ? 1 : layers;

@@ -249,19 +249,28 @@ void factorize_by_attention(const ModelConfig& config, const AttentionWeights& w
   const int64_t kv_heads = config.num_key_value_heads;
   const int64_t fast = plan.fast_frequencies;
   const Problem problem(config, weights, statistics, options);
-  const at::Tensor all_rows = key_rows(kv_heads, config.head_dim, 0, config.frequencies());
-  const double key_energy = weighted_energy(
-      problem.key_weight(all_rows).apply(weights.k.index_select(0, all_rows)), problem.sigma_k());
+  const auto energy_of_keys = [&](int64_t begin, int64_t end) {
+    const at::Tensor rows = key_rows(kv_heads, config.head_dim, begin, end);
+    if (rows.numel() == 0) return 0.0;
+    return weighted_energy(problem.key_weight(rows).apply(weights.k.index_select(0, rows)),
+                           problem.sigma_k());
+  };
+  const double key_energy = energy_of_keys(0, config.frequencies());
   double key_error_energy = 0;
   if (rope == HlaRope::kLatent) {
     factorize_complex(config, weights, problem, fast, plan.complex_rank, out, key_error_energy);
   } else if (plan.k_rank > 0) {
     factorize_real(config, weights, problem, fast, plan.k_rank, out, key_error_energy);
+  } else {
+    key_error_energy += energy_of_keys(0, fast);
   }
   if (plan.kv_rank > 0) {
     factorize_shared(config, weights, problem, options,
                      key_rows(kv_heads, config.head_dim, fast, config.frequencies()), plan.kv_rank,
                      out, key_error_energy);
+  } else {
+    key_error_energy += energy_of_keys(fast, config.frequencies());
+    out.value_error = weights.v.count_nonzero().item<int64_t>() > 0 ? 1 : 0;
   }
   out.key_error = relative_error(key_error_energy, key_energy);
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <tuple>
 
 #include "hla/core/error.h"
 
@@ -28,8 +29,25 @@ at::Tensor add_ridge(const at::Tensor& covariance, double ridge) {
   const int64_t size = covariance.size(-1);
   const at::Tensor mean =
       covariance.diagonal(0, -2, -1).mean(/*dim=*/-1, /*keepdim=*/true).unsqueeze(-1);
-  return covariance + ridge * mean * at::eye(size, covariance.options());
+  const at::Tensor is_zero = at::real(mean) <= 0;  // of a Hermitian matrix, too
+  const at::Tensor added = at::where(is_zero, at::ones_like(mean), ridge * mean);
+  return covariance + added * at::eye(size, covariance.options());
 }
+
+namespace {
+
+// L of Σ = L Lᵀ. Sums of fp32 products, of fewer tokens than numbers, are rounded by more than a
+// small ridge makes up for: then with a larger one.
+at::Tensor cholesky_root(const at::Tensor& covariance) {
+  auto [root, info] = at::linalg_cholesky_ex(covariance);
+  for (double ridge = 1e-6; info.item<int32_t>() != 0; ridge *= 10) {
+    if (ridge > 1) throw_runtime("[factors] a covariance is far from positive");
+    std::tie(root, info) = at::linalg_cholesky_ex(add_ridge(covariance, ridge));
+  }
+  return root;
+}
+
+}  // namespace
 
 void add_gram(at::Tensor& sum, const at::Tensor& h) {
   const int64_t middle = sum.size(0) / 2;
@@ -54,7 +72,7 @@ LowRank best_low_rank(const at::Tensor& weight, const at::Tensor& covariance, in
     result.down = result.up.t().matmul(weight);
     result.energies = energies;
   } else {
-    const at::Tensor root = at::linalg_cholesky(covariance);  // Σ = L Lᵀ
+    const at::Tensor root = cholesky_root(covariance);
     const at::Tensor weighted = weight.matmul(root);
     auto [vectors, energies] = eigh_descending(weighted.t().matmul(weighted));
     const at::Tensor right = vectors.slice(1, 0, rank);  // (cols, r)

@@ -162,9 +162,14 @@ LayerPlan plan_layer(const ModelConfig& base, const ConvertOptions& options, int
   const int64_t fast_default =
       fast_rows == 0 ? 0 : std::max(step, share(ratio, fast_max / step) * step);
   const int64_t fast_floats = options.fast_floats.value_or(fast_default);
-  in_range("--fast-floats", fast_floats, fast_rows == 0 ? 0 : step, fast_max, problems);
+  if (fast_rows == 0 && fast_floats != 0) {
+    problems.add("--fast-floats: there are no fast frequencies\n  hint: --fast-frequencies N");
+  } else {
+    in_range("--fast-floats", fast_floats, fast_rows == 0 ? 0 : step, fast_max, problems);
+  }
   if (fast_floats % step != 0) problems.add("--fast-floats: expected an even number");
-  if (fast_floats >= budget) {
+  // Ranks that are measured may do without either.
+  if (fast_floats >= budget && !options.measures_ranks()) {
     problems.add("--kv-ratio: " + std::to_string(budget) +
                  " floats per token and layer leave none for the values beside " +
                  std::to_string(fast_floats) + " for the fast frequencies");
@@ -172,7 +177,8 @@ LayerPlan plan_layer(const ModelConfig& base, const ConvertOptions& options, int
   problems.throw_if_any();
   (latent ? plan.complex_rank : plan.k_rank) = fast_floats / step;
   const int64_t shared_rows = base.base_cache_floats() - fast_rows;
-  plan.kv_rank = std::min({budget - fast_floats, shared_rows, base.hidden_size});
+  plan.kv_rank =
+      std::min({std::max<int64_t>(1, budget - fast_floats), shared_rows, base.hidden_size});
   return plan;
 }
 
@@ -204,6 +210,7 @@ ConversionPlan plan_from_file(const ModelConfig& base, const ConvertOptions& opt
         "[convert] options: --plan has the sizes of all layers; it cannot be combined with "
         "--kv-ratio, --k-rank, --v-rank, --q-rank, --fast-frequencies or --fast-floats");
   }
+  if (options.valid) throw_usage("[convert] options: --valid: only with --target-ppl-increase");
   const std::string source = options.plan->string();
   ConversionPlan plan = conversion_plan_from_json(read_json_file(*options.plan), base, source);
   if (plan.rope != options.rope) {

@@ -231,15 +231,13 @@ json read_json_file(const std::filesystem::path& path, const JsonLimits& limits)
   return parse_json(file->text(), path.string(), limits);
 }
 
+std::string json_text(const json& value) {
+  return value.dump(2, ' ', /*ensure_ascii=*/false, json::error_handler_t::replace) + "\n";
+}
+
 void write_json_file(const std::filesystem::path& path, const json& value, bool force) {
-  std::string text;
-  try {
-    text = value.dump(2) + "\n";
-  } catch (const json::exception&) {  // a string that is not UTF-8
-    throw_runtime(path.string() + ": cannot write as JSON: a string is not valid UTF-8");
-  }
   AtomicFile file(path, force);
-  file.write(text);
+  file.write(json_text(value));
   file.commit();
 }
 

@@ -13,7 +13,8 @@ namespace {
 
 using nlohmann::json;
 
-constexpr int64_t kMaxSize = int64_t{1} << 31;  // no dimension of a Llama is near this
+// No dimension of a Llama is near this, and the bytes of a tensor of two of them are a number.
+constexpr int64_t kMaxSize = int64_t{1} << 28;
 constexpr int kHlaFormatVersion = 1;
 
 std::string got(const json& value) { return json_excerpt(value); }
@@ -417,7 +418,7 @@ ModelConfig parse_model_config(const json& root, const std::string& source) {
     if (config.num_attention_heads > kMaxSize / std::max<int64_t>(config.head_dim, 1)) {
       problems.add("num_attention_heads " + std::to_string(config.num_attention_heads) +
                    " of head_dim " + std::to_string(config.head_dim) +
-                   ": expected at most 2^31 numbers together");
+                   ": expected at most 2^28 numbers together");
     }
     if (config.num_key_value_heads > 0 &&
         config.num_attention_heads % config.num_key_value_heads != 0) {

@@ -16,6 +16,17 @@ RopeTables positions_of(const RopeTables& tables, int64_t begin, int64_t end) {
 
 }  // namespace
 
+std::string to_string(DecoderOptions::Attend attend) {
+  switch (attend) {
+    case DecoderOptions::Attend::kDecode:
+      return "decode";
+    case DecoderOptions::Attend::kRebuild:
+      return "rebuild";
+    default:
+      return "cheapest";
+  }
+}
+
 Decoder::Decoder(const LlamaForCausalLM& model, const DecoderOptions& options)
     : model_(model),
       options_(options),

@@ -117,13 +117,13 @@ at::Device parse_device(const std::string& text) {
   return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
 }
 
-std::optional<at::ScalarType> parse_dtype(const std::string& text) {
+std::optional<at::ScalarType> parse_dtype(const std::string& text, const std::string& option) {
   if (text == "auto") return std::nullopt;
   if (text == "fp32" || text == "float32") return at::kFloat;
   if (text == "fp16" || text == "float16") return at::kHalf;
   if (text == "bf16" || text == "bfloat16") return at::kBFloat16;
   if (text == "fp64" || text == "float64") return at::kDouble;
-  throw_usage("[--dtype] expected auto, fp32, fp16, bf16 or fp64, got " + text);
+  throw_usage("[" + option + "] expected auto, fp32, fp16, bf16 or fp64, got " + text);
 }
 
 at::ScalarType resolve_dtype(std::optional<at::ScalarType> asked, at::ScalarType stored,

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "hla/core/error.h"
+#include "hla/core/interrupt.h"
 #include "hla/io/json_file.h"
 #include "hla/text/regex.h"
 #include "hla/text/unicode.h"
@@ -863,6 +864,7 @@ class BpeTokenizer : public Tokenizer {
                      run.pool.begin() + static_cast<std::ptrdiff_t>(end));
       return;
     }
+    throw_if_interrupted();  // a text may be large
     std::vector<int32_t>& symbols = run.symbols;
     symbols.clear();
     const auto whole = ignore_merges_ ? words_.find(std::string(word)) : words_.end();

@@ -618,6 +618,12 @@ bool stream_corpus(const std::string& name, const CorpusOptions& options, const 
       .more;
 }
 
+std::vector<fs::path> corpus_files(const std::string& name) {
+  const auto dataset = dataset_of(name);
+  if (!dataset) return {name};
+  return source_of_dataset(dataset->first, dataset->second, {}).files;
+}
+
 const std::vector<std::string>& dataset_names() {
   static const std::vector<std::string> names = [] {
     std::vector<std::string> list;

@@ -153,12 +153,15 @@ class Run {
     return config;
   }
 
-  // A teacher that was forgotten makes plain tuning of distillation.
   void warn_of_no_effect() const {
-    if (!config_.distill.teacher.empty()) return;
     for (const auto& [key, origin] : resolved_.origin) {
-      if (key.starts_with("distill.") && key != "distill.attention_steps" && origin != "default") {
+      if (origin == "default") continue;
+      // A teacher that was forgotten makes plain tuning of distillation.
+      const bool is_of_teacher = key.starts_with("distill.") && key != "distill.attention_steps";
+      if (is_of_teacher && config_.distill.teacher.empty()) {
         log_warning("[" + key + "] has no effect without distill.teacher");
+      } else if (key == "train.lora_alpha" && config_.train.lora_rank == 0) {
+        log_warning("[" + key + "] has no effect without train.lora_rank");
       }
     }
   }
@@ -602,7 +605,9 @@ class Run {
     const int64_t limit = model_->config().max_position_embeddings;
     const Decoder decoder(*model_, {.max_length = longest_sequence(prompts_, options, limit)});
     std::vector<std::string> texts;
-    for (Continuation& one : generate(decoder, *tokenizer_, prompts_, options).continuations) {
+    const GenerateReport report = generate(decoder, *tokenizer_, prompts_, options);
+    if (report.partial) throw_if_interrupted();
+    for (const Continuation& one : report.continuations) {
       texts.push_back(sanitize_utf8(one.text));  // of a model that is far off
     }
     return texts;

@@ -221,25 +221,54 @@ TEST(PerplexityTest, ComparesWithATeacher) {
               1, 1e-6);
 }
 
-// The buckets cover every scored token once, and their means make up the whole.
+// The buckets cover every scored token once, each where its position in its window is, and their
+// means make up the whole.
 TEST(PerplexityTest, ByPosition) {
   const auto teacher = stories_model();
   const auto student = noisy_stories_model(0.1);
-  const WindowPlan plan =
-      stride_plan(std::make_shared<std::vector<int32_t>>(random_ids(150)), 60, 25);
+  const auto ids = std::make_shared<std::vector<int32_t>>(random_ids(150));
+  const WindowPlan plan = stride_plan(ids, 60, 25);
   const PerplexityResult result = score_one(*student, plan, teacher.get(), 7);
-  ASSERT_LE(result.by_position.size(), 7U);
+  // By position, of all windows: nll, teacher's, KL, how many.
+  const at::Tensor sums = at::zeros({60, 4}, at::kDouble);
+  for (const Window& window : plan.windows) {
+    const auto begin = ids->begin() + window.begin;
+    const at::Tensor input =
+        at::tensor(std::vector<int64_t>(begin, begin + window.length)).unsqueeze(0);
+    const auto log_softmax = [&](const LlamaForCausalLM& model) {
+      const c10::InferenceMode guard;
+      return model.logits(model.forward(input)).squeeze(0).to(at::kDouble).log_softmax(1);
+    };
+    const at::Tensor q = log_softmax(*student);
+    const at::Tensor p = log_softmax(*teacher);
+    for (int64_t at = window.first_scored; at < window.length; ++at) {
+      const int64_t label = begin[at];
+      sums[at][0] -= q[at - 1][label];
+      sums[at][1] -= p[at - 1][label];
+      sums[at][2] += (p[at - 1].exp() * (p[at - 1] - q[at - 1])).sum();
+      sums[at][3] += 1;
+    }
+  }
+  ASSERT_EQ(result.by_position.size(), 7U);
   int64_t tokens = 0;
   double nll = 0;
   double kl = 0;
-  int64_t last = 0;
+  int64_t last = result.by_position[0].begin;
+  EXPECT_LE(last, 1);
   for (const PositionBucket& bucket : result.by_position) {
-    EXPECT_GE(bucket.begin, last);
+    EXPECT_EQ(bucket.begin, last);
     last = bucket.end;
+    const at::Tensor sum = sums.slice(0, bucket.begin, bucket.end).sum(0);
+    const auto count = static_cast<double>(bucket.tokens);
+    EXPECT_EQ(sum[3].item<double>(), count);
+    EXPECT_NEAR(bucket.nll, sum[0].item<double>() / count, 1e-5);
+    EXPECT_NEAR(bucket.teacher_nll, sum[1].item<double>() / count, 1e-5);
+    EXPECT_NEAR(bucket.kl, sum[2].item<double>() / count, 1e-5);
     tokens += bucket.tokens;
     nll += bucket.nll * static_cast<double>(bucket.tokens);
     kl += bucket.kl * static_cast<double>(bucket.tokens);
   }
+  EXPECT_EQ(last, 60);
   EXPECT_EQ(tokens, result.tokens_scored);
   EXPECT_NEAR(nll / static_cast<double>(tokens), result.nll, 1e-9);
   EXPECT_NEAR(kl / static_cast<double>(tokens), result.divergence->kl.value, 1e-6);

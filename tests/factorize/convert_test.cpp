@@ -6,7 +6,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <numeric>
+#include <set>
 
 #include "hla/core/data_dir.h"
 #include "hla/factorize/calibration.h"
@@ -293,30 +295,39 @@ TEST(ConvertTest, TargetBytesAreNotExceeded) {
   }
 }
 
+// Held-out text of stories260K, and the perplexity of a model on it by other means: all sequences
+// at once.
+struct HeldOut {
+  explicit HeldOut(const TempDir& folder) : path(folder / "valid.txt") {
+    const std::string text =
+        testing::read_file(data_file("wikitext-2/wiki.test.raw")).substr(0, 9000);
+    testing::write_file(path, text);
+    const auto tokenizer = load_tokenizer(source_path("data/stories260K/tok512.model"));
+    sequences = calibration_sequences(tokenizer->encode(text), kHeldOutSequences, 256);
+  }
+  double perplexity(const Checkpoint& checkpoint) const {
+    double nll = 0;
+    for (const at::Tensor& ids : sequences) nll += mean_nll(checkpoint, ids);
+    return std::exp(nll / static_cast<double>(sequences.size()));
+  }
+
+  std::filesystem::path path;
+  std::vector<at::Tensor> sequences;
+};
+
 TEST(ConvertTest, TargetPerplexityIncreaseIsMet) {
   const TempDir folder;
-  const auto valid = folder / "valid.txt";
-  testing::write_file(valid,
-                      testing::read_file(data_file("wikitext-2/wiki.test.raw")).substr(0, 9000));
+  const HeldOut held_out(folder);
   ConvertOptions options = calibrated();
   options.target_ppl_increase = 0.05;
-  options.valid = valid;
+  options.valid = held_out.path;
   const ConvertReport report = convert(stories(), folder / "out", options);
   ASSERT_TRUE(report.budget);
   EXPECT_GE(report.budget->trials.size(), 2u);
   EXPECT_LT(report.hla.cache_bytes_per_token(4), report.base.base_cache_bytes_per_token(4));
-  // By other means: all held-out sequences at once.
-  const auto tokenizer = load_tokenizer(source_path("data/stories260K/tok512.model"));
-  const auto sequences =
-      calibration_sequences(tokenizer->encode(testing::read_file(valid)), kHeldOutSequences, 256);
-  EXPECT_EQ(report.budget->held_out_tokens, static_cast<int64_t>(sequences.size()) * 256);
-  const auto perplexity = [&](const Checkpoint& checkpoint) {
-    double nll = 0;
-    for (const at::Tensor& ids : sequences) nll += mean_nll(checkpoint, ids);
-    return std::exp(nll / static_cast<double>(sequences.size()));
-  };
-  const double base = perplexity(stories());
-  const double made = perplexity(Checkpoint::open((folder / "out").string()));
+  EXPECT_EQ(report.budget->held_out_tokens, static_cast<int64_t>(held_out.sequences.size()) * 256);
+  const double base = held_out.perplexity(stories());
+  const double made = held_out.perplexity(Checkpoint::open((folder / "out").string()));
   EXPECT_NEAR(report.budget->base_perplexity, base, 1e-4 * base);
   EXPECT_LE(made, 1.0501 * base);
   EXPECT_GT(made, 1.02 * base);  // and no more cache than needed
@@ -331,12 +342,18 @@ TEST(ConvertTest, TargetPerplexityIncreaseIsMet) {
 TEST(ConvertTest, TargetPerplexityIncreaseIsMetWithFactorsOfQueries) {
   const TempDir folder;
   ConvertOptions options = calibrated();
+  const HeldOut held_out(folder);
   options.target_ppl_increase = 0.3;
+  options.valid = held_out.path;
   options.q_rank = 48;
   const ConvertReport report = convert(stories(), folder / "out", options);
   ASSERT_TRUE(report.budget);
   EXPECT_EQ(report.hla.hla->layers[0].q_rank, 48);
   EXPECT_GT(report.layers[0].query_error, 0);
+  const double base = held_out.perplexity(stories());
+  const double made = held_out.perplexity(Checkpoint::open((folder / "out").string()));
+  EXPECT_LE(made, 1.3001 * base);
+  EXPECT_GT(made, 1.1 * base);  // and no more cache than needed
 }
 
 TEST(ConvertTest, RefusesTextWithIdsThatTheModelLacks) {
@@ -376,6 +393,30 @@ TEST(CalibrationTest, TextsTakeTurnsAndKeepTheirLastTenthApart) {
   EXPECT_EQ(some.held_out_tokens(), kHeldOutSequences * 128);
   EXPECT_EQ(some.sequences(), 5u);
   EXPECT_FALSE(some.embedded(4).equal(all.embedded(4)));  // the last of Alpha
+  // Tokens that only the last tenth has.
+  const auto tokenizer = load_tokenizer(source_path("data/stories260K/tok512.model"));
+  std::set<int32_t> apart;
+  for (const int32_t id : tokenizer->encode("four five six four five six")) apart.insert(id);
+  for (const char* text : {"Alpha one two three one two three", "Beta one two three"}) {
+    for (const int32_t id : tokenizer->encode(text)) apart.erase(id);
+  }
+  ASSERT_FALSE(apart.empty());
+  const auto model = load_model(base, {.dtype = at::kFloat});
+  const at::Tensor embeddings = model->named_parameters()["model.embed_tokens.weight"];
+  const auto occurs = [&](const Calibration& calibration) {
+    bool found = false;
+    for (size_t i = 0; i < calibration.sequences(); ++i) {
+      for (const int32_t id : apart) {
+        found = found || (calibration.embedded(i)[0] == embeddings[id]).all(1).any().item<bool>();
+      }
+    }
+    return found;
+  };
+  ConvertOptions whole = options;
+  whole.calib_tokens = 1 << 16;  // more than there is
+  EXPECT_FALSE(occurs(Calibration(base, config, whole)));
+  whole.target_ppl_increase.reset();
+  EXPECT_TRUE(occurs(Calibration(base, config, whole)));
   options.valid = folder / "a.txt";
   EXPECT_EQ(Calibration(base, config, options).texts().size(), 3u);
 }
@@ -428,7 +469,7 @@ TEST(ConvertTest, PaperConvertsAndKeepsEverythingAtFullRankButTheRope) {
   const ConvertReport report = convert(stories(), folder / "paper", options);
   EXPECT_EQ(report.hla.hla->layers[0].q_rank, 32);
   EXPECT_EQ(report.hla.hla->layers[0].k_rank, 16);
-  // At position 0 nothing turns, so full ranks give the base back there.
+  // Full ranks are the base's matrices, but turn in the latent: not at position 0.
   options.k_rank = 32;
   options.v_rank = 32;
   options.q_rank = 64;
@@ -437,6 +478,22 @@ TEST(ConvertTest, PaperConvertsAndKeepsEverythingAtFullRankButTheRope) {
   EXPECT_LE(max_abs_difference(logits_of(Checkpoint::open((folder / "full").string()), ids),
                                logits_of(stories(), ids)),
             1e-4);
+  const auto weights = [](const Checkpoint& checkpoint) {
+    return load_model(checkpoint, {.dtype = at::kFloat})->named_parameters();
+  };
+  const auto base = weights(stories());
+  const auto full = weights(Checkpoint::open((folder / "full").string()));
+  for (int layer = 0; layer < 5; ++layer) {
+    const std::string name = "model.layers." + std::to_string(layer) + ".self_attn.";
+    for (const auto& [of, part] :
+         std::map<std::string, std::string>{{"q_proj", "q"}, {"k_proj", "k"}, {"v_proj", "kv"}}) {
+      const at::Tensor& weight = base[name + of + ".weight"];
+      const at::Tensor made =
+          full[name + part + "_up.weight"].matmul(full[name + part + "_down.weight"]);
+      EXPECT_LE(max_abs_difference(made, weight), 1e-5 * weight.abs().max().item<double>())
+          << name << of;
+    }
+  }
 }
 
 // transformers loads what config.json says.
@@ -521,6 +578,49 @@ TEST(ConvertTest, RanksDifferByLayer) {
       EXPECT_EQ(layer.complex_rank(), plan.layers[i].complex_rank);
     }
     EXPECT_TRUE(logits_of(made, ids).isfinite().all().item<bool>());
+  }
+}
+
+// What a layer does not cache at all is lost, whatever the factors are fitted to.
+TEST(ConvertTest, ReportsWhatHasNoFloats) {
+  const TempDir folder;
+  for (const bool calibrates : {false, true}) {
+    SCOPED_TRACE(calibrates);
+    ConvertOptions options = calibrates ? calibrated() : quiet();
+    ConversionPlan plan = plan_conversion(convertible_config(stories()), options, 4);
+    plan.layers[0] = {.fast_frequencies = 4, .k_rank = 32, .kv_rank = 0};
+    plan.layers[1] = {.fast_frequencies = 4, .k_rank = 0, .kv_rank = 32};
+    const auto file = folder / (calibrates ? "calibrated.json" : "plan.json");
+    write_json_file(file, to_json(plan), false);
+    options.plan = file;
+    const ConvertReport report =
+        convert(stories(), folder / (calibrates ? "calibrated" : "out"), options);
+    EXPECT_NEAR(report.layers[0].value_error, 1, 1e-6);
+    EXPECT_LE(report.layers[0].key_error, 1e-3);
+    EXPECT_NEAR(report.layers[1].key_error, 1, 1e-6);
+    // With a loss to keep, values make up for the keys.
+    EXPECT_LE(report.layers[1].value_error, calibrates ? 0.5 : 1e-3);
+  }
+}
+
+// Attention that reads zeros, as of a layer that is switched off.
+TEST(ConvertTest, LayersMayReadNothing) {
+  const TempDir folder;
+  const Checkpoint base = testing::write_variant(
+      stories(), folder / "base", [](const std::string& name, const at::Tensor& weight) {
+        return name == "model.layers.1.input_layernorm.weight" ? at::zeros_like(weight) : weight;
+      });
+  int number = 0;
+  for (const Objective objective : {Objective::kLoss, Objective::kAttention}) {
+    for (const HlaRope rope : {HlaRope::kOriginal, HlaRope::kLatent}) {
+      ConvertOptions options = calibrated();
+      options.factors.objective = objective;
+      options.rope = rope;
+      const auto out = folder / std::to_string(number++);
+      convert(Checkpoint::open((folder / "base").string()), out, options);
+      EXPECT_TRUE(
+          logits_of(Checkpoint::open(out.string()), ids_of(512, 20)).isfinite().all().item<bool>());
+    }
   }
 }
 

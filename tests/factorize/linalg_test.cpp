@@ -34,6 +34,28 @@ TEST(BestLowRankTest, ReachesTheEckartYoungBound) {
   }
 }
 
+// Of fewer tokens than numbers, summed up in fp32, whose rounding is more than the ridge.
+TEST(BestLowRankTest, TakesCovariancesThatAreNotQuitePositive) {
+  at::manual_seed(4);
+  const at::Tensor weight = at::randn({60, 40}, at::kDouble);
+  // Numbers of very different sizes, as norms make them.
+  const at::Tensor x = at::randn({5, 40}) * at::logspace(0, 3, 40);
+  const at::Tensor sigma = add_ridge(x.t().matmul(x).to(at::kDouble), 1e-12);
+  ASSERT_NE(std::get<1>(at::linalg_cholesky_ex(sigma)).item<int32_t>(), 0);
+  const LowRank factors = best_low_rank(weight, sigma, 10);
+  const at::Tensor difference = weight - factors.up.matmul(factors.down);
+  const at::Tensor wide = x.to(at::kDouble);
+  EXPECT_LE(difference.matmul(wide.t()).norm().item<double>(),
+            2e-2 * weight.matmul(wide.t()).norm().item<double>());
+}
+
+TEST(RidgeTest, ZerosBecomeTheIdentity) {
+  const at::Tensor sigmas = at::stack({at::zeros({3, 3}, at::kDouble), at::eye(3, at::kDouble)});
+  const at::Tensor ridged = add_ridge(sigmas);
+  EXPECT_TRUE(ridged[0].equal(at::eye(3, at::kDouble)));
+  EXPECT_LE(max_abs_difference(ridged[1], at::eye(3, at::kDouble)), 1e-5);
+}
+
 TEST(BestLowRankTest, FullRankIsExact) {
   at::manual_seed(2);
   const at::Tensor weight = at::randn({5, 9}, at::kDouble);

@@ -85,6 +85,23 @@ TEST(PlanTest, RefusesWhatDoesNotFit) {
               HasSubstr("nothing is cached"));
 }
 
+// Ranks that are measured may leave a layer without values, or without fast keys.
+TEST(PlanTest, TargetsMayBeSmall) {
+  ConvertOptions options;
+  options.rope = HlaRope::kLatent;
+  options.calib = {"text"};
+  options.target_ratio = 0.03;
+  EXPECT_EQ(plan_conversion(stories(), options, 4).target_floats, 10);
+  options.target_ratio.reset();
+  options.kv_ratio = 0.03;
+  EXPECT_THAT(error_of([&] { plan_conversion(stories(), options, 4); }).what(),
+              ::testing::HasSubstr("--kv-ratio: 2 floats per token and layer leave none"));
+  options.rope = HlaRope::kOriginal;
+  options.fast_floats = 4;
+  EXPECT_THAT(error_of([&] { plan_conversion(stories(), options, 4); }).what(),
+              ::testing::HasSubstr("hint: --fast-frequencies"));
+}
+
 TEST(PlanTest, FileGoesWithTheOptions) {
   const testing::TempDir folder;
   ConvertOptions options;
@@ -95,6 +112,11 @@ TEST(PlanTest, FileGoesWithTheOptions) {
   options.k_rank = 8;
   EXPECT_EQ(error_of([&] { plan_conversion(stories(), options, 4); }).code(), ExitCode::kUsage);
   options.k_rank.reset();
+  options.valid = folder / "plan.json";
+  const Error held_out = error_of([&] { plan_conversion(stories(), options, 4); });
+  EXPECT_EQ(held_out.code(), ExitCode::kUsage);
+  EXPECT_THAT(held_out.what(), ::testing::HasSubstr("--valid"));
+  options.valid.reset();
   options.rope = HlaRope::kOriginal;
   EXPECT_EQ(error_of([&] { plan_conversion(stories(), options, 4); }).code(), ExitCode::kBadInput);
 }

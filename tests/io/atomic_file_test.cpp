@@ -73,7 +73,7 @@ TEST(JsonFileTest, StrictAndLocated) {
     return std::string(error.what());
   };
   EXPECT_NE(message("{\n \"a\": ?}").find("x.json:2:"), std::string::npos);
-  EXPECT_NE(message(R"({"a": 1, "a": 2})").find("a"), std::string::npos);
+  EXPECT_NE(message(R"({"wide": 1, "wide": 2})").find("wide"), std::string::npos);
   message("");
   message("\xFF");
   message("{} {}");

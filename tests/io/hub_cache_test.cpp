@@ -59,6 +59,52 @@ TEST(HubCacheTest, HintsAtWhatIsMissing) {
       << message_of("org/latent-50");
 }
 
+TEST(HubCacheTest, RevisionsAreRefsOrHashes) {
+  const TempDir folder;
+  const EnvironmentVariable cache("HF_HUB_CACHE", folder.path().string());
+  const auto repo = folder / "models--org--name";
+  for (const char* hash : {"aaa", "bbb", "ccc"}) {
+    std::filesystem::create_directories(repo / "snapshots" / hash);
+  }
+  std::filesystem::create_directories(repo / "refs" / "pr");
+  write_file(repo / "refs" / "main", "aaa");
+  write_file(repo / "refs" / "v1.0", "bbb\n");
+  write_file(repo / "refs" / "pr" / "2", "ccc");
+  const auto resolve = [](const std::string& revision) {
+    return resolve_model_path("org/name" + revision).filename();
+  };
+  EXPECT_EQ(resolve(""), "aaa");
+  EXPECT_EQ(resolve("@main"), "aaa");
+  EXPECT_EQ(resolve("@v1.0"), "bbb");
+  EXPECT_EQ(resolve("@pr/2"), "ccc");
+  EXPECT_EQ(resolve("@ccc"), "ccc");
+  const auto message_of = [&](const std::string& revision) {
+    return std::string(testing::error_of([&] { resolve(revision); }).what());
+  };
+  EXPECT_NE(message_of("@v2").find("no revision \"v2\""), std::string::npos) << message_of("@v2");
+  for (const char* outside : {"@..", "@../../..", "@pr/../main", "@/etc"}) {
+    EXPECT_NE(message_of(outside).find("is not a revision"), std::string::npos)
+        << message_of(outside);
+  }
+}
+
+TEST(HubCacheTest, FolderComesOfTheFirstVariableThatIsSet) {
+  const EnvironmentVariable home("HOME", "/home/someone");
+  const EnvironmentVariable xdg("XDG_CACHE_HOME", "");  // counts as unset
+  const EnvironmentVariable hf_home("HF_HOME", "");
+  const EnvironmentVariable old("HUGGINGFACE_HUB_CACHE", "");
+  const EnvironmentVariable hub("HF_HUB_CACHE", "");
+  EXPECT_EQ(hub_cache_folder(), "/home/someone/.cache/huggingface/hub");
+  const EnvironmentVariable with_xdg("XDG_CACHE_HOME", "/x");
+  EXPECT_EQ(hub_cache_folder(), "/x/huggingface/hub");
+  const EnvironmentVariable with_home("HF_HOME", "/h");
+  EXPECT_EQ(hub_cache_folder(), "/h/hub");
+  const EnvironmentVariable with_old("HUGGINGFACE_HUB_CACHE", "/o");
+  EXPECT_EQ(hub_cache_folder(), "/o");
+  const EnvironmentVariable with_hub("HF_HUB_CACHE", "/c");
+  EXPECT_EQ(hub_cache_folder(), "/c");
+}
+
 // The folder that huggingface_hub keeps, given as a path: at any place, with or without a slash.
 TEST(HubCacheTest, ARepositorysFolderIsItsSnapshot) {
   const TempDir folder;

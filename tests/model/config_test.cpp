@@ -131,10 +131,13 @@ TEST(ModelConfigTest, RefusesContradictions) {
   config["head_dim"] = 7;
   EXPECT_NE(message_of(config).find("even number"), std::string::npos);
   config = good();
-  config["num_attention_heads"] = int64_t{1} << 31;
-  config["num_key_value_heads"] = int64_t{1} << 31;
-  config["head_dim"] = int64_t{1} << 31;
-  EXPECT_NE(message_of(config).find("at most 2^31"), std::string::npos);
+  config["num_attention_heads"] = 1 << 20;
+  config["num_key_value_heads"] = 1 << 20;
+  config["head_dim"] = 1 << 20;
+  EXPECT_NE(message_of(config).find("at most 2^28"), std::string::npos);
+  config = good();
+  config["vocab_size"] = int64_t{1} << 31;  // two such are more bytes than there are numbers for
+  EXPECT_NE(message_of(config).find("vocab_size"), std::string::npos);
   config = good();
   config["rope_theta"] = 1e4;
   config["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 1e5}};

@@ -9,6 +9,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <set>
 #include <thread>
 
 #include "hla/core/memory.h"
@@ -427,12 +428,22 @@ TEST(CliTest, PplRefusesWhatCannotBeCompared) {
   // Options that would do nothing, or contradict each other.
   for (const char* options :
        {"--stride 7", "--protocol gptq,gptq", "--protocol gptq --all-protocols", "--documents 3",
-        "--text x --split train", "--windows 1,2,1", "--windows 1,x", "--windows ''",
-        "--json - --csv -", "--plot -", "--json /no/such/folder/out.json", "--csv /tmp"}) {
+        "--text x --split train", "--windows 1,2", "--json - --csv -", "--plot -",
+        "--json /no/such/folder/out.json", "--csv /tmp"}) {
     const CommandResult result = run_hla("ppl " + stories() + " --ctx 64 --limit 1 " + options);
     EXPECT_EQ(result.code, 2) << options << result.err;
     EXPECT_EQ(result.out, "") << options;
   }
+  for (const auto& [windows, reason] :
+       {std::pair("1,2,1", "got 1 twice"), {"1,x", "expected integers"}, {"''", "--windows"}}) {
+    const CommandResult result =
+        run_hla("ppl " + stories() + " --ctx 64 --windows " + std::string(windows));
+    EXPECT_EQ(result.code, 2) << windows << result.err;
+    EXPECT_NE(result.err.find(reason), std::string::npos) << windows << result.err;
+  }
+  const CommandResult field = run_hla("ppl " + stories() + " --ctx 64 --limit 1 --text-field x");
+  EXPECT_EQ(field.code, 2);
+  EXPECT_NE(field.err.find("is plain text"), std::string::npos) << field.err;
   // A model that is not there shows before the first is scored.
   const CommandResult typo = run_hla("ppl " + stories() + " no-such-model --ctx 64 --limit 1");
   EXPECT_EQ(typo.code, 3);
@@ -532,16 +543,77 @@ TEST(CliTest, InterruptedPplPrintsAPartialResult) {
 // A breakdown that is interrupted keeps the perplexity that was there before it.
 TEST(CliTest, InterruptedByLayerKeepsThePerplexity) {
   // A busy machine takes longer to get to the breakdown.
-  CommandResult result;
-  for (int seconds = 4; result.out.empty() && seconds <= 32; seconds *= 2) {
-    result = run_command("timeout --preserve-status -s INT " + std::to_string(seconds) + " " +
-                         HLA_BINARY + " ppl " + stories() + " --reference " + stories() +
-                         " --ctx 512 --limit 60 --by-layer --json -");
-    EXPECT_EQ(result.code, 130) << result.err;
+  nlohmann::json json;
+  const auto is_scored = [&] {
+    return json.is_object() && json["results"].size() == 1 && json["results"][0]["windows"] == 60;
+  };
+  for (int seconds = 4; !is_scored() && seconds <= 64; seconds *= 2) {
+    const CommandResult result = run_command(
+        "timeout --preserve-status -s INT " + std::to_string(seconds) + " " + HLA_BINARY + " ppl " +
+        stories() + " --reference " + stories() + " --ctx 512 --limit 60 --by-layer --json -");
+    ASSERT_EQ(result.code, 130) << result.err;
+    if (!result.out.empty()) json = nlohmann::json::parse(result.out);
   }
-  const auto json = nlohmann::json::parse(result.out);
+  ASSERT_TRUE(is_scored()) << json.dump();
   EXPECT_EQ(json["partial"], true);
-  EXPECT_EQ(json["results"].size(), 1U);
+  const nlohmann::json& scored = json["results"][0];
+  EXPECT_EQ(scored["partial"], false);
+  EXPECT_TRUE(scored["perplexity"].is_number());
+  for (const nlohmann::json& layer : scored.value("by_layer", nlohmann::json::array())) {
+    EXPECT_LT(layer["tokens"], scored["tokens_scored"]);
+  }
+}
+
+// A file that is opened in the place of a closed stderr gets nothing that is logged.
+TEST(CliTest, ClosedStandardFilesAreNotTakenForOthers) {
+  const TempDir folder;
+  const std::string out = (folder / "out").string();
+  // Warns, while weights are written, of biases that keys without floats lose.
+  const std::string model = source_path("tests/data/models/attention_bias").string();
+  const std::string plan = (folder / "plan.json").string();
+  ASSERT_EQ(run_hla("convert " + model + " " + out + " --no-calib --dry-run --json " + plan).code,
+            0);
+  nlohmann::json edited = read_json_file(plan);
+  for (nlohmann::json& layer : edited["plan"]["layers"]) {
+    layer["fast_frequencies"] = 2;
+    layer["k_rank"] = 0;
+  }
+  write_json_file(plan, edited, /*force=*/true);
+  const std::string command = std::string(HLA_BINARY) + " convert " + model + " " + out +
+                              " --no-calib --force --plan " + plan;
+  EXPECT_NE(run_command(command).err.find("no floats"), std::string::npos);
+  const auto convert = [&](const std::string& closed) {
+    return run_command("sh -c '" + command + " " + closed + "'").code;
+  };
+  EXPECT_EQ(convert("<&- 2>&-"), 0);
+  EXPECT_EQ(run_hla("info " + out).code, 0);
+  EXPECT_EQ(convert("<&- >&- 2>&-"), 1);  // what it prints gets nowhere
+  EXPECT_EQ(run_hla("info " + out).code, 0);
+}
+
+TEST(CliTest, ConvertNamesWhatIsWrong) {
+  const TempDir folder;
+  const std::string command = "convert " + stories() + " " + (folder / "out").string();
+  const auto refuses = [&](const std::string& options, int code, const std::string& reason) {
+    const CommandResult result = run_hla(command + options);
+    EXPECT_EQ(result.code, code) << options << result.err;
+    EXPECT_NE(result.err.find(reason), std::string::npos) << options << result.err;
+  };
+  refuses(" --target-ppl-increase 1.5", 2, "which is 150 %");
+  refuses(" --no-calib --value-weight nan", 2, "[--value-weight] expected a number");
+  refuses(" --no-calib --value-weight 1e300", 2, "[--value-weight] expected a number");
+  refuses(" --key-weighting plain --low-memory", 2, "has no effect with --objective attention");
+  refuses(" --no-calib --no-refit-output", 2, "has no effect with --no-calib");
+  refuses(" --no-calib --dry-run --restart", 2, "has no effect with --dry-run");
+  const std::string shorter = (folder / "short.txt").string();
+  write_file(shorter, "Too short.");
+  refuses(" --calib " + shorter, 3, shorter + ": expected at least 512 tokens");
+  refuses(" --target-ppl-increase 5% --valid " + shorter, 3, shorter + ": expected at least");
+  // The paper's factors are of the weights alone.
+  EXPECT_EQ(run_command("HLA_DATA_DIR=/no/such/folder " + std::string(HLA_BINARY) + " " + command +
+                        " --rope paper")
+                .code,
+            0);
 }
 
 TEST(CliTest, FullDiskIsARuntimeErrorAndLeavesNothing) {
@@ -935,6 +1007,165 @@ TEST(CliTest, GenerateContinuesPrompts) {
   EXPECT_EQ(nlohmann::json::parse(half.out)["cache_bytes"], 256 * 5 * 64 * 2);
 }
 
+// Not as in C, where 010 is 8, and not the nearest that fits.
+TEST(CliTest, IntegersAreDecimal) {
+  const std::string command = "generate " + stories() + " --prompt a --json - ";
+  const auto seed = [&](const std::string& text) {
+    const CommandResult result = run_hla(command + "-n 1 --temperature 1 --seed " + text);
+    EXPECT_EQ(result.code, 0) << result.err;
+    return nlohmann::json::parse(result.out)["sampling"]["seed"].get<uint64_t>();
+  };
+  EXPECT_EQ(seed("010"), 10u);
+  EXPECT_EQ(seed("18446744073709551615"), 18446744073709551615u);
+  const CommandResult nine = run_hla(command + "-n 09");
+  EXPECT_EQ(nlohmann::json::parse(nine.out)["continuations"][0]["ids"].size(), 9u);
+  for (const char* options :
+       {"--temperature 1 --seed 18446744073709551616", "--temperature 1 --seed -1", "-n 0x10",
+        "-n 99999999999999999999", "-n 1e3", "-n 1.5"}) {
+    const CommandResult result = run_hla(command + options);
+    EXPECT_EQ(result.code, 2) << options;
+    EXPECT_NE(result.err.find("expected an integer"), std::string::npos) << options << result.err;
+  }
+  const CommandResult windows =
+      run_hla("ppl " + stories() + " --ctx 64 --windows 008 --json - --protocol gptq");
+  EXPECT_EQ(nlohmann::json::parse(windows.out)["results"][0]["window_indices"],
+            nlohmann::json::array({8}));
+  EXPECT_EQ(run_hla(command + "-n 1 --absorb-error nan").code, 2);
+}
+
+// What a command has made, or reads, is no place for its report.
+TEST(CliTest, ReportsDoNotReplaceWhatIsMadeOrRead) {
+  const TempDir folder;
+  const auto refuses = [&](const std::string& command, const std::string& reason) {
+    const CommandResult result = run_hla(command);
+    EXPECT_EQ(result.code, 2) << command << result.err;
+    EXPECT_NE(result.err.find(reason), std::string::npos) << command << result.err;
+  };
+  const std::string out = (folder / "out").string();
+  ASSERT_EQ(run_hla("convert " + stories() + " " + out + " --no-calib").code, 0);
+  refuses("convert " + stories() + " " + out + " --no-calib --force --json " + out + "/config.json",
+          "is made anew");
+  refuses("transfer " + out + " " + stories() + " " + stories() + " " + out + "-2 --json " + out +
+              "/model.safetensors --force",
+          "what is read");
+  std::filesystem::copy_file(stories(), folder / "s.bin");
+  std::filesystem::copy_file(source_path("data/stories260K/tok512.model"), folder / "tok512.model");
+  refuses("generate " + (folder / "s.bin").string() + " --prompt a --force --json " +
+              (folder / "tok512.model").string(),
+          "what is read");
+  EXPECT_EQ(run_hla("info " + out).code, 0);
+  std::filesystem::create_directories(folder / "data/wikitext-2");
+  std::filesystem::copy_file(source_path("data/wikitext-2/wiki.test.raw"),
+                             folder / "data/wikitext-2/wiki.test.raw");
+  for (const char* dataset : {"", " --dataset wikitext-2-raw --split test"}) {
+    const CommandResult text =
+        run_command("HLA_DATA_DIR=" + (folder / "data").string() + " HF_HUB_CACHE=/nowhere " +
+                    HLA_BINARY + " ppl " + stories() + " --ctx 64 --limit 1 --force --csv " +
+                    (folder / "data/wikitext-2/wiki.test.raw").string() + dataset);
+    EXPECT_EQ(text.code, 2) << text.err;
+    EXPECT_NE(text.err.find("what is read"), std::string::npos) << text.err;
+  }
+  // However stdout is spelt.
+  refuses("generate " + stories() + " --prompt a --stream --json /dev/stdout",
+          "both are for stdout");
+  refuses("ppl " + stories() + " --ctx 64 --limit 1 --json /dev/stdout --csv -", "a second time");
+  const CommandResult generated =
+      run_hla("generate " + stories() + " --prompt a -n 2 --json /dev/fd/1");
+  EXPECT_TRUE(nlohmann::json::parse(generated.out).is_object());
+}
+
+// A path need not be UTF-8, which JSON is.
+TEST(CliTest, ReportsNameAnyPath) {
+  const TempDir folder;
+  const auto odd = folder / "mod\xe8le";
+  std::filesystem::create_directory(odd);
+  std::filesystem::copy_file(stories(), odd / "s.bin");
+  std::filesystem::copy_file(source_path("data/stories260K/tok512.model"), odd / "tok512.model");
+  const std::string model = "'" + (odd / "s.bin").string() + "'";
+  for (const std::string& command :
+       {"info " + model + " --json", "generate " + model + " --prompt a -n 1 --json -",
+        "ppl " + model + " --ctx 64 --limit 1 --json -"}) {
+    const CommandResult result = run_hla(command);
+    EXPECT_EQ(result.code, 0) << result.err;
+    EXPECT_TRUE(nlohmann::json::accept(result.out)) << command << result.out;
+  }
+}
+
+TEST(CliTest, BenchTakesItsOwnSignals) {
+  // More caches than any machine has memory for, also where their bytes are no 64-bit number.
+  for (const char* batch : {"1000000000", "9223372036854775807"}) {
+    const CommandResult result =
+        run_hla("bench " + stories() + " -p 0 -n 1 -r 1 -b " + std::string(batch));
+    EXPECT_EQ(result.code, 4) << batch << result.err;
+  }
+  // The process of the model is in the middle of a long prompt, and not told itself.
+  const auto start = std::chrono::steady_clock::now();
+  const CommandResult result =
+      run_command(std::string(HLA_BINARY) + " bench " + stories() +
+                  " -d 400000 -p 0 -n 1 -r 1 & p=$!; sleep 3; kill -TERM $p; wait $p; exit $?");
+  EXPECT_EQ(result.code, 143) << result.err;
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(60));
+}
+
+// What was there is shown.
+TEST(CliTest, InterruptedContinuationsEndWhereTheyWere) {
+  const auto interrupted = [](const std::string& options) {
+    CommandResult result;
+    // A busy machine takes longer to get to the prompt.
+    for (int seconds = 3; result.out.empty() && seconds <= 48; seconds *= 2) {
+      result = run_command("timeout --preserve-status -s INT " + std::to_string(seconds) + " " +
+                           HLA_BINARY + " generate " + stories() +
+                           " -n 200000 --max-length 400000 --ignore-eos --prompt Once" + options);
+      EXPECT_EQ(result.code, 130) << result.err;
+    }
+    return result;
+  };
+  EXPECT_GT(interrupted("").out.size(), 5u);
+  const CommandResult json = interrupted(" --json -");
+  const auto report = nlohmann::json::parse(json.out);
+  EXPECT_EQ(report["partial"], true);
+  EXPECT_EQ(report["continuations"][0]["stopped_by"], "interrupted");
+  EXPECT_GT(report["continuations"][0]["ids"].size(), 0u);
+}
+
+// Every option gets where it belongs.
+TEST(CliTest, GenerateSamples) {
+  const std::string command =
+      "generate " + stories() + " -n 24 --json - --prompt 'Once upon a time' ";
+  const auto sampled = [&](const std::string& options) {
+    const CommandResult result = run_hla(command + options);
+    EXPECT_EQ(result.code, 0) << options << result.err;
+    return nlohmann::json::parse(result.out);
+  };
+  const auto ids_of = [&](const std::string& options) {
+    return sampled(options)["continuations"][0]["ids"].get<std::vector<int>>();
+  };
+  const std::vector<int> greedy = ids_of("");
+  const std::vector<int> hot = ids_of("--temperature 3 --seed 7");
+  EXPECT_NE(hot, greedy);
+  EXPECT_EQ(ids_of("--temperature 3 --seed 7"), hot);
+  EXPECT_NE(ids_of("--temperature 3 --seed 8"), hot);
+  EXPECT_NE(ids_of("--temperature 0.5 --seed 7"), hot);
+  for (const char* one : {"--top-k 1", "--top-p 1e-6", "--min-p 1"}) {
+    EXPECT_EQ(ids_of("--temperature 3 --seed 7 " + std::string(one)), greedy) << one;
+  }
+  const std::vector<int> penalised = ids_of("--repetition-penalty 1e6");
+  EXPECT_EQ(std::set<int>(penalised.begin(), penalised.end()).size(), penalised.size());
+  const auto settings = sampled(
+      "--temperature 2 --top-k 9 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.5 --seed 3")
+      ["sampling"];
+  EXPECT_EQ(settings["temperature"], 2.0);
+  EXPECT_EQ(settings["top_k"], 9);
+  EXPECT_EQ(settings["top_p"], 0.9);
+  EXPECT_EQ(settings["min_p"], 0.01);
+  EXPECT_EQ(settings["repetition_penalty"], 1.5);
+  EXPECT_EQ(settings["seed"], 3);
+  const auto whole = sampled("")["continuations"][0]["text"].get<std::string>();
+  const std::string stop = whole.substr(whole.size() / 2, 3);
+  EXPECT_EQ(sampled("--stop '" + stop + "'")["continuations"][0]["text"],
+            whole.substr(0, whole.find(stop)));
+}
+
 TEST(CliTest, GenerateRefuses) {
   const std::string command = "generate " + stories() + " ";
   EXPECT_EQ(run_hla(command + "--prompt a --temperature 1 --top-p 0").code, 2);
@@ -950,6 +1181,14 @@ TEST(CliTest, GenerateRefuses) {
   EXPECT_EQ(run_hla(command + "--prompt a --chat").code, 3);  // no template
   EXPECT_EQ(run_hla(command + "--prompt a --cache-dtype fp7").code, 2);
   const TempDir folder;
+  EXPECT_NE(run_hla(command + "--prompt a --echo --json -").err.find("[--echo] has no effect"),
+            std::string::npos);
+  write_file(folder / "mark.txt",
+             "\xEF\xBB\xBF"
+             "a\n");
+  const CommandResult marked =
+      run_hla(command + "-n 1 --json - --prompts " + (folder / "mark.txt").string());
+  EXPECT_EQ(nlohmann::json::parse(marked.out)["continuations"][0]["prompt"], "a");
   write_file(folder / "two.txt", "a\nb\n");
   EXPECT_EQ(run_hla(command + "--stream --prompts " + (folder / "two.txt").string()).code, 2);
   write_file(folder / "none.txt", "\n");
@@ -1069,6 +1308,9 @@ TEST(CliTest, BenchRefuses) {
   EXPECT_EQ(run_hla(command + "--cache-dtype fp7").code, 2);
   EXPECT_EQ(run_hla(command + "--absorb-error 2").code, 2);
   EXPECT_EQ(run_hla(command + "--plot -").code, 2);
+  EXPECT_NE(run_hla(command + "-n 0 -p 8 --plot /tmp/x.svg --force").err.find("[--plot] draws"),
+            std::string::npos);
+  EXPECT_EQ(run_hla("-v -q " + command).code, 2);
   EXPECT_EQ(run_hla(command + "--json - --csv -").code, 2);
   EXPECT_EQ(run_hla(command + "--json /tmp/x --csv /tmp/../tmp/x").code, 2);
   // What a model's process finds out comes back with its exit code.

@@ -481,10 +481,11 @@ TEST(FinetuneTest, WarnsOfWhatIsLost) {
   const auto result = run_hla(
       "finetune" + as_options(quick(stories(), folder / "out")) +
       as_options({"train.max_steps=2", "optimizer.learning_rate=1", "optimizer.max_gradient_norm=0",
-                  "data.rows=padded", "data.context=16", "distill.kl=2"}));
+                  "data.rows=padded", "data.context=16", "distill.kl=2", "train.lora_alpha=4"}));
   EXPECT_EQ(result.code, 0) << result.err;
   for (const char* part : {"no model was better than the one before the first step: perplexity ",
                            "[distill.kl] has no effect without distill.teacher",
+                           "[train.lora_alpha] has no effect without train.lora_rank",
                            "rows were longer than data.context: "}) {
     EXPECT_NE(result.err.find(part), std::string::npos) << part << "\n" << result.err;
   }

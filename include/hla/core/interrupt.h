@@ -3,8 +3,8 @@
 
 namespace hla {
 
-// Installs the handlers for SIGINT and SIGTERM. A second signal, a second or
-// more after the first, ends the process at once.
+// Installs the handlers for SIGINT and SIGTERM. A second signal, a second or two after the first,
+// ends the process at once.
 void install_interrupt_handlers();
 
 // The signal that arrived (SIGINT, SIGTERM), or 0.

@@ -70,6 +70,7 @@ struct BenchReport {
   int64_t models = 0;
   std::vector<std::string> paths;  // of the models, as they were given
   std::string cache_dtype;
+  std::string attend;
   double absorb_error = 0;
   std::optional<double> amplification;  // absent: by the types of model and cache
   std::exception_ptr failure;           // what ended it before the depths that are missing

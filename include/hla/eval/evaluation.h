@@ -58,6 +58,8 @@ struct Evaluation {
   std::string text_format;
   std::string text_sha256;
   std::optional<std::string> reference;
+  std::string reference_dtype;
+  DecoderOptions decoder;  // of models that read through caches
   std::vector<ModelEvaluation> models;
   std::vector<std::string> warnings;  // what may make the numbers incomparable
   bool partial = false;               // interrupted, or ended by `failure`

@@ -26,6 +26,7 @@ enum class StopReason {
   kStopText,
   kMaxNewTokens,
   kMaxLength,  // of the decoder
+  kInterrupted,
 };
 std::string to_string(StopReason reason);
 
@@ -36,6 +37,7 @@ struct Continuation {
 };
 
 struct GenerateReport {
+  bool partial = false;  // interrupted
   std::string device, dtype, cache_dtype;
   std::vector<Continuation> continuations;  // one per prompt
   int64_t prompt_tokens = 0;
@@ -51,8 +53,9 @@ using OnText = std::function<void(size_t prompt, std::string_view text)>;
 
 // Continues prompts of one or more ids each. A sequence does not depend on the others, but for the
 // rounding of sums that go over all of them, and, with dynamic RoPE or longrope, for the length
-// that the longest of them can reach (longest_sequence). Throws kBadInput for an empty prompt, or
-// one that is too long for the decoder, kOutOfMemory where the caches would not fit.
+// that the longest of them can reach (longest_sequence). An interrupt ends all continuations where
+// they are; before the prompts have been read it is thrown. Throws kBadInput for an empty prompt,
+// or one that is too long for the decoder, kOutOfMemory where the caches would not fit.
 GenerateReport generate(const Decoder& decoder, const Tokenizer& tokenizer,
                         const std::vector<std::vector<int32_t>>& prompts,
                         const GenerateOptions& options, const OnText& on_text = {});

@@ -10,8 +10,8 @@
 namespace hla {
 
 // Shares floats out over the layers so that the sum of their predicted losses is least. Losses are
-// taken as convex, by their lower hulls; no layer gets less than a quarter of the mean, since text
-// that the prediction never saw may need it.
+// taken as convex, by their lower hulls; no layer gets less than a quarter of the mean (in whole
+// steps), since text that the prediction never saw may need it.
 class FloatBudget {
  public:
   // `base_floats`: 2·K·d, cached per token and layer by the base.

@@ -17,7 +17,8 @@ struct LowRank {
 };
 
 // covariance + ridge · mean(diag) · I. The ridge (1e-6 by default) keeps directions that the
-// calibration text never used from being thrown away for nothing.
+// calibration text never used from being thrown away for nothing. Of zeros (a layer whose input is
+// switched off), I: no direction is better than another.
 at::Tensor add_ridge(const at::Tensor& covariance, double ridge = 1e-6);
 
 // sum += hᵀ h, of which one of the two equal corners is computed. sum (n, n), h (T, n).
@@ -27,9 +28,10 @@ void add_gram(at::Tensor& sum, const at::Tensor& h);
 double relative_error(double error, double energy);
 
 // Minimises ‖(W - U A) Σ^{1/2}‖_F over rank-r U A, for a W whose rows carry their output weights
-// already (see OutputWeight). W (rows, cols), Σ (cols, cols) positive definite. By Eckart-Young the
-// optimum is the truncated SVD of W Σ^{1/2}; its left vectors are the eigenvectors of W Σ Wᵀ, so
-// U Uᵀ W needs no square root of Σ. When rows > cols, the smaller right-hand problem is solved.
+// already (see OutputWeight). W (rows, cols), Σ (cols, cols) positive definite, but for rounding.
+// By Eckart-Young the optimum is the truncated SVD of W Σ^{1/2}; its left vectors are the
+// eigenvectors of W Σ Wᵀ, so U Uᵀ W needs no square root of Σ. When rows > cols, the smaller
+// right-hand problem is solved.
 LowRank best_low_rank(const at::Tensor& weight, const at::Tensor& covariance, int64_t rank);
 
 // The complex version, one problem per frequency: weight (F, K, cols) complex, Σ real. ranks[f] of

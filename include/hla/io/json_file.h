@@ -35,8 +35,11 @@ nlohmann::json parse_json(std::string_view text, const std::string& subject,
 // parse_json on a file's content, with the path as the subject.
 nlohmann::json read_json_file(const std::filesystem::path& path, const JsonLimits& limits = {});
 
-// Writes the value indented by two spaces, with a final newline, through an AtomicFile.
-// The same value always gives the same bytes.
+// The value indented by two spaces, with a final newline. What is not UTF-8, as a path may be,
+// becomes U+FFFD. The same value always gives the same bytes.
+std::string json_text(const nlohmann::json& value);
+
+// Writes that text through an AtomicFile.
 void write_json_file(const std::filesystem::path& path, const nlohmann::json& value, bool force);
 
 // A value as error messages show it: on one line, cut after some 60 bytes.

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -32,6 +33,8 @@ struct DecoderOptions {
   enum class Attend { kCheapest, kDecode, kRebuild };
   Attend attend = Attend::kCheapest;
 };
+
+std::string to_string(DecoderOptions::Attend attend);  // "cheapest", "decode", "rebuild"
 
 class Decoder {
  public:

@@ -31,7 +31,8 @@ ExitCode exit_code_of(const c10::Error& error);
 at::Device parse_device(const std::string& text);
 
 // "fp32", "fp16", "bf16", "fp64" (and float32 … spellings); nullopt for "auto". Throws kUsage.
-std::optional<at::ScalarType> parse_dtype(const std::string& text);
+std::optional<at::ScalarType> parse_dtype(const std::string& text,
+                                          const std::string& option = "--dtype");
 
 // What "auto" means: fp32 on the CPU; on CUDA the checkpoint's own dtype, but fp16 in place of bf16
 // on devices before sm_80 (V100), which only emulate bf16.

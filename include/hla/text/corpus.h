@@ -75,6 +75,10 @@ Corpus load_dataset(const std::string& dataset, const std::string& split,
 // Names that load_dataset takes, for help and messages.
 const std::vector<std::string>& dataset_names();
 
+// The files that `name` is read from, as by open_corpus: those of a dataset, else itself. Throws as
+// that.
+std::vector<std::filesystem::path> corpus_files(const std::string& name);
+
 // "DATASET:SPLIT" or "DATASET" as load_dataset, anything else as read_corpus.
 Corpus open_corpus(const std::string& name, const CorpusOptions& options = {});
 
