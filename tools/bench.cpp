@@ -25,7 +25,7 @@ struct BenchArguments {
 void run_bench(const BenchArguments& arguments) {
   check_output_targets(
       {{"--json", arguments.json}, {"--csv", arguments.csv}, {"--plot", arguments.plot}},
-      arguments.force, with_files_of(arguments.bench.models));
+      arguments.force, arguments.bench.models);
   BenchOptions options = arguments.bench;
   if (!arguments.plot.empty() && options.generated_tokens == 0) {
     throw_usage("[--plot] draws decoding, and -n 0 has none");

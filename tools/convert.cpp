@@ -207,7 +207,7 @@ void run_convert(ConvertArguments& arguments) {
   std::vector<std::string> inputs = {arguments.model};
   for (const std::filesystem::path& input : options.inputs()) inputs.push_back(input.string());
   check_output_targets({{"--json", arguments.json}, {"--plot", arguments.plot}}, options.force,
-                       with_files_of(inputs), arguments.out);
+                       inputs, arguments.out);
   if (arguments.dry_run && !arguments.plot.empty()) {
     throw_usage("--plot and --dry-run exclude each other: nothing is converted");
   }

@@ -36,8 +36,7 @@ void run_finetune(const FinetuneArguments& arguments) {
   std::vector<std::string> inputs = config.config.data.train;
   inputs.insert(inputs.end(), {config.config.model, config.config.distill.teacher,
                                config.config.data.valid, arguments.config});
-  check_output_targets({{"--json", arguments.json}}, arguments.force, with_files_of(inputs),
-                       config.config.output);
+  check_output_targets({{"--json", arguments.json}}, arguments.force, inputs, config.config.output);
   keep_freed_memory();  // every step takes the same
   const FinetuneReport report = finetune(
       config,

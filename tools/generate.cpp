@@ -147,7 +147,7 @@ void warn_of_two_bos(const std::vector<std::vector<int32_t>>& prompts, const Tok
 
 void run_generate(const GenerateArguments& arguments) {
   check_output_targets({{"--json", arguments.json}}, arguments.force,
-                       with_files_of({arguments.model, arguments.prompts}));
+                       {arguments.model, arguments.prompts});
   if (arguments.stream && arguments.json == "-") {
     throw_usage("--stream and --json - exclude each other: both are for stdout");
   }

@@ -84,28 +84,10 @@ CLI::Option* add_report_option(CLI::App& command, const std::string& name, std::
   return command.add_option(name, target, description)
       ->transform(CLI::Validator(
           [](std::string& text) {
-            for (const char* stdout_ : {"/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}) {
-              if (text == stdout_) text = "-";
-            }
+            if (is_standard_output(text)) text = "-";
             return std::string();
           },
           ""));
-}
-
-std::vector<std::string> with_files_of(std::vector<std::string> inputs) {
-  const size_t given = inputs.size();
-  for (size_t i = 0; i < given; ++i) {
-    if (inputs[i].empty()) continue;
-    try {
-      for (const auto& file : corpus_files(inputs[i])) inputs.push_back(file.string());
-      const auto path = resolve_model_path(inputs[i]);
-      inputs.push_back(path.string());
-      const auto tokenizer = Checkpoint::open(path.string()).tokenizer_path();
-      if (tokenizer) inputs.push_back(tokenizer->string());
-    } catch (const Error&) {  // neither; or it is refused when it is opened
-    }
-  }
-  return inputs;
 }
 
 CLI::Validator at_least(int64_t least) {
@@ -242,6 +224,24 @@ std::string place_of(std::filesystem::path path) {
   return std::filesystem::weakly_canonical(path, error).string();
 }
 
+// Also what is read of inputs that are models (the folder of an id, a tokenizer beside a file) or
+// datasets.
+std::vector<std::string> with_files_of(std::vector<std::string> inputs) {
+  const size_t given = inputs.size();
+  for (size_t i = 0; i < given; ++i) {
+    if (inputs[i].empty()) continue;
+    try {
+      for (const auto& file : corpus_files(inputs[i])) inputs.push_back(file.string());
+      const auto path = resolve_model_path(inputs[i]);
+      inputs.push_back(path.string());
+      const auto tokenizer = Checkpoint::open(path.string()).tokenizer_path();
+      if (tokenizer) inputs.push_back(tokenizer->string());
+    } catch (const Error&) {  // neither; or it is refused when it is opened
+    }
+  }
+  return inputs;
+}
+
 // Of one option, but for what it has to do with others.
 void check_output_target(const std::string& option, const std::string& target, bool force,
                          const std::vector<std::string>& inputs) {
@@ -267,7 +267,7 @@ void check_output_target(const std::string& option, const std::string& target, b
                   std::strerror(errno));
   }
   if (!std::filesystem::is_regular_file(target, error)) return;
-  for (const std::string& input : inputs) {
+  for (const std::string& input : with_files_of(inputs)) {
     if (input.empty() || !is_within(path, input)) continue;
     throw_usage("[" + option + "] " + target + " is " + (is_within(input, path) ? "" : "part of ") +
                 "what is read; it is not replaced, even with --force");
@@ -290,7 +290,7 @@ void check_output_targets(const std::vector<std::pair<std::string, std::string>>
     }
     const bool is_stream = target == "-" || is_standard_stream(target);
     const std::string place = is_stream ? target : place_of(target);
-    if (!folder.empty() && place.starts_with(place_of(folder) + '/')) {
+    if (!folder.empty() && is_within(target, folder)) {
       throw_usage("[" + option + "] " + target + " would lie in " + folder +
                   ", which is made anew\n  hint: another place for it");
     }

@@ -29,10 +29,6 @@ void take_decimal_integers(CLI::App& command);
 CLI::Option* add_report_option(CLI::App& command, const std::string& name, std::string& target,
                                const std::string& description);
 
-// Also what is read of those that are models (the folder of an id, a tokenizer beside a file) or
-// datasets.
-std::vector<std::string> with_files_of(std::vector<std::string> inputs);
-
 // Registers --device, --dtype and --threads; `auto_dtype` says what the dtype is by default.
 void add_device_options(
     CLI::App& command, DeviceOptions& options,
@@ -65,9 +61,9 @@ CLI::Option* add_list_option(CLI::App& command, const std::string& name,
 // An existing file is refused before the work begins by check_output_targets.
 void write_json_result(const std::string& target, const nlohmann::json& value, bool force);
 void write_text_result(const std::string& target, const std::string& text, bool force);
-// A file that is among `inputs`, or in a folder of them, is not replaced even with force: it is
-// read. No two options may name the same place, and none but --json and --csv stdout. Nor may one
-// be `folder`, which the command makes, or in it.
+// A file that is among `inputs` (files, folders, models and datasets), or in a folder of them, is
+// not replaced even with force: it is read. No two options may name the same place, and none but
+// --json and --csv stdout. Nor may one be `folder`, which the command makes, or in it.
 void check_output_targets(const std::vector<std::pair<std::string, std::string>>& targets,
                           bool force, const std::vector<std::string>& inputs,
                           const std::string& folder = "");

@@ -84,7 +84,7 @@ void run_ppl(const PplArguments& arguments) {
   }
   check_output_targets(
       {{"--json", arguments.json}, {"--csv", arguments.csv}, {"--plot", arguments.plot}},
-      arguments.force, with_files_of(inputs));
+      arguments.force, inputs);
   const EvaluationOptions options = evaluation_options(arguments);
   const Corpus corpus = load_corpus(arguments);
   if (corpus.kind == Corpus::Kind::kText && arguments.corpus.max_documents) {

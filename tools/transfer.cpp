@@ -24,8 +24,7 @@ struct TransferArguments {
 
 void run_transfer(TransferArguments& arguments) {
   check_output_targets({{"--json", arguments.json}}, arguments.options.force,
-                       with_files_of({arguments.conversion, arguments.base, arguments.tuned}),
-                       arguments.out);
+                       {arguments.conversion, arguments.base, arguments.tuned}, arguments.out);
   set_threads(arguments.threads);
   arguments.options.dtype = parse_dtype(arguments.dtype);
   const TransferReport report =

@@ -119,15 +119,6 @@ void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tok
     const int64_t rest = count % number;
     return count / number + (static_cast<int64_t>(part) < rest ? 1 : 0);
   };
-  const auto sequences_of = [&](const std::vector<int32_t>& ids, int64_t number,
-                                const std::filesystem::path& path) {
-    if (static_cast<int64_t>(ids.size()) < length) {
-      throw_bad_input(path.string() + ": expected at least " + std::to_string(length) +
-                      " tokens, a sequence, got " + std::to_string(ids.size()) +
-                      "\n  hint: a longer text, or --calib-length");
-    }
-    return calibration_sequences(ids, number, length);
-  };
   const auto texts = options.calib.size();
   const int64_t count =
       std::max<int64_t>(static_cast<int64_t>(texts), options.calib_tokens / length);
@@ -149,7 +140,8 @@ void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tok
       }
       ids.erase(begin, ids.end());
     }
-    of_text.push_back(sequences_of(ids, share(count, i, texts), options.calib[i]));
+    of_text.push_back(
+        calibration_sequences(ids, share(count, i, texts), length, options.calib[i].string()));
   }
   bool more = true;
   for (size_t turn = 0; more; ++turn) {
@@ -170,7 +162,8 @@ void Calibration::read_texts(const ConvertOptions& options, const Tokenizer& tok
              " tokens: " + std::to_string(length) + " of each text (--calib-length) at least");
   }
   if (options.target_ppl_increase && options.valid) {
-    held_out_ = sequences_of(read(*options.valid), kHeldOutSequences, *options.valid);
+    held_out_ = calibration_sequences(read(*options.valid), kHeldOutSequences, length,
+                                      options.valid->string());
   }
 }
 
@@ -204,14 +197,16 @@ at::Tensor Calibration::embed(const at::Tensor& ids) const {
   return at::embedding(table, ids).to(device_, dtype_);
 }
 
-uint64_t Calibration::weight_bytes() const {
+uint64_t Calibration::weight_bytes(int64_t layers) const {
   if (!copies_weights(base_, device_)) return 0;
-  int64_t elements = config_.vocab_size * config_.hidden_size;  // the output matrix
+  int64_t in_layers = 0;
   for (const ParameterSpec& spec : parameter_specs(config_)) {
     if (spec.name.find(".layers.") != std::string::npos) {
-      elements += c10::multiply_integers(spec.shape);
+      in_layers += c10::multiply_integers(spec.shape);
     }
   }
+  const int64_t elements = config_.vocab_size * config_.hidden_size +  // the output matrix
+                           in_layers / config_.num_hidden_layers * layers;
   return static_cast<uint64_t>(elements) * c10::elementSize(dtype_);
 }
 

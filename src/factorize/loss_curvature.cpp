@@ -271,21 +271,16 @@ bool loss_pass_fits(const Calibration& calibration, bool sample) {
   const uint64_t bytes = curvature_bytes(calibration.config(), sample) +
                          loss_pass_bytes(calibration.config(), calibration.rope().cos.size(0),
                                          is_fused(calibration.rope().cos), /*by_layer=*/false) +
-                         calibration.weight_bytes();
+                         calibration.weight_bytes(calibration.config().num_hidden_layers);
   return bytes < available_memory_bytes(calibration.device()) / 2;
 }
 
 void preflight_loss_by_layer(const Calibration& calibration, bool sample, uint64_t available) {
   const ModelConfig& config = calibration.config();
-  const auto layers = static_cast<uint64_t>(config.num_hidden_layers);
-  // A layer and the output matrix, where they are not read as mapped.
-  const auto output = static_cast<uint64_t>(config.vocab_size * config.hidden_size) * sizeof(float);
-  const uint64_t weights = calibration.weight_bytes();
-  const uint64_t copied =
-      weights == 0 ? 0 : output + (weights - std::min(weights, output)) / layers;
   // States and gradients of all sequences, and a copy on its way to disk.
   preflight_memory(
-      copied + curvature_bytes(config, sample) / layers +
+      calibration.weight_bytes(/*layers=*/1) +
+          curvature_bytes(config, sample) / static_cast<uint64_t>(config.num_hidden_layers) +
           loss_pass_bytes(config, calibration.rope().cos.size(0), is_fused(calibration.rope().cos),
                           /*by_layer=*/true) +
           3 * calibration.text_state_bytes(),

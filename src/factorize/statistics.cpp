@@ -120,11 +120,12 @@ LayerStatistics weight_only_statistics(const ModelConfig& config, const at::Tens
 }
 
 std::vector<at::Tensor> calibration_sequences(const std::vector<int32_t>& ids, int64_t count,
-                                              int64_t length) {
+                                              int64_t length, const std::string& source) {
   const auto total = static_cast<int64_t>(ids.size());
   if (total < length) {
-    throw_bad_input("calibration text: expected at least " + std::to_string(length) +
-                    " tokens, got " + std::to_string(total));
+    throw_bad_input(source + ": expected at least " + std::to_string(length) +
+                    " tokens, a sequence, got " + std::to_string(total) +
+                    "\n  hint: a longer text, or --calib-length");
   }
   count = std::clamp<int64_t>(count, 1, total / length);
   std::vector<at::Tensor> sequences;

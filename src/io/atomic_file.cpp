@@ -145,6 +145,7 @@ std::optional<int> standard_stream(const fs::path& path) {
 }  // namespace
 
 bool is_standard_stream(const fs::path& path) { return standard_stream(path).has_value(); }
+bool is_standard_output(const fs::path& path) { return standard_stream(path) == 1; }
 
 namespace detail {
 

@@ -32,6 +32,19 @@ using testing::write_file;
 
 std::string stories() { return source_path("data/stories260K/stories260K.bin").string(); }
 
+// What is said of arguments that are refused.
+std::string usage_error(const std::string& arguments) {
+  const CommandResult result = run_hla(arguments);
+  EXPECT_EQ(result.code, 2) << arguments << result.err;
+  return result.err;
+}
+
+void expect_refused(const std::string& arguments, const std::string& reason, int code = 2) {
+  const CommandResult result = run_hla(arguments);
+  EXPECT_EQ(result.code, code) << arguments << result.err;
+  EXPECT_NE(result.err.find(reason), std::string::npos) << arguments << result.err;
+}
+
 TEST(CliTest, HelpAndVersion) {
   for (const char* command : {"", "info ", "ppl ", "convert ", "finetune ", "transfer ",
                               "generate ", "bench ", "tokenize "}) {
@@ -62,19 +75,15 @@ TEST(CliTest, UsageErrorsExitWith2) {
 }
 
 TEST(CliTest, MisspeltNamesAreGuessed) {
-  const auto message = [](const std::string& arguments) {
-    const CommandResult result = run_hla(arguments);
-    EXPECT_EQ(result.code, 2) << arguments;
-    return result.err;
-  };
-  EXPECT_NE(message("inof x").find("unknown command inof; did you mean info?"), std::string::npos);
-  EXPECT_NE(message("help").find("unknown command help; there are: info, "), std::string::npos);
-  EXPECT_NE(message("convert a b --target_ratio 0.5")
+  EXPECT_NE(usage_error("inof x").find("unknown command inof; did you mean info?"),
+            std::string::npos);
+  EXPECT_NE(usage_error("help").find("unknown command help; there are: info, "), std::string::npos);
+  EXPECT_NE(usage_error("convert a b --target_ratio 0.5")
                 .find("unknown option --target_ratio; did you mean --target-ratio?"),
             std::string::npos);
-  EXPECT_NE(message("info a --verbos").find("did you mean --verbose?"), std::string::npos);
-  EXPECT_EQ(message("info a --frobnicate").find("did you mean"), std::string::npos);
-  EXPECT_EQ(message("ppl").find("unknown"), std::string::npos);
+  EXPECT_NE(usage_error("info a --verbos").find("did you mean --verbose?"), std::string::npos);
+  EXPECT_EQ(usage_error("info a --frobnicate").find("did you mean"), std::string::npos);
+  EXPECT_EQ(usage_error("ppl").find("unknown"), std::string::npos);
   // Nothing that a name has not a letter of.
   const TempDir folder;
   write_file(folder / ".e", "");
@@ -153,16 +162,11 @@ TEST(CliTest, EmptyValuesAreRefused) {
 }
 
 TEST(CliTest, NumbersOutOfRangeAreRefusedInWords) {
-  const auto message = [](const std::string& arguments) {
-    const CommandResult result = run_hla(arguments);
-    EXPECT_EQ(result.code, 2) << arguments;
-    return result.err;
-  };
-  EXPECT_NE(message("bench " + stories() + " -r 0").find("expected at least 1, got 0"),
+  EXPECT_NE(usage_error("bench " + stories() + " -r 0").find("expected at least 1, got 0"),
             std::string::npos);
-  EXPECT_NE(message("ppl " + stories() + " --threads -1").find("expected at least 0, got -1"),
+  EXPECT_NE(usage_error("ppl " + stories() + " --threads -1").find("expected at least 0, got -1"),
             std::string::npos);
-  EXPECT_NE(message("ppl " + stories() + " --threads 100000").find("expected at most"),
+  EXPECT_NE(usage_error("ppl " + stories() + " --threads 100000").find("expected at most"),
             std::string::npos);
 }
 
@@ -171,10 +175,7 @@ TEST(CliTest, TargetsAreTheirOwnThroughLinks) {
   const TempDir folder;
   const std::string json = (folder / "report.json").string();
   const auto refuses = [&](const std::string& options, const std::string& reason) {
-    const CommandResult result =
-        run_hla("ppl " + stories() + " --limit 1 --ctx 64 --force " + options);
-    EXPECT_EQ(result.code, 2) << options;
-    EXPECT_NE(result.err.find(reason), std::string::npos) << result.err;
+    expect_refused("ppl " + stories() + " --limit 1 --ctx 64 --force " + options, reason);
   };
   std::filesystem::create_symlink("report.json", folder / "report.csv");
   refuses("--csv " + (folder / "report.csv").string(), "is a link to what is not there");
@@ -436,14 +437,9 @@ TEST(CliTest, PplRefusesWhatCannotBeCompared) {
   }
   for (const auto& [windows, reason] :
        {std::pair("1,2,1", "got 1 twice"), {"1,x", "expected integers"}, {"''", "--windows"}}) {
-    const CommandResult result =
-        run_hla("ppl " + stories() + " --ctx 64 --windows " + std::string(windows));
-    EXPECT_EQ(result.code, 2) << windows << result.err;
-    EXPECT_NE(result.err.find(reason), std::string::npos) << windows << result.err;
+    expect_refused("ppl " + stories() + " --ctx 64 --windows " + windows, reason);
   }
-  const CommandResult field = run_hla("ppl " + stories() + " --ctx 64 --limit 1 --text-field x");
-  EXPECT_EQ(field.code, 2);
-  EXPECT_NE(field.err.find("is plain text"), std::string::npos) << field.err;
+  expect_refused("ppl " + stories() + " --ctx 64 --limit 1 --text-field x", "is plain text");
   // A model that is not there shows before the first is scored.
   const CommandResult typo = run_hla("ppl " + stories() + " no-such-model --ctx 64 --limit 1");
   EXPECT_EQ(typo.code, 3);
@@ -595,9 +591,7 @@ TEST(CliTest, ConvertNamesWhatIsWrong) {
   const TempDir folder;
   const std::string command = "convert " + stories() + " " + (folder / "out").string();
   const auto refuses = [&](const std::string& options, int code, const std::string& reason) {
-    const CommandResult result = run_hla(command + options);
-    EXPECT_EQ(result.code, code) << options << result.err;
-    EXPECT_NE(result.err.find(reason), std::string::npos) << options << result.err;
+    expect_refused(command + options, reason, code);
   };
   refuses(" --target-ppl-increase 1.5", 2, "which is 150 %");
   refuses(" --no-calib --value-weight nan", 2, "[--value-weight] expected a number");
@@ -1036,23 +1030,19 @@ TEST(CliTest, IntegersAreDecimal) {
 // What a command has made, or reads, is no place for its report.
 TEST(CliTest, ReportsDoNotReplaceWhatIsMadeOrRead) {
   const TempDir folder;
-  const auto refuses = [&](const std::string& command, const std::string& reason) {
-    const CommandResult result = run_hla(command);
-    EXPECT_EQ(result.code, 2) << command << result.err;
-    EXPECT_NE(result.err.find(reason), std::string::npos) << command << result.err;
-  };
   const std::string out = (folder / "out").string();
   ASSERT_EQ(run_hla("convert " + stories() + " " + out + " --no-calib").code, 0);
-  refuses("convert " + stories() + " " + out + " --no-calib --force --json " + out + "/config.json",
-          "is made anew");
-  refuses("transfer " + out + " " + stories() + " " + stories() + " " + out + "-2 --json " + out +
-              "/model.safetensors --force",
-          "what is read");
+  expect_refused(
+      "convert " + stories() + " " + out + " --no-calib --force --json " + out + "/config.json",
+      "is made anew");
+  expect_refused("transfer " + out + " " + stories() + " " + stories() + " " + out + "-2 --json " +
+                     out + "/model.safetensors --force",
+                 "what is read");
   std::filesystem::copy_file(stories(), folder / "s.bin");
   std::filesystem::copy_file(source_path("data/stories260K/tok512.model"), folder / "tok512.model");
-  refuses("generate " + (folder / "s.bin").string() + " --prompt a --force --json " +
-              (folder / "tok512.model").string(),
-          "what is read");
+  expect_refused("generate " + (folder / "s.bin").string() + " --prompt a --force --json " +
+                     (folder / "tok512.model").string(),
+                 "what is read");
   EXPECT_EQ(run_hla("info " + out).code, 0);
   std::filesystem::create_directories(folder / "data/wikitext-2");
   std::filesystem::copy_file(source_path("data/wikitext-2/wiki.test.raw"),
@@ -1066,9 +1056,10 @@ TEST(CliTest, ReportsDoNotReplaceWhatIsMadeOrRead) {
     EXPECT_NE(text.err.find("what is read"), std::string::npos) << text.err;
   }
   // However stdout is spelt.
-  refuses("generate " + stories() + " --prompt a --stream --json /dev/stdout",
-          "both are for stdout");
-  refuses("ppl " + stories() + " --ctx 64 --limit 1 --json /dev/stdout --csv -", "a second time");
+  expect_refused("generate " + stories() + " --prompt a --stream --json /dev/stdout",
+                 "both are for stdout");
+  expect_refused("ppl " + stories() + " --ctx 64 --limit 1 --json /dev/stdout --csv -",
+                 "a second time");
   const CommandResult generated =
       run_hla("generate " + stories() + " --prompt a -n 2 --json /dev/fd/1");
   EXPECT_TRUE(nlohmann::json::parse(generated.out).is_object());

@@ -89,8 +89,9 @@ class Calibration {
   at::Tensor embedded(size_t sequence) const;  // (1, T, D), before the first layer
   at::Tensor output_matrix() const;            // (V, D)
   at::Device device() const { return device_; }
-  // Of all layers and the output matrix where they are in memory: 0 where they are read as mapped.
-  uint64_t weight_bytes() const;
+  // Of so many layers and the output matrix where they are in memory: 0 where they are read as
+  // mapped.
+  uint64_t weight_bytes(int64_t layers) const;
   std::shared_ptr<RmsNorm> load_final_norm() const;
 
   // A layer of the base, by itself, in the precision of the calibration.

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "hla/model/config.h"
@@ -41,9 +42,11 @@ LayerStatistics collect_statistics(const ModelConfig& config, int64_t number,
 LayerStatistics weight_only_statistics(const ModelConfig& config, const at::Tensor& w_q,
                                        const at::Tensor& w_k);
 
-// `count` sequences of `length` tokens spread evenly over the ids. Throws kBadInput when the text
-// is shorter than one sequence; gives fewer sequences, without overlap, when it is short.
+// `count` sequences of `length` tokens spread evenly over the ids. Throws kBadInput, with `source`
+// as the subject, when the text is shorter than one sequence; gives fewer sequences, without
+// overlap, when it is short.
 std::vector<at::Tensor> calibration_sequences(const std::vector<int32_t>& ids, int64_t count,
-                                              int64_t length);
+                                              int64_t length,
+                                              const std::string& source = "calibration text");
 
 }  // namespace hla

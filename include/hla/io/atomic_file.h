@@ -46,6 +46,7 @@ class AtomicFile {
 // Whether AtomicFile takes a path for the process's own stdout or stderr (/dev/stdout), wherever
 // that goes.
 bool is_standard_stream(const std::filesystem::path& path);
+bool is_standard_output(const std::filesystem::path& path);  // stdout alone
 
 // Bytes that this user may still write on the file system of `path`; of its nearest existing parent
 // when it does not exist yet. Throws kRuntime if that cannot be found out.
